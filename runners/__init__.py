@@ -1,0 +1,36 @@
+"""Runners: a model in rank processes behind an async facade. `create_runner` is the only door.
+
+Imports run one way: facade -> ranks; the engines (`*_runner`, `ragged`) are imported in rank
+processes only, so that the HTTP worker never loads torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from runners.errors import EngineUnavailable
+
+if TYPE_CHECKING:
+    from runners.config import BaseRunnerConfig
+    from runners.contracts import TextRunner
+
+# Where each engine's rank program lives; a rank imports it, the HTTP worker never does.
+TEXT_PROGRAMS = {"accelerate": "runners.accelerate_runner:load_program"}
+
+
+def create_runner(config: BaseRunnerConfig) -> TextRunner:
+    """A runner for `config`, not yet started.
+
+    Raises: EngineUnavailable if this build holds no such engine for the task.
+    """
+    from runners.text_runner import RankedTextRunner
+
+    engine = getattr(config, "engine", None)
+    program = TEXT_PROGRAMS.get(str(engine))
+    if config.task != "text-generation" or program is None:
+        allowed = ", ".join(sorted(TEXT_PROGRAMS))
+        raise EngineUnavailable(
+            f"engine {engine} for {config.task} is not part of this version of Triptych; "
+            f"text-generation runs on: {allowed}"
+        )
+    return RankedTextRunner(config, program=program)

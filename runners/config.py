@@ -1,0 +1,229 @@
+"""RunnerConfig: the one typed description of how a model is run, read from `setup_config.json`.
+
+A `setup_config.json` travels with its model. Those written for TorchServe's Accelerate example are
+taken as they were published; what today's libraries no longer know is accepted with a warning that
+says what happens instead. `python -m runners.config` prints every field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
+
+from runners.errors import ConfigError, IncompleteModel, ModelNotFound
+
+Engine = Literal["accelerate", "deepspeed", "mii"]
+Task = Literal["text-generation", "text-to-image"]
+Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
+DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+SETUP_CONFIG = "setup_config.json"
+
+
+class BaseRunnerConfig(BaseModel):
+    """What every engine understands."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    name: str
+    """The name clients call the model by."""
+    model_path: Path
+    """The folder that holds `config.json` and the weights."""
+    task: Task = "text-generation"
+    """What the model does."""
+    revision: str | None = None
+    """The hub revision the weights came from; a record, the folder decides."""
+    dtype: Dtype = "auto"
+    """Weights' type. `auto`: the checkpoint's own, except that a CPU without fast half-precision
+    arithmetic computes in float32. `torch_dtype` is an older name of it."""
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt in tokens, and the default of `max_new_tokens`, as TorchServe's Accelerate
+    example used it. Default: what the model's context holds."""
+    tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Over how many ranks the model is split."""
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
+    """Sequences generated together in one step."""
+    max_step_tokens: Annotated[int, Field(ge=16)] = 512
+    """Tokens of one step, prompt chunks and running sequences together."""
+    max_kv_tokens: Annotated[int, Field(ge=16)] | None = None
+    """KV cache bound in tokens over all sequences. Default: from the free memory."""
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads per rank. Default: the machine's cores divided by the ranks."""
+    start_timeout: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds from start to ready, after which the start has failed."""
+    heartbeat_timeout: Annotated[float, Field(ge=1)] = 15.0
+    """Seconds without a sign of life, after which a rank is taken for hung and replaced."""
+    step_timeout: Annotated[float, Field(ge=1)] = 300.0
+    """Seconds one step may take before its rank is taken for hung."""
+
+    @property
+    def world_size(self) -> int:
+        """How many rank processes hold the model."""
+        return self.tensor_parallel
+
+
+class AccelerateConfig(BaseRunnerConfig):
+    """Accelerate: `device_map` placement over GPUs, CPU and disk, in one rank."""
+
+    engine: Literal["accelerate"] = "accelerate"
+    """`accelerate`."""
+    device_map: str | dict[str, int | str] = "auto"
+    """A strategy (`auto`, `balanced`, `balanced_low_0`, `sequential`), one device (`cpu`, `cuda:0`,
+    `disk`), or module name to device."""
+    max_memory: dict[int | str, int | str] | None = None
+    """Device (GPU index, `cpu`) to bytes or a size such as `10GiB`."""
+    offload_folder: str | None = None
+    """Where weights go that fit neither GPU nor CPU; a relative path lies in a private folder that
+    goes with the process."""
+    tensor_parallel: Literal[1] = 1
+    """Always 1: Accelerate places layers, it does not split them."""
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _gpu_indices(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in value.items()}
+
+    @field_validator("device_map")
+    @classmethod
+    def _disk_alone(cls, value: str | dict[str, int | str]) -> str | dict[str, int | str]:
+        return {"": "disk"} if value == "disk" else value
+
+
+class DeepSpeedConfig(BaseRunnerConfig):
+    """DeepSpeed: `init_inference` tensor parallelism over `tensor_parallel` ranks."""
+
+    engine: Literal["deepspeed"]
+    """`deepspeed`."""
+
+
+class MIIConfig(BaseRunnerConfig):
+    """MII: DeepSpeed-MII."""
+
+    engine: Literal["mii"]
+    """`mii`."""
+
+
+RunnerConfig = Annotated[
+    AccelerateConfig | DeepSpeedConfig | MIIConfig, Field(discriminator="engine")
+]
+runner_config_adapter: TypeAdapter[AccelerateConfig | DeepSpeedConfig | MIIConfig] = TypeAdapter(
+    RunnerConfig
+)
+
+OBSOLETE = {
+    "low_cpu_mem_usage": "weights are always memory-mapped from safetensors, never loaded twice",
+    "offload_state_dict": "no whole state dict exists while loading: nothing to offload",
+}
+
+
+def load_setup_config(
+    folder: Path, *, name: str, overrides: Mapping[str, object] | None = None
+) -> tuple[AccelerateConfig | DeepSpeedConfig | MIIConfig, list[str]]:
+    """Read a model folder's `setup_config.json` into a RunnerConfig.
+
+    `folder` holds the model itself, or, as in a TorchServe archive, `model/` beside
+    `setup_config.json`. A folder without one runs on Accelerate with the defaults. `overrides`
+    (values of None are skipped) win over the file. Returns the config and a warning for every key
+    that no longer means anything.
+
+    Raises: ModelNotFound, IncompleteModel, ConfigError (says which key is wrong, what is allowed).
+    """
+    if not folder.is_dir():
+        raise ModelNotFound(f"model folder {folder} does not exist")
+    model_path = folder / "model" if (folder / "model").is_dir() else folder
+    if not any((model_path / f).is_file() for f in ("config.json", "model_index.json")):
+        raise IncompleteModel(
+            f"{model_path} is not a model folder: it has neither config.json (text) "
+            "nor model_index.json (image)"
+        )
+    values, warnings = parse_setup_config(read_json(folder / SETUP_CONFIG))
+    values |= {k: v for k, v in (overrides or {}).items() if v is not None}
+    return validate(values | {"name": name, "model_path": model_path}), warnings
+
+
+def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Map published and obsolete keys to today's. Returns the values and the warnings."""
+    values, warnings = dict(raw), []
+    values.setdefault("engine", "accelerate")
+    for key, instead in OBSOLETE.items():
+        if values.pop(key, None) is not None:
+            warnings.append(f"{SETUP_CONFIG}: {key} is obsolete and ignored: {instead}")
+    if "torch_dtype" in values:
+        old = values.pop("torch_dtype")
+        values.setdefault("dtype", old.removeprefix("torch.") if isinstance(old, str) else old)
+    model = _engine_model(values["engine"])
+    for key in sorted(values.keys() - model.model_fields.keys()):
+        del values[key]
+        warnings.append(f"{SETUP_CONFIG}: unknown key {key} is ignored")
+    return values, warnings
+
+
+def validate(values: Mapping[str, Any]) -> AccelerateConfig | DeepSpeedConfig | MIIConfig:
+    """Values to a RunnerConfig. Raises: ConfigError that names the key and what is allowed."""
+    try:
+        return runner_config_adapter.validate_python(dict(values))
+    except ValidationError as error:
+        raise ConfigError(f"{SETUP_CONFIG}: {explain(error)}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, {} if there is no file. Raises: ConfigError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} can not be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:
+    """A ValidationError as one sentence that never repeats the offending value."""
+    parts = []
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        where = [str(p) for p in problem["loc"] if p not in get_args(Engine)]
+        field = ".".join([name(where[0]), *where[1:]]) if where else "value"
+        parts.append(f"{field}: {problem['msg']}")
+    return "; ".join(parts)
+
+
+def describe_fields(model: type[BaseModel], *, name: Callable[[str], str] = str) -> str:
+    """A Markdown table of a model's fields, defaults and meanings, from its types."""
+    rows = ["| name | default | meaning |", "|---|---|---|"]
+    for field, info in model.model_fields.items():
+        default = "required" if info.is_required() else f"`{info.default}`"
+        default = "" if info.default in (None, "") else default
+        rows.append(
+            f"| `{name(field)}` | {default} | {' '.join((info.description or '').split())} |"
+        )
+    return "\n".join(rows)
+
+
+def _engine_model(engine: object) -> type[BaseRunnerConfig]:
+    for model in (AccelerateConfig, DeepSpeedConfig, MIIConfig):
+        if engine in get_args(model.model_fields["engine"].annotation):
+            return model
+    allowed = ", ".join(get_args(Engine))
+    raise ConfigError(f"{SETUP_CONFIG}: engine must be one of {allowed}")
+
+
+if __name__ == "__main__":
+    for config in (AccelerateConfig, DeepSpeedConfig, MIIConfig):
+        print(f"### {config.__doc__}\n\n{describe_fields(config)}\n")

@@ -1,0 +1,158 @@
+"""From logits to tokens: vectorised over the batch, each sequence with its own parameters.
+
+Order and meaning follow transformers' `generate`: penalties and the end-token ban on the logits,
+then temperature, top-k, top-p. Randomness is the exponential race (argmax of p / Exp(1), the
+Gumbel-max trick in another form), with one generator per seeded sequence, so that a seed gives the
+same tokens whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from runners.contracts import SamplingParams
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a request's None means: the model's generation config, else neutral."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+
+class SamplerState:
+    """One sequence's parameters, resolved, and what sampling remembers of it."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        defaults: SamplingDefaults,
+        prompt_ids: Sequence[int],
+        eos_ids: frozenset[int],
+    ) -> None:
+        def resolve(value: float | None, default: float) -> float:
+            return default if value is None else value
+
+        self.temperature = resolve(params.temperature, defaults.temperature)
+        self.top_p = resolve(params.top_p, defaults.top_p)
+        self.top_k = int(resolve(params.top_k, defaults.top_k))
+        self.repetition = resolve(params.repetition_penalty, defaults.repetition_penalty)
+        self.presence = params.presence_penalty
+        self.frequency = params.frequency_penalty
+        self.min_new_tokens = params.min_new_tokens
+        self.logprobs = params.logprobs
+        self.eos_ids = sorted(eos_ids)
+        self.generated = 0
+        self._prompt_ids = list(set(prompt_ids))
+        self._counts: dict[int, int] = {}
+        self.generator: torch.Generator | None = None
+        if params.seed is not None:
+            # torch takes 64 bits; any integer a client sends folds into them.
+            self.generator = torch.Generator().manual_seed(params.seed & 0x7FFF_FFFF_FFFF_FFFF)
+
+    @property
+    def touches_logits(self) -> bool:
+        """Whether anything but temperature, top-k and top-p applies."""
+        return (
+            self.repetition != 1.0
+            or self.presence != 0.0
+            or self.frequency != 0.0
+            or self.generated < self.min_new_tokens
+        )
+
+    def adjust(self, logits: torch.Tensor) -> None:
+        """Apply penalties and the end-token ban to one row `[vocab]`, in place."""
+        counted = list(self._counts)
+        if self.repetition != 1.0:
+            seen = torch.tensor(list({*self._prompt_ids, *counted}))
+            scores = logits[seen]
+            logits[seen] = torch.where(
+                scores < 0, scores * self.repetition, scores / self.repetition
+            )
+        if counted and (self.presence or self.frequency):
+            counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype)
+            logits[torch.tensor(counted)] -= self.presence + self.frequency * counts
+        if self.generated < self.min_new_tokens and self.eos_ids:
+            logits[torch.tensor(self.eos_ids)] = float("-inf")
+
+    def took(self, token: int) -> None:
+        """Remember a sampled token."""
+        self.generated += 1
+        self._counts[token] = self._counts.get(token, 0) + 1
+
+
+@dataclass(frozen=True)
+class RankedToken:
+    """A sampled token's log-probability and the best alternatives as (token, logprob)."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+def sample(
+    logits: torch.Tensor, states: Sequence[SamplerState]
+) -> tuple[list[int], list[RankedToken | None]]:
+    """One token for each row of float32 logits `[n, vocab]`, and logprobs where asked for.
+
+    Logprobs are of the model's own distribution, before penalties and temperature.
+    """
+    raw = logits
+    if any(state.touches_logits for state in states):
+        logits = logits.clone()
+        for row, state in zip(logits, states, strict=True):
+            if state.touches_logits:
+                state.adjust(row)
+    tokens = logits.argmax(-1)
+    drawn = [i for i, state in enumerate(states) if state.temperature > 0]
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [states[i] for i in drawn])
+    picked: list[int] = tokens.tolist()
+    for state, token in zip(states, picked, strict=True):
+        state.took(token)
+    return picked, _logprobs(raw, picked, states)
+
+
+def _draw(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    scaled = logits / torch.tensor([[state.temperature] for state in states])
+    vocab = logits.shape[-1]
+    if any(0 < state.top_k < vocab or state.top_p < 1.0 for state in states):
+        scaled = _truncate(scaled, states)
+    probabilities = scaled.softmax(-1)
+    race = torch.empty_like(probabilities)
+    for row, state in zip(race, states, strict=True):
+        row.exponential_(generator=state.generator)
+    return (probabilities / race).argmax(-1)
+
+
+def _truncate(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """Keep each row's top-k tokens, then the fewest of those whose probability reaches top-p."""
+    vocab = logits.shape[-1]
+    ordered, indices = logits.sort(-1, descending=True)
+    top_k = torch.tensor([[state.top_k or vocab] for state in states])
+    ordered = ordered.masked_fill(torch.arange(vocab)[None] >= top_k, float("-inf"))
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    top_p = torch.tensor([[state.top_p] for state in states])
+    cut = before >= top_p
+    cut[:, 0] = False
+    ordered = ordered.masked_fill(cut, float("-inf"))
+    return torch.full_like(logits, float("-inf")).scatter(-1, indices, ordered)
+
+
+def _logprobs(
+    logits: torch.Tensor, picked: Sequence[int], states: Sequence[SamplerState]
+) -> list[RankedToken | None]:
+    ranked: list[RankedToken | None] = [None] * len(states)
+    for i, state in enumerate(states):
+        if state.logprobs is not None:
+            row = logits[i].log_softmax(-1)
+            values, ids = row.topk(min(state.logprobs, len(row)))
+            top = list(zip(ids.tolist(), values.tolist(), strict=True))
+            ranked[i] = RankedToken(float(row[picked[i]]), top)
+    return ranked

@@ -1,0 +1,107 @@
+"""`python -m runners.ranks.launcher RUN_DIR PARENT_PID`: starts and watches one node's ranks.
+
+It is a process of its own because torch's elastic tools import torch, which the HTTP worker must
+not. It ends all ranks when its stdin closes, on SIGTERM, or when any rank ends, and leaves the
+reason in `outcome.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    PContext,
+    RunProcsResult,
+    Std,
+    start_processes,
+)
+
+from runners.ranks.lifeline import die_with_parent
+from runners.ranks.spec import LOGS, OUTCOME, Outcome, RankSpec, read_spec, write_private
+
+TAIL_LINES = 30
+KILL_AFTER_S = 2
+POLL_S = 0.1
+
+
+def main() -> None:
+    """Run until the ranks end or the host lets go."""
+    run_dir = Path(sys.argv[1])
+    die_with_parent(int(sys.argv[2]))
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
+    ranks = _start(run_dir, read_spec(run_dir))
+    result = None
+    while result is None and not stop.is_set():
+        result = ranks.wait(timeout=POLL_S, period=POLL_S)
+    # The host may let go because a rank ended: a last look tells how it ended.
+    result = result or ranks.wait(timeout=POLL_S, period=POLL_S / 2)
+    ranks.close(death_sig=signal.SIGTERM, timeout=KILL_AFTER_S)
+    if result is not None:
+        write_private(run_dir / OUTCOME, _outcome(result))
+        sys.exit(1 if result.is_failed() else 0)
+
+
+def _start(run_dir: Path, spec: RankSpec) -> PContext:
+    logs = run_dir / LOGS
+    logs.mkdir(mode=0o700, exist_ok=True)
+    ranks = range(spec.world_size)
+    common = {
+        "WORLD_SIZE": str(spec.world_size),
+        "LOCAL_WORLD_SIZE": str(spec.world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": str(spec.num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return start_processes(
+        name="rank",
+        entrypoint=sys.executable,
+        args={r: ("-u", "-m", "runners.ranks.worker", str(run_dir), os.getpid()) for r in ranks},
+        envs={r: common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in ranks},
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), tee=Std.ALL),
+    )
+
+
+def _wait_for_eof(stop: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop.set()
+
+
+def _outcome(result: RunProcsResult) -> Outcome:
+    if not result.failures:
+        return Outcome(reason="the ranks ended by themselves", stderr_tail=[])
+    rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    how = (
+        f"was killed by {failure.signal_name()}"
+        if failure.exitcode < 0
+        else f"exited with status {failure.exitcode}"
+    )
+    return Outcome(reason=f"rank {rank} {how}", stderr_tail=_tail(result.stderrs.get(rank)))
+
+
+def _tail(path: str | None) -> list[str]:
+    try:
+        with open(path or os.devnull, encoding="utf-8", errors="replace") as file:
+            return [line.rstrip("\n") for line in deque(file, TAIL_LINES)]
+    except OSError:
+        return []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

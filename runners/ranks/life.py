@@ -1,0 +1,159 @@
+"""One life of a rank group: its private folder, socket, launcher process and connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from runners.config import BaseRunnerConfig
+from runners.ranks.channel import encode_frame, read_rank_message
+from runners.ranks.messages import Heartbeat, Hello, HostMessage, RankMessage, Shutdown
+from runners.ranks.spec import SOCKET, SPEC, RankSpec, read_outcome, write_private
+
+logger = logging.getLogger("triptych.ranks")
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+WATCH_PERIOD_S = 0.25
+LAUNCHER_EXIT_S = 6.0
+PRIVATE_VARIABLES = frozenset({"TRIPTYCH_API_KEY"})
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a life is over; `final` if another can not do better."""
+
+    reason: str
+    final: bool = False
+
+
+class Life:
+    """The processes of a rank group from start to end, as an async context.
+
+    `handle` gets every message of a rank but its heartbeats. Leaving the context ends all
+    processes and removes the folder.
+    """
+
+    def __init__(
+        self, config: BaseRunnerConfig, spec: RankSpec, handle: Callable[[RankMessage], None]
+    ) -> None:
+        self._config = config
+        self._spec = spec
+        self._handle = handle
+        self._end: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+        self._began = time.monotonic()
+        self._beats: dict[int, float] = {}
+        self._writers: dict[int, asyncio.StreamWriter] = {}
+        self._readers: set[asyncio.Task[None]] = set()
+        self.last_beat: Heartbeat | None = None
+
+    async def __aenter__(self) -> Life:
+        self._run_dir = Path(tempfile.mkdtemp(prefix="triptych-"))
+        write_private(self._run_dir / SPEC, self._spec)
+        path = self._run_dir / SOCKET
+        self._server = await asyncio.start_unix_server(self._connected, path=str(path))
+        path.chmod(0o600)
+        search = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
+        env = {k: v for k, v in os.environ.items() if k not in PRIVATE_VARIABLES}
+        self._launcher = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "runners.ranks.launcher", str(self._run_dir), str(os.getpid())),
+            stdin=asyncio.subprocess.PIPE,
+            env=env | {"PYTHONPATH": search},
+            # Ctrl-C in a terminal is for the server, which then stops its ranks in order.
+            start_new_session=True,
+        )
+        self._exited = asyncio.create_task(self._launcher.wait())
+        self._exited.add_done_callback(lambda _: self.end("the rank processes ended"))
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError):
+                writer.write(encode_frame(Shutdown()))
+            writer.close()
+        await self._end_launcher()
+        self._server.close()
+        for task in self._readers:
+            task.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
+        await asyncio.to_thread(shutil.rmtree, self._run_dir, ignore_errors=True)
+
+    def send(self, message: HostMessage) -> None:
+        """Write to rank 0."""
+        self._writers[0].write(encode_frame(message))
+
+    def end(self, reason: str, *, final: bool = False) -> None:
+        """Declare this life over; only the first reason counts."""
+        if not self._end.done():
+            self._end.set_result(End(reason, final))
+
+    async def watch(self, ready: Callable[[], bool]) -> End:
+        """Wait until this life is over, or ends it when a deadline passes."""
+        while not self._end.done():
+            await asyncio.wait({self._end}, timeout=WATCH_PERIOD_S)
+            if (reason := self._overdue(ready())) is not None:
+                self.end(reason)
+        return self._end.result()
+
+    async def explain(self, end: End) -> End:
+        """End the processes and add what the launcher saw; the last stderr lines go to the log."""
+        await self._end_launcher()
+        outcome = read_outcome(self._run_dir)
+        if outcome is None or end.final:
+            return end
+        if outcome.stderr_tail:
+            logger.error("last lines of the rank:\n%s", "\n".join(outcome.stderr_tail))
+        last = next((line for line in reversed(outcome.stderr_tail) if line.strip()), "")
+        return End(f"{outcome.reason}: {last.strip()}" if last else outcome.reason)
+
+    def _overdue(self, ready: bool) -> str | None:
+        now, config = time.monotonic(), self._config
+        if not ready:
+            if now - self._began > config.start_timeout:
+                return f"not ready within start_timeout ({config.start_timeout:g} s)"
+            return None
+        for rank, beat in self._beats.items():
+            if now - beat > config.heartbeat_timeout:
+                return f"rank {rank} hangs: no sign of life for {config.heartbeat_timeout:g} s"
+        if self.last_beat is not None and self.last_beat.step_age > config.step_timeout:
+            return f"rank 0 hangs: one step takes longer than {config.step_timeout:g} s"
+        return None
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - asyncio runs this callback as a task
+        self._readers.add(task)
+        try:
+            hello = await read_rank_message(reader)
+            if not isinstance(hello, Hello) or hello.rank in self._writers:
+                return
+            self._writers[hello.rank] = writer
+            while (message := await read_rank_message(reader)) is not None:
+                if isinstance(message, Heartbeat):
+                    self._beats[message.rank] = time.monotonic()
+                    self.last_beat = message if message.rank == 0 else self.last_beat
+                else:
+                    self._handle(message)
+            self.end(f"rank {hello.rank} ended")
+        except ValueError as error:
+            self.end(f"a rank sent a message outside the schema: {error}")
+        finally:
+            writer.close()
+
+    async def _end_launcher(self) -> None:
+        """Let the launcher end its ranks and go; kill it if it hangs, and the kernel kills them."""
+        if self._launcher.stdin is not None:
+            self._launcher.stdin.close()
+        _, pending = await asyncio.wait({self._exited}, timeout=LAUNCHER_EXIT_S)
+        if pending:
+            self._launcher.kill()
+            await self._exited

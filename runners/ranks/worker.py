@@ -1,0 +1,192 @@
+"""`python -m runners.ranks.worker RUN_DIR PARENT_PID`: the loop in a rank.
+
+Three threads: this one loads the model and runs its steps; a reader hands the host's messages to
+the program; a heartbeat tells the host once a second that the process lives and how long the
+current step has taken. The end of the channel ends the process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from runners.config import AccelerateConfig, DeepSpeedConfig, MIIConfig, runner_config_adapter
+from runners.contracts import ModelInfo, RunnerState
+from runners.errors import ConfigError
+from runners.ranks.channel import RankChannel
+from runners.ranks.lifeline import die_with_parent
+from runners.ranks.messages import (
+    Fatal,
+    Heartbeat,
+    Hello,
+    HostMessage,
+    Progress,
+    RankMessage,
+    Ready,
+    Shutdown,
+)
+from runners.ranks.spec import SOCKET, WORK, read_spec
+
+HEARTBEAT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How full a program is."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_tokens_used: int = 0
+    kv_tokens_total: int = 0
+
+
+class RankProgram(Protocol):
+    """A loaded model that works step by step."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded."""
+        ...
+
+    def receive(self, message: HostMessage) -> None:
+        """Take a message of the host; called by the reader thread, must not block."""
+        ...
+
+    def step(self) -> None:
+        """Wait (at most about a second) for work and do one step of it."""
+        ...
+
+    def occupancy(self) -> Occupancy:
+        """How full it is; called by the heartbeat thread."""
+        ...
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """What a program needs of the rank it runs in."""
+
+    config: AccelerateConfig | DeepSpeedConfig | MIIConfig
+    rank: int
+    world_size: int
+    num_threads: int
+    work_dir: Path
+    """A private folder that goes with the rank group."""
+    emit: Callable[[RankMessage], None]
+    """Sends a message to the host; callable from any thread."""
+
+    def progress(self, state: RunnerState, detail: str) -> None:
+        """Tell the host what the start-up is doing."""
+        if self.rank == 0:
+            self.emit(Progress(state, detail))
+
+
+LoadProgram = Callable[[RankContext], RankProgram]
+
+
+class _StepClock:
+    """When the current step began; read by the heartbeat thread."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._began = None
+
+    @property
+    def age(self) -> float:
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+
+def main() -> None:
+    """Load the program named in the spec and step it until the host lets go."""
+    run_dir = Path(sys.argv[1])
+    die_with_parent(int(sys.argv[2]))
+    # Ctrl-C reaches the whole terminal; the host decides when ranks end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    rank = int(os.environ["RANK"])
+    channel = RankChannel(run_dir / SOCKET)
+    channel.send(Hello(rank, os.getpid()))
+    try:
+        program = _load(run_dir, rank, channel)
+    except ConfigError as error:
+        channel.send(Fatal(type(error).__name__, error.message))
+        sys.exit(2)
+    clock = _StepClock()
+    _start_thread(_read, channel, program)
+    _start_thread(_beat, channel, program, clock, rank)
+    if rank == 0:
+        channel.send(Ready(program.info))
+    while True:
+        with clock:
+            program.step()
+
+
+def _load(run_dir: Path, rank: int, channel: RankChannel) -> RankProgram:
+    spec = read_spec(run_dir)
+    work_dir = run_dir / WORK
+    work_dir.mkdir(mode=0o700, exist_ok=True)
+    context = RankContext(
+        config=runner_config_adapter.validate_json(spec.config),
+        rank=rank,
+        world_size=spec.world_size,
+        num_threads=spec.num_threads,
+        work_dir=work_dir,
+        emit=channel.send,
+    )
+    context.progress(RunnerState.LOADING, "importing the engine")
+    module, _, function = spec.program.partition(":")
+    load = cast(LoadProgram, getattr(importlib.import_module(module), function))
+    return load(context)
+
+
+def _read(channel: RankChannel, program: RankProgram) -> None:
+    try:
+        for message in channel:
+            if isinstance(message, Shutdown):
+                break
+            program.receive(message)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    # The main thread may be deep in a step; nothing of a rank outlives its host.
+    os._exit(0)
+
+
+def _beat(channel: RankChannel, program: RankProgram, clock: _StepClock, rank: int) -> None:
+    try:
+        while True:
+            full = program.occupancy()
+            channel.send(
+                Heartbeat(
+                    rank,
+                    clock.age,
+                    full.running,
+                    full.waiting,
+                    full.kv_tokens_used,
+                    full.kv_tokens_total,
+                )
+            )
+            time.sleep(HEARTBEAT_S)
+    except OSError:
+        os._exit(0)
+
+
+def _start_thread(target: Callable[..., None], *args: object) -> None:
+    threading.Thread(target=target, args=args, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

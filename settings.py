@@ -1,0 +1,76 @@
+"""Run-time choices, read once from `TRIPTYCH_*` environment variables.
+
+`python -m settings` prints the table that the README shows.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from runners.config import Engine, describe_fields, explain
+from runners.errors import ConfigError
+
+PREFIX = "TRIPTYCH_"
+
+
+class Settings(BaseSettings):
+    """What to serve and within which limits."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, use_attribute_docstrings=True, env_ignore_empty=True, extra="ignore"
+    )
+
+    text_model: str = ""
+    """Text model to serve: a BentoML store tag (`name` or `name:version`) or a folder. Empty: none.
+    In a built bento, the model chosen at build time."""
+    image_model: str = ""
+    """Image model to serve: a store tag or a folder. Empty: none."""
+    text_engine: Engine | None = None
+    """Overrides the engine that the text model's `setup_config.json` names."""
+    image_engine: Engine | None = None
+    """Overrides the engine that the image model's `setup_config.json` names."""
+    tensor_parallel: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Over how many ranks the model is split; overrides the model's own."""
+    max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    """Requests in the house at once, running and waiting; one more gets 429 with Retry-After."""
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Sequences generated together in one step; overrides the model's own."""
+    max_kv_tokens: Annotated[int, Field(ge=16)] | None = None
+    """KV cache bound in tokens over all sequences. Default: from the free memory."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
+    """Largest request body in bytes; a larger one gets 413."""
+    request_timeout: Annotated[float, Field(gt=0, le=86_400)] = 600.0
+    """Seconds a request may take in all, queue included, before it is aborted with 504."""
+    start_timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    """Seconds a model may take from start to ready; overrides the model's own."""
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """CPU threads per rank. Default: the machine's cores divided by the ranks."""
+    api_key: SecretStr | None = None
+    """When set, every route but the health probes asks for `Authorization: Bearer <key>`."""
+    port: Annotated[int, Field(ge=1, le=65_535, validation_alias="PORT")] = 3000
+    """HTTP port (the variable is `PORT`, without prefix)."""
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The settings of this process. Raises: ConfigError with one sentence for a wrong value."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigError(explain(error, name=_variable)) from None
+
+
+def _variable(field: str) -> str:
+    return field if field == "PORT" else PREFIX + field.upper()
+
+
+if __name__ == "__main__":
+    print(
+        describe_fields(
+            Settings, name=lambda field: _variable("PORT" if field == "port" else field)
+        )
+    )
