@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from runners.config import DEVICE_STRATEGIES, AccelerateConfig
@@ -49,7 +50,7 @@ def load_model(config: AccelerateConfig, work_dir: Path) -> PreTrainedModel:
             use_safetensors=True,
             **options,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{config.model_path.name} can not be loaded: {error}") from error
     return model
 

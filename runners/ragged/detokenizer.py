@@ -14,7 +14,8 @@ class Detokenizer:
 
     A token is decoded together with its neighbours before it (a token's text may depend on them)
     and its text held back while it ends inside a character, or while it may be the beginning of a
-    stop string. The concatenated deltas equal the whole decoded text, cut before the stop string.
+    stop string. The concatenated deltas equal the whole decoded text, cut before the stop string;
+    bytes that are no UTF-8 at all show as U+FFFD.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:

@@ -7,6 +7,7 @@ reason in `outcome.json`.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -38,6 +39,8 @@ def main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Its warnings about every signal it sends would read like trouble; outcome.json says it better.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
     ranks = _start(run_dir, read_spec(run_dir))
     result = None

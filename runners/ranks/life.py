@@ -23,6 +23,7 @@ logger = logging.getLogger("triptych.ranks")
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 WATCH_PERIOD_S = 0.25
+RANK_EXIT_S = 3.0
 LAUNCHER_EXIT_S = 6.0
 PRIVATE_VARIABLES = frozenset({"TRIPTYCH_API_KEY"})
 
@@ -53,6 +54,7 @@ class Life:
         self._beats: dict[int, float] = {}
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._readers: set[asyncio.Task[None]] = set()
+        self._rank_left = False
         self.last_beat: Heartbeat | None = None
 
     async def __aenter__(self) -> Life:
@@ -106,6 +108,9 @@ class Life:
 
     async def explain(self, end: End) -> End:
         """End the processes and add what the launcher saw; the last stderr lines go to the log."""
+        if self._rank_left:
+            # A rank that ends by itself is still busy dying: let the launcher see how.
+            await asyncio.wait({self._exited}, timeout=RANK_EXIT_S)
         await self._end_launcher()
         outcome = read_outcome(self._run_dir)
         if outcome is None or end.final:
@@ -143,6 +148,7 @@ class Life:
                     self.last_beat = message if message.rank == 0 else self.last_beat
                 else:
                     self._handle(message)
+            self._rank_left = True
             self.end(f"rank {hello.rank} ended")
         except ValueError as error:
             self.end(f"a rank sent a message outside the schema: {error}")

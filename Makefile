@@ -1,0 +1,51 @@
+# Two commands: `make serve` sets everything up and serves the demo model; `make test` sets
+# everything up and runs the whole suite. Both work on a fresh clone and are quick the second time.
+
+PYTHON ?= python3
+PORT ?= 3000
+HOST ?= 127.0.0.1
+VENV := .venv
+BIN := $(VENV)/bin
+export BENTOML_DO_NOT_TRACK ?= True
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PORT
+
+.PHONY: serve test lint setup docs bento clean
+
+serve: setup
+	@$(BIN)/python -m model_store_scripts.make_demo_models
+	@echo "serving on http://$(HOST):$(PORT) (Ctrl-C stops it)"
+	@TRIPTYCH_TEXT_MODEL=$${TRIPTYCH_TEXT_MODEL-demo-text} \
+		exec $(BIN)/bentoml serve . --host $(HOST) --port $(PORT) --timeout-graceful-shutdown 30
+
+test: setup
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+setup: $(VENV)/.installed
+
+# torch goes first and pinned: whatever else asks for torch must find this one, not the newest.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { \
+		echo "Triptych needs Python 3.11 or 3.12; say which with: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+		echo "no virtual environment could be made; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "installing torch and the rest into $(VENV) (minutes the first time) ..."
+	@{ $(BIN)/pip install --quiet torch==2.13.0 && $(BIN)/pip install --quiet --editable '.[dev]'; } || { \
+		echo "the packages could not be installed; see pip's message above, then run make again" >&2; exit 1; }
+	@touch $@
+
+# The tables in the README are generated from the types.
+docs: setup
+	@$(BIN)/python -m tests.support.readme --write
+
+# A bento with a chosen model: make bento TEXT_MODEL=tag
+bento: setup
+	@$(BIN)/bentoml build . $(if $(TEXT_MODEL),--arg text_model=$(TEXT_MODEL))
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,126 @@
+"""The rank group lives, dies and comes back as promised; nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from runners import create_runner
+from runners.config import load_setup_config
+from runners.contracts import RunnerState, TextRunner
+from runners.errors import RunnerUnavailable
+from tests.support.generating import collect, ids_of, request, serving, wait_ready
+from tests.support.models import greedy, write_model
+from tests.support.processes import alive, descendants, ranks, wait_until
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+async def went_down(runner: TextRunner, timeout: float) -> str:
+    """Wait until it is not ready; returns the reason it gave first."""
+    async with asyncio.timeout(timeout):
+        while runner.health().ready:
+            await asyncio.sleep(0.01)
+    return runner.health().detail
+
+
+async def test_stop_leaves_no_process_and_no_folder(model: Path, tmp_path: Path) -> None:
+    async with serving(model):
+        started = descendants()
+        folders = {Path(p.cmdline()[-2]) for p in ranks()}
+        assert len(ranks()) == 1
+        assert all(f.is_dir() and f.stat().st_mode & 0o077 == 0 for f in folders)
+        sockets = [f / "channel.sock" for f in folders]
+        assert all(s.stat().st_mode & 0o777 == 0o600 for s in sockets)
+    assert alive(started) == []
+    assert not any(f.exists() for f in folders)
+
+
+async def test_killed_while_idle_it_says_why_and_comes_back(model: Path) -> None:
+    async with serving(model) as runner:
+        [rank] = ranks()
+        os.kill(rank.pid, signal.SIGKILL)
+        await went_down(runner, timeout=2)
+        reasons = set()
+        async with asyncio.timeout(60):
+            while not runner.health().ready:
+                reasons.add(runner.health().detail)
+                await asyncio.sleep(0.01)
+        assert any("rank 0 was killed by SIGKILL" in r for r in reasons), reasons
+        assert runner.health().restarts == 1
+        deltas = await collect(runner, "hello", max_new_tokens=8, ignore_eos=True)
+        assert [ids_of(deltas)] == greedy(model, ["hello"], 8)
+
+
+async def test_killed_midway_fails_what_is_in_flight_at_once(model: Path) -> None:
+    async with serving(model) as runner:
+        stream = await runner.generate(request("hello", max_new_tokens=500, ignore_eos=True))
+        iterator = aiter(stream)
+        await anext(iterator)
+        [rank] = ranks()
+        killed_at = time.monotonic()
+        os.kill(rank.pid, signal.SIGKILL)
+        with pytest.raises(RunnerUnavailable, match="went down with the request in flight"):
+            while True:
+                await anext(iterator)
+        assert time.monotonic() - killed_at < 2
+        with pytest.raises(RunnerUnavailable, match="is not ready"):
+            await runner.generate(request("hello"))
+        await wait_ready(runner)
+
+
+async def test_a_stopped_rank_is_taken_for_hung(model: Path) -> None:
+    async with serving(model, heartbeat_timeout=3) as runner:
+        [rank] = ranks()
+        os.kill(rank.pid, signal.SIGSTOP)
+        reason = await went_down(runner, timeout=6)
+        assert reason == "rank 0 hangs: no sign of life for 3 s"
+        await wait_ready(runner)
+        assert alive([rank]) == []
+
+
+async def test_a_model_that_can_not_load_fails_for_good_with_the_reason(tmp_path: Path) -> None:
+    folder = write_model("llama", tmp_path / "broken")
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    config, _ = load_setup_config(folder, name="broken")
+    runner = create_runner(config)
+    await runner.start()
+    try:
+        async with asyncio.timeout(60):
+            while runner.health().state is not RunnerState.FAILED:
+                await asyncio.sleep(0.05)
+        assert "broken can not be loaded" in runner.health().detail
+    finally:
+        await runner.stop()
+
+
+async def test_a_start_that_takes_too_long_is_ended(model: Path) -> None:
+    config, _ = load_setup_config(model, name="slow", overrides={"start_timeout": 0.5})
+    runner = create_runner(config)
+    await runner.start()
+    try:
+        async with asyncio.timeout(20):
+            while runner.health().state is not RunnerState.RESTARTING:
+                await asyncio.sleep(0.01)
+        assert runner.health().detail == "not ready within start_timeout (0.5 s)"
+    finally:
+        await runner.stop()
+
+
+async def test_ranks_die_with_a_launcher_that_is_killed(model: Path) -> None:
+    async with serving(model) as runner:
+        [rank] = ranks()
+        parent = rank.parent()
+        assert parent is not None
+        parent.kill()
+        wait_until(lambda: alive([rank]) == [], 2, "the rank ends with its launcher")
+        await went_down(runner, timeout=2)
+        await wait_ready(runner)

@@ -1,0 +1,1 @@
+"""What several test modules share: models made on the spot, and ways to watch processes."""

@@ -1,0 +1,69 @@
+"""Driving a TextRunner in tests."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from runners import create_runner
+from runners.config import load_setup_config
+from runners.contracts import (
+    GenerationRequest,
+    Prompt,
+    RunnerState,
+    SamplingParams,
+    TextDelta,
+    TextRunner,
+)
+
+_ids = itertools.count()
+
+
+def request(prompt: Prompt, **sampling: Any) -> GenerationRequest:
+    """A request with a fresh id."""
+    return GenerationRequest(
+        request_id=f"test-{next(_ids)}", prompt=prompt, sampling=SamplingParams(**sampling)
+    )
+
+
+async def collect(runner: TextRunner, prompt: Prompt, **sampling: Any) -> list[TextDelta]:
+    """All deltas of one generation."""
+    async with await runner.generate(request(prompt, **sampling)) as stream:
+        return [delta async for delta in stream]
+
+
+def ids_of(deltas: list[TextDelta]) -> list[int]:
+    """All token ids of a generation."""
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+def text_of(deltas: list[TextDelta]) -> str:
+    """The whole text of a generation."""
+    return "".join(delta.text for delta in deltas)
+
+
+async def wait_ready(runner: TextRunner, timeout: float = 120) -> None:
+    """Until the runner serves. Raises: AssertionError if it fails or takes longer."""
+    async with asyncio.timeout(timeout):
+        while not runner.health().ready:
+            assert runner.health().state is not RunnerState.FAILED, runner.health().detail
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def serving(folder: Path, **overrides: object) -> AsyncIterator[TextRunner]:
+    """A started and ready runner for a model folder."""
+    config, _ = load_setup_config(
+        folder, name=folder.name, overrides={"num_threads": 1} | overrides
+    )
+    runner = create_runner(config)
+    await runner.start()
+    try:
+        await wait_ready(runner)
+        yield runner
+    finally:
+        await runner.stop()

@@ -1,0 +1,42 @@
+"""Watching processes: what a rank group started, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import psutil
+
+
+def descendants(pid: int | None = None) -> list[psutil.Process]:
+    """All living processes below `pid` (this process by default), zombies aside."""
+    return [
+        p
+        for p in psutil.Process(pid).children(recursive=True)
+        if p.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def ranks(pid: int | None = None) -> list[psutil.Process]:
+    """The rank worker processes below `pid`."""
+    return [p for p in descendants(pid) if "runners.ranks.worker" in " ".join(_cmdline(p))]
+
+
+def _cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run."""
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:
+    """Poll until true. Raises: AssertionError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.05)

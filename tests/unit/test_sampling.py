@@ -1,0 +1,149 @@
+"""Sampling follows transformers' processors, and a seed means the same in any batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from runners.contracts import SamplingParams
+from runners.ragged.sampling import SamplerState, SamplingDefaults, sample
+
+VOCAB = 50
+PROMPT = [3, 4, 5, 3]
+
+
+def state(defaults: SamplingDefaults | None = None, **params: Any) -> SamplerState:
+    return SamplerState(
+        SamplingParams(**params), defaults or SamplingDefaults(), PROMPT, frozenset({1})
+    )
+
+
+def logits(rows: int = 1, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def draws(count: int, row: torch.Tensor, **params: Any) -> torch.Tensor:
+    """Frequencies of each token over `count` draws from one distribution."""
+    states = [state(seed=i, **params) for i in range(count)]
+    tokens, _ = sample(row.expand(count, -1), states)
+    return torch.bincount(torch.tensor(tokens), minlength=VOCAB) / count
+
+
+def test_greedy_is_the_default_and_is_argmax() -> None:
+    rows = logits(4)
+    assert sample(rows, [state() for _ in range(4)])[0] == rows.argmax(-1).tolist()
+
+
+def test_the_models_own_defaults_apply_where_the_request_says_nothing() -> None:
+    own = SamplingDefaults(temperature=0.7, top_k=1)
+    assert state(own).temperature == 0.7
+    assert state(own).top_k == 1
+    assert state(own, temperature=0.0, top_k=5).temperature == 0.0
+    assert state(own, temperature=0.0, top_k=5).top_k == 5
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_any_batch() -> None:
+    rows = logits(3, spread=0.5)
+    alone = state(temperature=1.0, seed=5)
+    batch = [state(temperature=0.9, seed=8), state(temperature=1.0, seed=5), state(top_p=0.4)]
+    for _ in range(8):
+        assert sample(rows, batch)[0][1] == sample(rows[1:2], [alone])[0][0]
+
+
+def test_seeds_differ_and_huge_or_negative_ones_work() -> None:
+    row = logits()
+    tokens = {
+        sample(row, [state(temperature=3.0, seed=seed)])[0][0]
+        for seed in [*range(20), -1, 2**63, 2**80]
+    }
+    assert len(tokens) > 3
+
+
+@pytest.mark.parametrize(
+    ("params", "warper"),
+    [
+        ({"top_k": 5}, TopKLogitsWarper(5)),
+        ({"top_p": 0.7}, TopPLogitsWarper(0.7)),
+        ({"top_p": 0.05}, TopPLogitsWarper(0.05)),
+    ],
+)
+def test_draws_follow_the_truncated_distribution(params: dict[str, Any], warper: Any) -> None:
+    row = logits(spread=1.0)
+    expected = warper(None, row.clone()).softmax(-1)[0]
+    seen = draws(20_000, row, temperature=1.0, **params)
+    assert (seen[expected == 0] == 0).all()
+    assert (seen - expected).abs().max() < 0.02
+
+
+def test_temperature_scales_the_distribution() -> None:
+    row = logits()
+    seen = draws(20_000, row, temperature=2.0)
+    assert (seen - (row / 2.0).softmax(-1)[0]).abs().max() < 0.02
+
+
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    row = logits()
+    ours = row.clone()
+    penalised = state(repetition_penalty=1.7)
+    for token in (10, 11, 10):
+        penalised.took(token)
+    penalised.adjust(ours[0])
+    seen = torch.tensor([[*PROMPT, 10, 11, 10]])
+    theirs = RepetitionPenaltyLogitsProcessor(1.7)(seen, row.clone())
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_presence_and_frequency_penalties_count_the_output_only() -> None:
+    row = logits()
+    ours = row.clone()
+    penalised = state(presence_penalty=0.5, frequency_penalty=0.25)
+    for token in (10, 11, 10):
+        penalised.took(token)
+    penalised.adjust(ours[0])
+    expected = row.clone()
+    expected[0, 10] -= 0.5 + 2 * 0.25
+    expected[0, 11] -= 0.5 + 0.25
+    torch.testing.assert_close(ours, expected)
+
+
+def test_end_tokens_are_banned_before_min_new_tokens_exactly() -> None:
+    row = torch.zeros(1, VOCAB)
+    row[0, 1] = 9.0
+    patient = state(min_new_tokens=2)
+    tokens = [sample(row, [patient])[0][0] for _ in range(3)]
+    assert tokens[0] != 1
+    assert tokens[1] != 1
+    assert tokens[2] == 1
+    theirs = MinNewTokensLengthLogitsProcessor(len(PROMPT), 2, [1])
+    assert theirs(torch.tensor([[*PROMPT, 7, 7]]), row.clone()).argmax() == 1
+
+
+def test_logprobs_are_of_the_unmodified_distribution() -> None:
+    row = logits()
+    tokens, ranked = sample(
+        row, [state(temperature=0.3, seed=1, repetition_penalty=2.0, logprobs=3)]
+    )
+    expected = row[0].log_softmax(-1)
+    assert ranked[0] is not None
+    assert ranked[0].logprob == pytest.approx(float(expected[tokens[0]]))
+    values, ids = expected.topk(3)
+    assert [t for t, _ in ranked[0].top] == ids.tolist()
+    assert [p for _, p in ranked[0].top] == pytest.approx(values.tolist())
+    assert sample(row, [state(logprobs=0)])[1][0] is not None
+    assert sample(row, [state()])[1][0] is None
+
+
+def test_one_rows_penalties_leave_the_other_rows_alone() -> None:
+    rows = logits(2)
+    before = rows.clone()
+    tokens, _ = sample(rows, [state(), state(repetition_penalty=5.0, min_new_tokens=3)])
+    assert tokens[0] == int(before[0].argmax())
+    torch.testing.assert_close(rows, before)
