@@ -182,6 +182,8 @@ class ModelInfo:
     vocab_size: int
     max_kv_tokens: int
     has_chat_template: bool
+    default_temperature: float | None = None
+    """What the model's own generation config samples with; None if it names nothing."""
 
 
 class TextRunner(Protocol):

@@ -67,6 +67,7 @@ def text_program(context: RankContext, model: PreTrainedModel) -> TextProgram:
         vocab_size=engine.vocab_size,
         max_kv_tokens=limits.max_kv_tokens,
         has_chat_template=bool(tokenizer.chat_template),
+        default_temperature=_defaults(model).temperature or None,
     )
     return TextProgram(
         info=info,
