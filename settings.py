@@ -64,13 +64,14 @@ def get_settings() -> Settings:
         raise ConfigError(explain(error, name=_variable)) from None
 
 
+def describe_settings() -> str:
+    """A Markdown table of all variables, from the types."""
+    return describe_fields(Settings, name=lambda f: _variable("PORT" if f == "port" else f))
+
+
 def _variable(field: str) -> str:
     return field if field == "PORT" else PREFIX + field.upper()
 
 
 if __name__ == "__main__":
-    print(
-        describe_fields(
-            Settings, name=lambda field: _variable("PORT" if field == "port" else field)
-        )
-    )
+    print(describe_settings())

@@ -1,8 +1,8 @@
 """`python -m runners.ranks.launcher RUN_DIR PARENT_PID`: starts and watches one node's ranks.
 
 It is a process of its own because torch's elastic tools import torch, which the HTTP worker must
-not. It ends all ranks when its stdin closes, on SIGTERM, or when any rank ends, and leaves the
-reason in `outcome.json`.
+not. It ends all ranks when its stdin closes or when any rank ends, and leaves the reason in
+`outcome.json`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from runners.ranks.lifeline import die_with_parent
+from runners.ranks.lifeline import die_with_parent, outlive_signals
 from runners.ranks.spec import LOGS, OUTCOME, Outcome, RankSpec, read_spec, write_private
 
 TAIL_LINES = 30
@@ -37,18 +37,18 @@ def main() -> None:
     run_dir = Path(sys.argv[1])
     die_with_parent(int(sys.argv[2]))
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Its warnings about every signal it sends would read like trouble; outcome.json says it better.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
     ranks = _start(run_dir, read_spec(run_dir))
+    # After the start, which sets handlers of its own.
+    outlive_signals()
     result = None
     while result is None and not stop.is_set():
         result = ranks.wait(timeout=POLL_S, period=POLL_S)
     # The host may let go because a rank ended: a last look tells how it ended.
     result = result or ranks.wait(timeout=POLL_S, period=POLL_S / 2)
-    ranks.close(death_sig=signal.SIGTERM, timeout=KILL_AFTER_S)
+    ranks.close(death_sig=signal.SIGKILL, timeout=KILL_AFTER_S)
     if result is not None:
         write_private(run_dir / OUTCOME, _outcome(result))
         sys.exit(1 if result.is_failed() else 0)
@@ -76,7 +76,9 @@ def _start(run_dir: Path, spec: RankSpec) -> PContext:
 
 
 def _wait_for_eof(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin: a thread that waits in its lock would hang the interpreter's exit.
+    while os.read(0, 4096):
+        pass
     stop.set()
 
 

@@ -10,6 +10,16 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
+def outlive_signals() -> None:
+    """Leave it to the host when this process ends.
+
+    Ctrl-C reaches a whole terminal, and BentoML's supervisor sends SIGTERM to all its descendants;
+    but requests in flight are to be finished first.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def die_with_parent(parent_pid: int) -> None:
     """Have the kernel kill this process when the parent's thread that started it ends (Linux).
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from runners.config import AccelerateConfig, DeepSpeedConfig, MIIConfig, runner_
 from runners.contracts import ModelInfo, RunnerState
 from runners.errors import ConfigError
 from runners.ranks.channel import RankChannel
-from runners.ranks.lifeline import die_with_parent
+from runners.ranks.lifeline import die_with_parent, outlive_signals
 from runners.ranks.messages import (
     Fatal,
     Heartbeat,
@@ -114,8 +113,7 @@ def main() -> None:
     """Load the program named in the spec and step it until the host lets go."""
     run_dir = Path(sys.argv[1])
     die_with_parent(int(sys.argv[2]))
-    # Ctrl-C reaches the whole terminal; the host decides when ranks end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    outlive_signals()
     rank = int(os.environ["RANK"])
     channel = RankChannel(run_dir / SOCKET)
     channel.send(Hello(rank, os.getpid()))
