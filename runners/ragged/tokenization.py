@@ -25,6 +25,9 @@ class PromptTokenizer:
         self.vocab_size = vocab_size
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self._byte_of = _byte_alphabet(tokenizer)
+        # The first call drops truncation settings of tokenizer.json; done later, while another
+        # thread encodes, that raises "Already borrowed".
+        tokenizer("a")
 
     def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt. An empty text is the begin-of-text token, if there is one.
