@@ -45,10 +45,9 @@ class Server:
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = home / f"server-{self.port}.log"
-        self._env = environment(home, TRIPTYCH_NUM_THREADS="1") | dict(variables)
-        self._command = bentoml_command(
-            "serve", target, "--host", "127.0.0.1", "--port", str(self.port)
-        )
+        self._env = environment(home, TRIPTYCH_NUM_THREADS="1", PORT=str(self.port))
+        self._env |= dict(variables)
+        self._command = bentoml_command("serve", target, "--host", "127.0.0.1")
         self._cwd = cwd
         self.process: subprocess.Popen[bytes] | None = None
 

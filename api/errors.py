@@ -1,0 +1,159 @@
+"""Errors on the wire: one JSON shape for every route, that of the OpenAI API.
+
+`{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}`, where `param` names the field
+at fault or is null. No message repeats what the client sent.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, ParamSpec
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from starlette.responses import Response
+
+from api.context import current_request
+from runners.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EngineFailure,
+    InvalidRequest,
+    ModelNotServed,
+    Overloaded,
+    PayloadTooLarge,
+    RunnerUnavailable,
+    TriptychError,
+    Unauthorized,
+)
+
+logger = logging.getLogger("triptych.api")
+
+P = ParamSpec("P")
+
+MAX_PROBLEMS = 4
+"""How many validation problems one message names."""
+
+
+class Kind(NamedTuple):
+    """How a class of errors looks to a client."""
+
+    status: int
+    type: str
+    code: str | None
+
+
+INTERNAL = Kind(500, "server_error", "internal_error")
+KINDS: dict[type[TriptychError], Kind] = {
+    InvalidRequest: Kind(400, "invalid_request_error", None),
+    ContextLengthExceeded: Kind(400, "invalid_request_error", "context_length_exceeded"),
+    Unauthorized: Kind(401, "authentication_error", "invalid_api_key"),
+    ModelNotServed: Kind(404, "invalid_request_error", "model_not_found"),
+    PayloadTooLarge: Kind(413, "invalid_request_error", "payload_too_large"),
+    Overloaded: Kind(429, "rate_limit_error", "rate_limit_exceeded"),
+    EngineFailure: Kind(500, "server_error", "engine_failure"),
+    RunnerUnavailable: Kind(503, "service_unavailable_error", "model_not_ready"),
+    DeadlineExceeded: Kind(504, "timeout_error", "deadline_exceeded"),
+}
+
+
+def kind_of(error: Exception) -> Kind:
+    """Status, type and code of an error; a 500 for what nobody raises on purpose."""
+    return next((KINDS[cls] for cls in type(error).__mro__ if cls in KINDS), INTERNAL)
+
+
+def error_body(error: Exception) -> str:
+    """An error as JSON. What nobody raises on purpose is logged here and not described."""
+    kind = kind_of(error)
+    if isinstance(error, TriptychError) and kind is not INTERNAL:
+        return _body(error.message, kind, error.param)
+    log_unexpected(error)
+    return _body("the server failed on this request; its log has the request id", kind)
+
+
+def error_headers(error: Exception) -> dict[str, str]:
+    """What a client needs besides the body: when to come back, how to authenticate."""
+    match error:
+        case Overloaded():
+            return {"Retry-After": str(error.retry_after_s)}
+        case Unauthorized():
+            return {"WWW-Authenticate": "Bearer"}
+        case _:
+            return {}
+
+
+def error_response(error: Exception) -> Response:
+    """The HTTP answer to an error."""
+    body, status, headers = error_body(error), kind_of(error).status, error_headers(error)
+    return Response(body, status, headers, media_type="application/json")
+
+
+def as_response(
+    handler: Callable[P, Awaitable[Response]],
+) -> Callable[P, Awaitable[Response]]:
+    """A handler that answers with its errors instead of raising them."""
+
+    @functools.wraps(handler)
+    async def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
+        try:
+            return await handler(*args, **kwargs)
+        except Exception as error:
+            return error_response(error)
+
+    return answer
+
+
+def no_such_route(status: int, message: str) -> Response:
+    """The HTTP answer to a path or method that does not exist."""
+    body = _body(message, Kind(status, "invalid_request_error", "unknown_url"))
+    return Response(body, status, media_type="application/json")
+
+
+def log_unexpected(error: BaseException) -> None:
+    """Log a fault of ours as its type and place: the message might quote what a client sent."""
+    stack = "".join(traceback.format_tb(error.__traceback__))
+    request = current_request()
+    logger.error(
+        "request %s on %s failed with %s\n%s",
+        request.request_id,
+        request.route,
+        type(error).__name__,
+        stack,
+    )
+
+
+def refusal(error: ValidationError) -> InvalidRequest:
+    """A validation error as the sentence a client gets: which field, and what is allowed there."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    by_field: dict[str, list[str]] = {}
+    for problem in problems:
+        by_field.setdefault(_field(problem["loc"]), []).append(_requirement(problem))
+    sentences = [
+        f"{field}: {' or '.join(dict.fromkeys(said))}" if field else " or ".join(said)
+        for field, said in by_field.items()
+    ]
+    more = len(sentences) - MAX_PROBLEMS
+    if more > 0:
+        sentences[MAX_PROBLEMS:] = [f"and {more} more"]
+    return InvalidRequest("; ".join(sentences), param=next(iter(by_field)) or None)
+
+
+def _field(loc: Sequence[int | str]) -> str:
+    """`messages.0.content`, without the names of union branches that pydantic puts in between."""
+    names = [str(part) for part in loc if isinstance(part, int) or part.isidentifier()]
+    return ".".join(name for name in names if name not in ("str", "int"))[:100]
+
+
+def _requirement(problem: ErrorDetails) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "is not a known field"
+    return problem["msg"].removeprefix("Value error, ")
+
+
+def _body(message: str, kind: Kind, param: str | None = None) -> str:
+    error = {"message": message, "type": kind.type, "param": param, "code": kind.code}
+    return json.dumps({"error": error})

@@ -1,0 +1,1 @@
+"""The native text routes: bodies, answers and handlers; `service.py` names the routes."""

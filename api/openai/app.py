@@ -1,0 +1,104 @@
+"""The FastAPI app with the OpenAI-compatible routes, mounted into the BentoML service."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from api.errors import as_response, no_such_route
+from api.generation import TextModel
+from api.openai.chat import create_chat_completion
+from api.openai.completions import create_completion
+from api.openai.requests import ChatRequest, CompletionRequest
+from api.openai.responses import ChatCompletion, Completion, Error, Model, ModelList
+
+STARTED = int(time.time())
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+
+
+def serve_model(app: FastAPI, model: TextModel) -> None:
+    """Give the app its model, which comes later than the app: routes must exist at import."""
+    app.state.text_model = model
+
+
+def create_app() -> FastAPI:
+    """The app, still without a model."""
+    # BentoML's own docs page covers these routes.
+    app = FastAPI(title="Triptych", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.post("/v1/completions", **_documented(CompletionRequest, Completion))
+    @as_response
+    async def completions(request: Request) -> Response:
+        """Continue prompts, as OpenAI's completions API does."""
+        body = CompletionRequest.parse(await request.body())
+        return await create_completion(_model(request), body)
+
+    @app.post("/v1/chat/completions", **_documented(ChatRequest, ChatCompletion))
+    @as_response
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation, as OpenAI's chat API does."""
+        body = ChatRequest.parse(await request.body())
+        return await create_chat_completion(_model(request), body)
+
+    @app.get("/v1/models", response_model=ModelList)
+    @as_response
+    async def list_models(request: Request) -> Response:
+        """The models this server holds."""
+        return _json(ModelList(data=[_card(_model(request))]))
+
+    @app.get("/v1/models/{model_id:path}", response_model=Model)
+    @as_response
+    async def retrieve_model(request: Request, model_id: str) -> Response:
+        """One of the models this server holds."""
+        model = _model(request)
+        model.require(model_id)
+        return _json(_card(model))
+
+    known = {path for route in app.routes if (path := getattr(route, "path", None))}
+
+    @app.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False)
+    async def unknown(request: Request) -> Response:
+        method, path = request.method, request.url.path
+        if path in known:
+            return no_such_route(405, f"{path} does not take {method}")
+        return no_such_route(404, f"there is no {method} {path[:100]} here")
+
+    return app
+
+
+def _model(request: Request) -> TextModel:
+    model: TextModel = request.app.state.text_model
+    return model
+
+
+def _card(model: TextModel) -> Model:
+    length = model.info.max_context if model.info else None
+    return Model(id=model.name, created=STARTED, max_model_len=length)
+
+
+def _json(content: BaseModel) -> Response:
+    return Response(content.model_dump_json(), media_type="application/json")
+
+
+def _documented(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+    """What the docs show of a route that parses its own body (see `WireModel.parse`)."""
+    schema = body.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def inlined(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return inlined(definitions[node["$ref"].rpartition("/")[2]])
+            return {key: inlined(value) for key, value in node.items()}
+        return [inlined(item) for item in node] if isinstance(node, list) else node
+
+    content = {"application/json": {"schema": inlined(schema)}}
+    return {
+        "response_model": answer,
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "responses": {"4XX": {"model": Error}, "5XX": {"model": Error}},
+    }

@@ -1,0 +1,94 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from starlette.responses import Response
+
+from api.generation import Output, TextModel
+from api.openai.answers import Head, respond
+from api.openai.requests import ChatRequest
+from api.openai.responses import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatMessage,
+    TopLogprob,
+    Usage,
+)
+from api.schemas import chat_prompt
+from runners.contracts import TextDelta, TokenLogprob
+
+
+async def create_chat_completion(model: TextModel, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    model.require(body.model)
+    body.check()
+    sampling = body.for_runner(
+        max_tokens=body.token_limit,
+        logprobs=body.logprob_count,
+        model_temperature=model.default_temperature,
+    )
+    return await respond(model, body, _ChatDialect(), [chat_prompt(body.messages)], sampling)
+
+
+class _ChatDialect:
+    id_prefix = "chatcmpl"
+
+    def answer(self, head: Head, outputs: list[Output], usage: Usage) -> ChatCompletion:
+        choices = [
+            ChatChoice(
+                index=index,
+                message=ChatMessage(content=output.text),
+                logprobs=_logprobs(output.logprobs),
+                finish_reason=output.finish_reason,
+            )
+            for index, output in enumerate(outputs)
+        ]
+        return ChatCompletion(**head._asdict(), choices=choices, usage=usage)
+
+    def opening(self, head: Head, index: int) -> list[ChatCompletionChunk]:
+        delta = ChatDelta(role="assistant", content="")
+        return [_chunk(head, ChatChunkChoice(index=index, delta=delta))]
+
+    def pieces(self, head: Head, index: int, delta: TextDelta) -> list[ChatCompletionChunk]:
+        choices = []
+        if delta.text or delta.logprobs:
+            content, logprobs = ChatDelta(content=delta.text), _logprobs(delta.logprobs)
+            choices.append(ChatChunkChoice(index=index, delta=content, logprobs=logprobs))
+        if delta.finish_reason is not None:
+            last = ChatDelta()
+            choices.append(
+                ChatChunkChoice(index=index, delta=last, finish_reason=delta.finish_reason)
+            )
+        return [_chunk(head, choice) for choice in choices]
+
+    def closing(self, head: Head, usage: Usage) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**head._asdict(), choices=[], usage=usage)
+
+
+def _chunk(head: Head, choice: ChatChunkChoice) -> ChatCompletionChunk:
+    return ChatCompletionChunk(**head._asdict(), choices=[choice])
+
+
+def _logprobs(tokens: list[TokenLogprob] | None) -> ChatLogprobs | None:
+    if tokens is None:
+        return None
+    return ChatLogprobs(
+        content=[
+            ChatLogprob(
+                token=token.token,
+                logprob=token.logprob,
+                bytes=list(token.token_bytes),
+                top_logprobs=[_alternative(top) for top in token.top],
+            )
+            for token in tokens
+        ]
+    )
+
+
+def _alternative(token: TokenLogprob) -> TopLogprob:
+    return TopLogprob(token=token.token, logprob=token.logprob, bytes=list(token.token_bytes))

@@ -1,0 +1,224 @@
+"""Request bodies of the OpenAI-compatible routes.
+
+Fields of the OpenAI API that this server can not honour are known by name, so that a client gets
+told which one; their neutral values are fine, since clients send those unasked.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from api.generation import MAX_SEQUENCES
+from api.schemas import (
+    MAX_MESSAGES,
+    LogprobCount,
+    Message,
+    SamplingFields,
+    TokenCount,
+    TokenIds,
+    WireModel,
+)
+from runners.contracts import Prompt, SamplingParams
+from runners.errors import InvalidRequest
+
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+def _unsupported(*neutral: object) -> BeforeValidator:
+    def check(value: object) -> None:
+        if value is not None and value not in neutral:
+            raise PydanticCustomError("unsupported", "is not supported by this server")
+
+    return BeforeValidator(check, json_schema_input_type=None)
+
+
+def _ignored(value: object) -> None:
+    """Take whatever a client notes for OpenAI's bookkeeping."""
+
+
+Unsupported = Annotated[None, _unsupported()]
+UnsupportedList = Annotated[None, _unsupported([], {})]
+UnsupportedFlag = Annotated[None, _unsupported(False)]
+Ignored = Annotated[None, BeforeValidator(_ignored, json_schema_input_type=Any)]
+
+
+class StreamOptions(WireModel):
+    """What a stream holds besides the text."""
+
+    include_usage: bool = False
+    """Send a last chunk with the token counts."""
+    include_obfuscation: bool = False
+    """Taken for compatibility; chunks are never padded."""
+
+
+class OpenAIRequest(SamplingFields):
+    """What both generating routes take."""
+
+    model: Annotated[str, Field(max_length=256)] | None = None
+    """The model's name, as `/v1/models` lists it. Default: the one this server holds."""
+    n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
+    """Answers for each prompt. With a seed, answer i has the seed `seed + i`. Default: 1."""
+    max_tokens: TokenCount | None = None
+    """Upper bound on generated tokens."""
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    """The end token is not taken before this many tokens."""
+    stream: bool | None = None
+    """Send the text as it grows, as server-sent events."""
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    """Taken for compatibility."""
+    logit_bias: UnsupportedList = None
+    metadata: Ignored = None
+    store: UnsupportedFlag = None
+    service_tier: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        """Whether the stream ends with a chunk of token counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """What this body calls fields that the runner may complain about."""
+        return {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+
+    def check(self) -> None:
+        """Rules over several fields. Raises: InvalidRequest."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options needs stream", param="stream_options")
+
+    def for_runner(
+        self, *, max_tokens: int | None, logprobs: int | None, model_temperature: float | None
+    ) -> SamplingParams:
+        """The sampling parameters, with the API's own defaults."""
+        return self.sampling(
+            max_new_tokens=max_tokens,
+            min_new_tokens=self.min_tokens,
+            logprobs=logprobs,
+            default_temperature=(
+                DEFAULT_TEMPERATURE if model_temperature is None else model_temperature
+            ),
+        )
+
+
+def _as_prompts(value: object) -> object:
+    """One text or one list of token ids as a list of one."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return [value]
+    return value
+
+
+Prompts = Annotated[
+    list[str | TokenIds],
+    Field(min_length=1, max_length=MAX_SEQUENCES),
+    BeforeValidator(
+        _as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    ),
+]
+
+
+class CompletionRequest(OpenAIRequest):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Prompts
+    """A text, texts, token ids, or lists of token ids."""
+    best_of: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
+    """Must equal `n`: nothing is ranked."""
+    echo: bool | None = None
+    """Begin each text with its prompt."""
+    logprobs: LogprobCount | None = None
+    """Report each token's log-probability, and this many of the likeliest beside it."""
+    suffix: Annotated[None, _unsupported("")] = None
+
+    def check(self) -> None:
+        """Rules over several fields. Raises: InvalidRequest."""
+        super().check()
+        n = self.n or 1
+        if self.best_of not in (None, n):
+            raise InvalidRequest("best_of must equal n", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest(
+                "echo can not be combined with logprobs: prompt tokens have none", param="echo"
+            )
+        if len(self.prompt) * n > MAX_SEQUENCES:
+            raise InvalidRequest(f"prompts times n may be {MAX_SEQUENCES} at most", param="n")
+
+    def prompts(self) -> list[Prompt]:
+        """The prompts for the runner."""
+        return list(self.prompt)
+
+
+class ChatTurn(Message):
+    """A turn of the conversation, with what OpenAI's own answers carry when sent back."""
+
+    refusal: Unsupported = None
+    annotations: UnsupportedList = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    tool_calls: UnsupportedList = None
+
+
+class ResponseFormat(WireModel):
+    """Only plain text."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(OpenAIRequest):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: TokenCount | None = None
+    """The newer name of `max_tokens`."""
+    logprobs: bool | None = None
+    """Report each token's log-probability."""
+    top_logprobs: LogprobCount | None = None
+    """With `logprobs`: this many of the likeliest tokens beside each."""
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[None, _unsupported(["text"])] = None
+    tools: UnsupportedList = None
+    tool_choice: Annotated[None, _unsupported("none")] = None
+    parallel_tool_calls: Ignored = None
+    functions: UnsupportedList = None
+    function_call: Annotated[None, _unsupported("none")] = None
+    audio: Unsupported = None
+    prediction: Unsupported = None
+    reasoning_effort: Unsupported = None
+    verbosity: Unsupported = None
+    web_search_options: Unsupported = None
+
+    @property
+    def field_names(self) -> dict[str, str]:
+        """As above, by the name of the token limit that is in use."""
+        newer = {"max_new_tokens": "max_completion_tokens"} if self.max_completion_tokens else {}
+        return super().field_names | newer
+
+    @property
+    def token_limit(self) -> int | None:
+        """Upper bound on generated tokens, by either name."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def logprob_count(self) -> int | None:
+        """How many alternatives to report per token; None: no logprobs."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        """Rules over several fields. Raises: InvalidRequest."""
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs", param="top_logprobs")
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise InvalidRequest(
+                "max_tokens and max_completion_tokens are two names of one limit; give one",
+                param="max_completion_tokens",
+            )

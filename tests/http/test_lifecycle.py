@@ -1,0 +1,217 @@
+"""From `bentoml serve` to SIGTERM: what stops a start, readiness, a dead rank, bentos."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.support.processes import ranks, wait_until
+from tests.support.server import ROOT, Server, bentoml_command, environment
+
+IMPORT = """
+import bentoml, shutil, sys
+with bentoml.models.create(sys.argv[2]) as model:
+    shutil.copytree(sys.argv[1], model.path, dirs_exist_ok=True)
+print(model.tag)
+"""
+
+
+def run(home: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = environment(home, **variables)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+
+def refused(home: Path, **variables: str) -> str:
+    """The one sentence with which a start is refused."""
+    done = run(
+        home, *bentoml_command("serve", ".", "--host", "127.0.0.1", "--port", "1"), **variables
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stdout + done.stderr
+    [sentence] = done.stderr.splitlines()
+    assert sentence.startswith("triptych: ")
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def store(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BentoML home whose model store has one text model, `small`."""
+    home = tmp_path_factory.mktemp("store")
+    run(home, sys.executable, "-c", IMPORT, str(text_model), "small").check_returncode()
+    return home
+
+
+def test_importing_the_service_loads_no_engine() -> None:
+    heavy = ["torch", "transformers", "accelerate", "deepspeed", "mii", "diffusers"]
+    script = f"import service, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_spans_are_made_only_for_an_exporter(store: Path) -> None:
+    script = "import service; print(service.Triptych.config.get('tracing'))"
+    configured = {"BENTOML_CONFIG_OPTIONS": "services.triptych.tracing.exporter_type=otlp"}
+    for variables, tracing in [({}, "{'excluded_urls': '.*'}"), (configured, "None")]:
+        done = run(store, sys.executable, "-W", "ignore", "-c", script, **variables)
+        assert done.stdout.strip() == tracing, done.stderr
+
+
+def test_a_start_without_a_model_says_what_to_set(store: Path) -> None:
+    sentence = refused(store)
+    assert "TRIPTYCH_TEXT_MODEL" in sentence
+    assert re.search(r"text models in the store: small:\w+", sentence)
+
+
+def test_a_start_with_an_unknown_model_lists_the_store(store: Path, tmp_path: Path) -> None:
+    assert "small:" in refused(store, TRIPTYCH_TEXT_MODEL="smal")
+    assert "small:" in refused(store, TRIPTYCH_TEXT_MODEL="/no/such/folder")
+    assert "neither config.json" in refused(store, TRIPTYCH_TEXT_MODEL=str(tmp_path))
+
+
+def test_a_start_with_a_wrong_choice_names_it(
+    store: Path, text_model: Path, tmp_path: Path
+) -> None:
+    assert "TRIPTYCH_MAX_QUEUE" in refused(store, TRIPTYCH_MAX_QUEUE="many")
+    assert "image models" in refused(store, TRIPTYCH_IMAGE_MODEL="x", TRIPTYCH_TEXT_MODEL="small")
+    folder = shutil.copytree(text_model, tmp_path / "wrong")
+    (folder / "setup_config.json").write_text('{"engine": "steam"}')
+    assert "engine must be one of" in refused(store, TRIPTYCH_TEXT_MODEL=str(folder))
+
+
+@pytest.fixture(scope="module")
+def starting(text_model: Path, bentoml_home: Path) -> Iterator[Server]:
+    """A server that is not ready yet when the first test gets it."""
+    running = Server(bentoml_home, {"TRIPTYCH_TEXT_MODEL": str(text_model)}).start()
+    yield running
+    running.stop()
+
+
+def test_nothing_is_served_before_the_model_is_there(starting: Server) -> None:
+    wait_until(lambda: starting.readiness()[0] != 0, 30, "the server listens")
+    status, detail = starting.readiness()
+    assert status == 503
+    assert re.match(r"(starting|loading): \w+", detail)
+    assert starting.get("/livez").status_code == 200
+    for route, body in [
+        ("/generate", {"prompt": "a"}),
+        ("/generate_stream", {"prompt": "a"}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/v1/completions", {"prompt": "a", "stream": True}),
+    ]:
+        answer = starting.post(route, body)
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["error"]["code"] == "model_not_ready"
+    assert starting.get("/v1/models").json()["data"][0]["id"] == "tiny-llama"
+    assert starting.gauge("ready") == 0
+    starting.wait_ready()
+    assert starting.gauge("ready") == 1
+
+
+def test_a_dead_rank_ends_its_streams_with_an_error_and_comes_back(starting: Server) -> None:
+    starting.wait_ready()
+    native = {"prompt": "hello", "max_new_tokens": 8000, "ignore_eos": True}
+    [rank] = ranks(starting.pid)
+    with (
+        httpx.stream("POST", starting.url + "/generate_stream", json=native, timeout=30) as raw,
+        openai.OpenAI(base_url=f"{starting.url}/v1", api_key="-", max_retries=0) as client,
+        client.completions.create(
+            model="tiny-llama",
+            prompt="hello",
+            max_tokens=8000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        ) as chunks,
+    ):
+        lines = raw.iter_lines()
+        assert next(lines).startswith("data: ")
+        assert next(chunks).choices
+        os.kill(rank.pid, signal.SIGKILL)
+        rest = [line for line in lines if line]
+        with pytest.raises(openai.APIError, match="went down"):
+            list(chunks)
+    assert rest[-2] == "event: error"
+    error = json.loads(rest[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "model_not_ready"
+    assert starting.get("/livez").status_code == 200
+    starting.wait_ready()
+    assert starting.gauge("restarts") == 1
+    assert starting.post("/generate", {"prompt": "a", "max_new_tokens": 1}).status_code == 200
+
+
+def test_sigterm_lets_a_stream_finish(starting: Server) -> None:
+    starting.wait_ready()
+    body = {"prompt": "hello", "max_new_tokens": 1000, "ignore_eos": True}
+    url = starting.url + "/generate_stream"
+    with httpx.stream("POST", url, json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        os.kill(starting.pid, signal.SIGTERM)
+        *_, totals = [line for line in lines if line]
+    assert json.loads(totals.removeprefix("data: "))["generated_length"] == 1000
+    starting.stop()
+
+
+def test_a_runner_that_gave_up_is_not_alive(
+    text_model: Path, bentoml_home: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(text_model, tmp_path / "mute")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    server = Server(bentoml_home, {"TRIPTYCH_TEXT_MODEL": str(folder)}).start()
+    try:
+        wait_until(lambda: server.readiness()[1].startswith("failed"), 60, "the start has failed")
+        status, detail = server.readiness()
+        assert status == 503
+        assert "tokenizer" in detail
+        answer = server.get("/livez")
+        assert (answer.status_code, answer.text) == (503, detail)
+    finally:
+        server.stop()
+
+
+def build(home: Path, *arguments: str) -> str:
+    """Build a bento; returns its tag."""
+    done = run(home, *bentoml_command("build", ".", "-o", "tag", *arguments))
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"triptych:\w+", done.stdout)
+    assert found is not None
+    return found[0]
+
+
+def test_a_bento_serves_the_model_it_was_built_with(
+    store: Path, text_model: Path, tmp_path: Path
+) -> None:
+    tag = build(store, "--arg", "text_model=small")
+    manifest = (store / "bentos" / tag.replace(":", "/") / "bento.yaml").read_text()
+    frozen = re.search(r"tag: (small:\w+)", manifest)
+    assert frozen is not None, "the model is recorded in the bento"
+    # A newer version in the store must not change what the bento serves.
+    newer = shutil.copytree(text_model, tmp_path / "newer")
+    config = json.loads((newer / "config.json").read_text())
+    (newer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    run(store, sys.executable, "-c", IMPORT, str(newer), "small").check_returncode()
+    with Server(store, {}, target=tag, cwd=tmp_path) as server:
+        [model] = server.get("/v1/models").json()["data"]
+        assert (model["id"], model["max_model_len"]) == ("small", 8192)
+    # The environment has the last word.
+    with Server(store, {"TRIPTYCH_TEXT_MODEL": str(newer)}, target=tag, cwd=tmp_path) as server:
+        [model] = server.get("/v1/models").json()["data"]
+        assert (model["id"], model["max_model_len"]) == ("newer", 1024)
+
+
+def test_a_bento_without_a_model_builds_and_asks_for_one(store: Path) -> None:
+    done = run(store, *bentoml_command("serve", build(store), "--port", "1"))
+    assert done.returncode != 0
+    assert "TRIPTYCH_TEXT_MODEL" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

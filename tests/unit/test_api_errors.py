@@ -1,0 +1,119 @@
+"""Errors on the wire: every class has a status, and a message says where and what."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import pytest
+from pydantic import Field
+
+from api import sse
+from api.context import RequestContext, enter_request
+from api.errors import KINDS, error_body, error_response, kind_of
+from api.openai.requests import ChatRequest, CompletionRequest
+from api.schemas import WireModel
+from runners import errors
+from runners.errors import EngineFailure, InvalidRequest, Overloaded, TriptychError
+
+
+def leaves(cls: type[TriptychError]) -> list[type[TriptychError]]:
+    below = [leaf for sub in cls.__subclasses__() for leaf in leaves(sub)]
+    return below or [cls]
+
+
+def test_every_error_a_request_can_meet_has_a_status() -> None:
+    stopping_the_start = set(leaves(errors.ConfigError))
+    for cls in leaves(TriptychError):
+        if cls not in stopping_the_start:
+            assert kind_of(cls("x")) == KINDS[cls], cls
+
+
+def test_an_overload_says_when_to_come_back() -> None:
+    answer = error_response(Overloaded("full", retry_after_s=7))
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "7"
+
+
+class Inner(WireModel):
+    size: Annotated[int, Field(le=5)]
+
+
+class Outer(WireModel):
+    either: str | list[int] = ""
+    inner: list[Inner] = Field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (
+            b'{"inner": [{"size": 1}, {"size": 6}]}',
+            "inner.1.size",
+            "inner.1.size: Input should be less than or equal to 5",
+        ),
+        (
+            b'{"either": 1}',
+            "either",
+            "either: Input should be a valid string or Input should be a valid array",
+        ),
+        (b'{"either": "", "x": 1}', "x", "x: is not a known field"),
+    ],
+)
+def test_a_refusal_names_field_and_rule(body: bytes, param: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Outer.parse(body)
+    assert (caught.value.param, caught.value.message) == (param, message)
+
+
+def test_a_refusal_is_short_and_repeats_no_value() -> None:
+    body = json.dumps({"inner": [{"size": f"secret{i}"} for i in range(9)]}).encode()
+    with pytest.raises(InvalidRequest) as caught:
+        Outer.parse(body)
+    assert caught.value.message.endswith("and 5 more")
+    assert "secret" not in caught.value.message
+
+
+def test_prompts_come_in_four_forms() -> None:
+    def prompts(value: object) -> object:
+        return CompletionRequest.parse(json.dumps({"prompt": value}).encode()).prompts()
+
+    assert prompts("a") == ["a"]
+    assert prompts(["a", "b"]) == ["a", "b"]
+    assert prompts([1, 2]) == [[1, 2]]
+    assert prompts([[1], [2, 3]]) == [[1], [2, 3]]
+    assert prompts(["a", [1]]) == ["a", [1]]
+
+
+def test_openai_defaults_reach_the_runner() -> None:
+    body = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "x"}], "top_k": -1}')
+
+    def temperature(own: float | None) -> float | None:
+        sampling = body.for_runner(max_tokens=None, logprobs=None, model_temperature=own)
+        assert sampling.top_k == 0
+        return sampling.temperature
+
+    assert temperature(None) == 1.0
+    assert temperature(0.3) == 0.3
+
+
+async def frames(*, fail_at: int) -> object:
+    for number in range(3):
+        if number == fail_at:
+            raise EngineFailure("broke")
+        yield str(number)
+
+
+async def test_an_error_before_the_first_frame_is_raised() -> None:
+    with pytest.raises(EngineFailure):
+        await sse.stream_response(sse.guarded(frames(fail_at=0), error_event=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("event", [None, "error"])
+async def test_an_error_after_it_is_the_last_frame(event: str | None) -> None:
+    enter_request(RequestContext(request_id="r", route="other", timeout=1.0))
+    guarded = sse.guarded(frames(fail_at=2), error_event=event)  # type: ignore[arg-type]
+    *before, last = [frame async for frame in guarded]
+    assert before == ["0", "1"]
+    assert last == sse.frame(error_body(EngineFailure("broke")), event=event)
+    assert last.startswith("event: error\ndata: {" if event else "data: {")
