@@ -1,0 +1,1 @@
+"""Filling the BentoML model store: from a folder, from the hub, with the demo models."""

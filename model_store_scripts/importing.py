@@ -1,0 +1,247 @@
+"""Bringing a model into the BentoML store: look, refuse or take, copy, describe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_store_scripts import layout
+from model_store_scripts.copying import copy_files, total_bytes
+from model_store_scripts.safetensors_header import summarise
+from model_store_scripts.safety import (
+    refuse_code_keys,
+    refuse_unsafe_configs,
+    refuse_unsafe_names,
+)
+from model_store_scripts.sources import MODEL_HEADS, FolderSource, Source
+from runners.config import SETUP_CONFIG, parse_setup_config, read_json, validate
+from runners.errors import ConfigError, ModelNotFound
+
+if TYPE_CHECKING:
+    from model_store_scripts.store import StoredModel
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What to import, and how the store shall have it."""
+
+    source: str
+    """A folder, or the id of a hub model."""
+    name: str
+    """The model's name in the store."""
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    """Fields of `setup_config.json` that win over the source's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    setup_config: Path | None = None
+    """A published `setup_config.json` to take over in place of the source's own."""
+    convert_checkpoints: bool = False
+    """Whether pickled weights are converted; else they are refused."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """More to write down about the model; differing, it makes a new version too."""
+    force: bool = False
+    """Whether to make a new version even if the store has the very same model."""
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """A model in the store, and what is worth saying about how it got there."""
+
+    tag: str
+    task: str
+    new: bool
+    """False if the store had the very same model under this name already."""
+    metadata: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A source that was looked through and found fit to import."""
+
+    source: Source
+    setup_config: dict[str, Any]
+    small: list[str]
+    weights: layout.Chosen
+    notes: list[str]
+
+
+def import_model(request: ImportRequest) -> ImportedModel:
+    """Import a model into the BentoML store; the same one twice under a name is taken once.
+
+    Raises: ConfigError and its kin, one sentence each; the store is then as it was.
+    """
+    check_name(request.name)
+    looked = _look(request)
+    # From here on the store is needed; until here a refusal came without the cost of its import.
+    from model_store_scripts import store
+
+    with store.staging() as stage:
+        files = _files(looked, stage / "converted")
+        metadata = _describe(request, looked, files) | {"total_bytes": total_bytes(files)}
+        stored = None if request.force else _find(request, looked, files, metadata)
+        if stored:
+            store.make_latest(stored.tag)
+            return _result(stored.tag, looked, stored.metadata, new=False)
+        item = stage / "item"
+        metadata["fingerprint"] = copy_files(
+            files, item / store.MODEL_FOLDER, checksums=looked.source.checksums
+        )
+        tag = store.save(
+            request.name,
+            item,
+            setup_config=looked.setup_config,
+            labels={key: metadata[key] for key in ("task", "engine")},
+            metadata=metadata,
+        )
+        return _result(tag, looked, metadata, new=True)
+
+
+def check_name(name: str) -> None:
+    """Raises: ConfigError if the store can not hold a model of this name."""
+    if len(name) > 63 or not re.fullmatch("[a-z0-9]([-._a-z0-9]*[a-z0-9])?", name):
+        raise ConfigError(
+            f"{name!r} is not a model name: up to 63 of a-z, 0-9, '-', '_' and '.', "
+            "a letter or digit first and last"
+        )
+
+
+def _look(request: ImportRequest) -> _Looked:
+    """Everything that can be refused before a byte is copied or a weight downloaded."""
+    given = _read_setup_config(request.setup_config) if request.setup_config else None
+    source = _open(request, given)
+    refuse_unsafe_names(source.names)
+    heads = [name for name in MODEL_HEADS if name in source.names]
+    source.fetch(heads)
+    refuse_unsafe_configs(source.root, heads)
+    parts = layout.parts_of(source.root)
+    small = layout.small_files(parts, source.names)
+    source.fetch([*small, *layout.indexes(parts, source.names)])
+    layout.refuse_pointers(source.root, small)
+    refuse_unsafe_configs(source.root, small)
+    layout.refuse_incomplete(parts, source.names)
+    if given is None:
+        given = _read_setup_config(source.setup_config) if source.setup_config else {}
+    setup_config, notes = _setup_config(request, source, given)
+    weights = layout.choose_weights(
+        source.root, parts, source.names, convert=request.convert_checkpoints
+    )
+    pickles = [name for part in weights.pickles for name in part.files]
+    taken = {*small, *weights.files, *pickles, *([SETUP_CONFIG] if source.setup_config else [])}
+    others = sorted(name for name in source.names - taken if not name.startswith("."))
+    left_out = [*source.ignored, *others]
+    if left_out:
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        notes.append(f"left out: {', '.join(left_out[:5])}{more}")
+    source.fetch([*weights.files, *pickles])
+    layout.refuse_pointers(source.root, [*weights.files, *pickles])
+    return _Looked(source, setup_config, small, weights, notes)
+
+
+def _open(request: ImportRequest, given: Mapping[str, Any] | None) -> Source:
+    folder = Path(request.source).expanduser()
+    if folder.is_dir():
+        if request.revision:
+            raise ConfigError(f"{request.source} is a folder here and has no revisions")
+        return FolderSource(folder)
+    from model_store_scripts.hub import HubSource, is_hub_id
+
+    if folder.exists() or not is_hub_id(request.source):
+        raise ModelNotFound(f"{request.source} is neither a folder nor the id of a hub model")
+    revision = request.revision or (given or {}).get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise ConfigError(f"{request.setup_config}: revision must be a text")
+    return HubSource(request.source, revision)
+
+
+def _read_setup_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelNotFound(f"{path} does not exist")
+    content = read_json(path)
+    refuse_code_keys(content, path.name)
+    return content
+
+
+def _setup_config(
+    request: ImportRequest, source: Source, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    overrides = {k: v for k, v in request.overrides.items() if v is not None}
+    # The engine decides which of the keys mean something, so it goes in before they are mapped.
+    raw = dict(given) | {k: v for k, v in overrides.items() if k == "engine"}
+    values, warnings = parse_setup_config(raw)
+    task = layout.task_of(source.root)
+    values = {"task": task} | values | overrides
+    if source.revision:
+        values["revision"] = source.revision
+    config = validate(values | {"name": request.name, "model_path": source.root})
+    if config.task != task:
+        raise ConfigError(f"the model is for {task}, not for {config.task}")
+    chosen = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "model_path"})
+    return {"engine": config.engine, "task": task} | chosen, warnings
+
+
+def _files(looked: _Looked, converted: Path) -> dict[str, Path]:
+    """What goes into the store: name to where the file lies now."""
+    root = looked.source.root
+    files = {name: root / name for name in [*looked.small, *looked.weights.files]}
+    if looked.weights.pickles:
+        from model_store_scripts.convert import convert
+
+        new = convert(looked.weights.pickles, root, converted)
+        files |= {name: converted / name for name in new}
+    return files
+
+
+def _describe(request: ImportRequest, looked: _Looked, files: Mapping[str, Path]) -> dict[str, Any]:
+    headers = layout.read_headers(files)
+    parameters, dtype = summarise(headers.values())
+    revision = looked.source.revision
+    return {
+        "architecture": _architecture(looked.source.root),
+        "parameters": parameters,
+        "dtype": dtype,
+        "task": looked.setup_config["task"],
+        "engine": looked.setup_config["engine"],
+        "source": request.source,
+        **({"revision": revision} if revision else {}),
+        **request.metadata,
+    }
+
+
+def _architecture(root: Path) -> str:
+    if layout.task_of(root) == "text-to-image":
+        return str(read_json(root / "model_index.json")["_class_name"])
+    config = read_json(root / "config.json")
+    names = config.get("architectures") or [config.get("model_type", "unknown")]
+    return str(names[0] if isinstance(names, list) else names)
+
+
+def _find(
+    request: ImportRequest, looked: _Looked, files: Mapping[str, Path], metadata: Mapping[str, Any]
+) -> StoredModel | None:
+    """The very same model, if the store has it under this name."""
+    from model_store_scripts.store import stored_models
+
+    wanted = {**request.metadata, "total_bytes": metadata["total_bytes"]}
+    alike = [
+        stored
+        for stored in stored_models(request.name)
+        if wanted.items() <= stored.metadata.items()
+        and _but_revision(stored.setup_config) == _but_revision(looked.setup_config)
+    ]
+    if not alike:
+        return None
+    fingerprint = copy_files(files, None, checksums=looked.source.checksums)
+    return next((s for s in reversed(alike) if s.metadata["fingerprint"] == fingerprint), None)
+
+
+def _but_revision(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A commit that changed no file of the model changes nothing."""
+    return {key: value for key, value in config.items() if key != "revision"}
+
+
+def _result(tag: str, looked: _Looked, metadata: Mapping[str, Any], *, new: bool) -> ImportedModel:
+    return ImportedModel(tag, looked.setup_config["task"], new, metadata, tuple(looked.notes))

@@ -1,0 +1,85 @@
+"""What a model may not bring along: code, or a way to have code fetched or run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from runners.config import read_json
+from runners.errors import UnsafeModel
+
+CODE = frozenset({".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib"})
+CODE_KEYS = ("auto_map", "custom_pipelines", "custom_pipeline")
+# Where a pipeline's component may come from. diffusers would import any module named here.
+LIBRARIES = frozenset({"diffusers", "transformers", "stable_diffusion"})
+
+_CLASS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+def refuse_unsafe_names(names: Collection[str]) -> None:
+    """No code, and no name that a file system or a terminal could trip over.
+
+    Raises: UnsafeModel that names the file.
+    """
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if (
+            not name.isprintable()
+            or "\\" in name
+            or path.is_absolute()
+            or ".." in path.parts
+            or any(len(part.encode("utf-8", "surrogateescape")) > 200 for part in path.parts)
+        ):
+            raise UnsafeModel(f"{name!r} is not a file name a model can have")
+        if path.suffix.lower() in CODE:
+            raise UnsafeModel(f"{name} is code: Triptych serves models that need none of their own")
+
+
+def refuse_unsafe_configs(root: Path, names: Iterable[str]) -> None:
+    """No JSON configuration that points at code. Raises: UnsafeModel that names file and key."""
+    for name in sorted(names):
+        if name.endswith(("config.json", "model_index.json")):
+            content = read_json(root / name)
+            refuse_code_keys(content, name)
+            if PurePosixPath(name).name == "model_index.json":
+                _refuse_custom_pipeline(content, name)
+
+
+def refuse_code_keys(content: Mapping[str, Any], name: str) -> None:
+    """No key, at any depth, that makes a library load code from the model. Raises: UnsafeModel."""
+    for key, value in _items(content):
+        if key in CODE_KEYS and value:
+            raise UnsafeModel(f"{name} has {key}, which would load code from the model")
+        if key == "trust_remote_code" and value:
+            raise UnsafeModel(f"{name} asks for trust_remote_code, which Triptych never grants")
+
+
+def _items(content: object) -> Iterator[tuple[str, Any]]:
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+
+
+def _refuse_custom_pipeline(content: Mapping[str, Any], name: str) -> None:
+    pipeline = content.get("_class_name")
+    if not (isinstance(pipeline, str) and _CLASS_NAME.fullmatch(pipeline)):
+        raise UnsafeModel(f"{name} names a custom pipeline class ({pipeline!r})")
+    for component, value in content.items():
+        if isinstance(value, list) and value != [None, None]:
+            library, class_name = value if len(value) == 2 else (None, None)
+            if (
+                library not in LIBRARIES
+                or not isinstance(class_name, str)
+                or not _CLASS_NAME.fullmatch(class_name)
+            ):
+                raise UnsafeModel(
+                    f"{name} takes {component} from {value!r}, which is neither diffusers nor "
+                    "transformers"
+                )

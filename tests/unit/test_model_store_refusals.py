@@ -1,0 +1,308 @@
+"""What an import refuses: code, pickles, leaks and gaps, each named in the error."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import transformers as tf
+
+from model_store_scripts import sources
+from model_store_scripts.importing import ImportRequest, import_model
+from model_store_scripts.safety import refuse_unsafe_names
+from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
+from tests.support.model_store import (
+    copy,
+    edit_json,
+    is_empty,
+    pickled,
+    store_at,
+    write_pipeline,
+)
+from tests.support.models import write_model
+
+Spoil = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def sharded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = copy(llama, tmp_path_factory.mktemp("models") / "sharded")
+    model = tf.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="300KB")
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Path]:
+    with store_at(tmp_path / "home") as models:
+        yield models
+
+
+def refused(folder: Path, store: Path, spoil: Spoil, kind: type[ConfigError], said: str) -> None:
+    import_model(ImportRequest(str(folder), "sound"))
+    spoil(folder)
+    before = sorted(store.rglob("*"))
+    with pytest.raises(ConfigError) as error:
+        import_model(ImportRequest(str(folder), "spoilt"))
+    assert type(error.value) is kind
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(store.rglob("*")) == before
+
+
+def write(name: str, content: str | bytes = "") -> Spoil:
+    def spoil(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return spoil
+
+
+def remove(name: str) -> Spoil:
+    return lambda folder: (folder / name).unlink()
+
+
+def edit(name: str, **values: object) -> Spoil:
+    return lambda folder: edit_json(folder / name, **values)
+
+
+def both(*spoils: Spoil) -> Spoil:
+    return lambda folder: [spoil(folder) for spoil in spoils]
+
+
+def link(name: str, target: str) -> Spoil:
+    return lambda folder: (folder / name).symlink_to(target)
+
+
+def resize(name: str, by: int) -> Spoil:
+    def spoil(folder: Path) -> None:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:by] if by < 0 else content + b"\0" * by)
+
+    return spoil
+
+
+def header(content: bytes) -> Spoil:
+    return write("model.safetensors", struct.pack("<Q", len(content)) + content)
+
+
+CODE = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+ALIEN = json.dumps({"x": {"dtype": "F32"}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (write("modeling_evil.py"), "modeling_evil.py is code"),
+        (write("deep/er/setup.PY"), "deep/er/setup.PY is code"),
+        (write("kernel.so"), "kernel.so is code"),
+        (edit("config.json", **CODE), "config.json has auto_map"),
+        (edit("config.json", text_config=CODE), "config.json has auto_map"),
+        (edit("config.json", parts=[CODE]), "config.json has auto_map"),
+        (edit("config.json", custom_pipelines={"x": {"impl": "y"}}), "has custom_pipelines"),
+        (edit("tokenizer_config.json", **CODE), "tokenizer_config.json has auto_map"),
+        (edit("generation_config.json", **CODE), "generation_config.json has auto_map"),
+        (edit("config.json", trust_remote_code=True), "config.json asks for trust_remote_code"),
+        (edit("setup_config.json", trust_remote_code=True), "setup_config.json asks for trust"),
+        (link("tokenizer.model", "/etc/hostname"), "tokenizer.model is a link that leads out"),
+        (link("notes.txt", "../beside.txt"), "notes.txt is a link that leads out"),
+        (link("folder", "/etc"), "folder is a link that leads out"),
+        (link("again", "."), "again is a link to a folder"),
+        (lambda f: os.mkfifo(f / "pipe.json"), "pipe.json is not a regular file"),
+        (write("a\nb.json"), r"'a\nb.json' is not a file name"),
+        (write("\x1b[2J.json"), r"'\x1b[2J.json' is not a file name"),
+        (write("a\\b.json"), "is not a file name"),
+        (write("x" * 201), "is not a file name"),
+        (write(os.fsdecode(b"\xff.json")), "is not a file name"),
+    ],
+)
+def test_unsafe(spoil: Spoil, said: str, llama: Path, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "beside.txt").write_text("private")
+    refused(copy(llama, tmp_path / "model"), store, spoil, UnsafeModel, said)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../up.json", "a/../../up.json"])
+def test_names_that_a_hub_may_claim(name: str) -> None:
+    with pytest.raises(UnsafeModel, match="is not a file name"):
+        refuse_unsafe_names([name])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (remove("config.json"), "neither config.json (text) nor model_index.json (image)"),
+        (remove("model.safetensors"), "model.safetensors is missing"),
+        (both(remove("model.safetensors"), write("training_args.bin")), "model.safetensors is m"),
+        (remove("tokenizer.json"), "tokenizer.json is missing: the model has no tokenizer"),
+        (both(remove("tokenizer.json"), write("vocab.json", "{}")), "has no tokenizer"),
+        (resize("model.safetensors", -1), "model.safetensors is cut off: "),
+        (resize("model.safetensors", 1), "model.safetensors is longer than it should be: "),
+        (write("model.safetensors", struct.pack("<Q", 99) + b"{}"), "cut off within its header"),
+        (write("model.safetensors"), "model.safetensors is not a safetensors file"),
+        (write("model.safetensors", POINTER), "model.safetensors is a Git LFS pointer"),
+        (write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
+        (header(b"no json"), "model.safetensors has a damaged safetensors header"),
+        (header(ALIEN), "model.safetensors has a damaged safetensors header"),
+        (link("merges.txt", "gone.txt"), "merges.txt is a link that leads nowhere"),
+        (link("merges.txt", "merges.txt"), "merges.txt is a link that leads nowhere"),
+    ],
+)
+def test_incomplete(spoil: Spoil, said: str, llama: Path, store: Path, tmp_path: Path) -> None:
+    refused(copy(llama, tmp_path / "model"), store, spoil, IncompleteModel, said)
+
+
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00003.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "said"),
+    [
+        (remove(SHARD), IncompleteModel, f"{SHARD} is missing, which {INDEX} names"),
+        (resize(SHARD, -3), IncompleteModel, f"{SHARD} is cut off"),
+        (edit(INDEX, weight_map=[]), IncompleteModel, f"{INDEX} has no weight_map"),
+        (edit(INDEX, weight_map={"a": 1}), IncompleteModel, f"{INDEX} has no weight_map"),
+        (edit(INDEX, weight_map={"a": SHARD}), IncompleteModel, f"{SHARD} lacks a, named in"),
+        (edit(INDEX, weight_map={"a": "../a.safetensors"}), IncompleteModel, "a.safetensors is"),
+        (
+            both(edit(INDEX, weight_map={"a": "a.bin"}), write("a.bin")),
+            UnsafeModel,
+            f"{INDEX} names a.bin, which is not a .safetensors file",
+        ),
+    ],
+)
+def test_shards(
+    spoil: Spoil, kind: type[ConfigError], said: str, sharded: Path, store: Path, tmp_path: Path
+) -> None:
+    refused(copy(sharded, tmp_path / "model"), store, spoil, kind, said)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "said"),
+    [
+        (remove("vae/config.json"), IncompleteModel, "vae/config.json is missing"),
+        (
+            remove("unet/diffusion_pytorch_model.safetensors"),
+            IncompleteModel,
+            "unet/diffusion_pytorch_model.safetensors is missing",
+        ),
+        (
+            remove("text_encoder/model.safetensors"),
+            IncompleteModel,
+            "text_encoder/model.safetensors is missing",
+        ),
+        (
+            resize("vae/diffusion_pytorch_model.safetensors", -2),
+            IncompleteModel,
+            "vae/diffusion_pytorch_model.safetensors is cut off",
+        ),
+        (remove("tokenizer/merges.txt"), IncompleteModel, "tokenizer/tokenizer.json is missing"),
+        (
+            remove("scheduler/scheduler_config.json"),
+            IncompleteModel,
+            "scheduler/scheduler_config.json is missing",
+        ),
+        (
+            remove("feature_extractor/preprocessor_config.json"),
+            IncompleteModel,
+            "feature_extractor/preprocessor_config.json is missing",
+        ),
+        (edit("vae/config.json", **CODE), UnsafeModel, "vae/config.json has auto_map"),
+        (edit("model_index.json", _class_name=["pipe", "Pipe"]), UnsafeModel, "custom pipeline"),
+        (edit("model_index.json", _class_name="os.system"), UnsafeModel, "custom pipeline"),
+        (edit("model_index.json", unet=["os", "system"]), UnsafeModel, "takes unet from"),
+        (edit("model_index.json", unet=["diffusers", "A", "b"]), UnsafeModel, "takes unet from"),
+        (edit("model_index.json", unet=["diffusers", "a.b"]), UnsafeModel, "takes unet from"),
+        (
+            edit("model_index.json", **{"../../x": ["diffusers", "UNet2DModel"]}),
+            UnsafeModel,
+            "model_index.json has a component called '../../x'",
+        ),
+        (edit("model_index.json", unet=["diffusers"]), UnsafeModel, "takes unet from"),
+    ],
+)
+def test_pipelines(
+    spoil: Spoil, kind: type[ConfigError], said: str, store: Path, tmp_path: Path
+) -> None:
+    refused(write_pipeline(tmp_path / "model"), store, spoil, kind, said)
+
+
+def test_pickles_as_the_only_weights(llama: Path, store: Path, tmp_path: Path) -> None:
+    said = "pytorch_model.bin is a pickle, which can carry code, and there are no safetensors"
+    refused(copy(llama, tmp_path / "model"), store, pickled, UnsafeModel, said)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "weights.pth", "model.ckpt", "all.pkl", "a.pickle"])
+def test_pickles_of_any_name(name: str, llama: Path, store: Path, tmp_path: Path) -> None:
+    spoil = both(remove("model.safetensors"), write(name))
+    refused(copy(llama, tmp_path / "model"), store, spoil, UnsafeModel, f"{name} is a pickle")
+
+
+@pytest.mark.skipif("sentencepiece" in sys.modules, reason="sentencepiece is there")
+def test_a_tokenizer_that_this_build_can_not_read(llama: Path, store: Path, tmp_path: Path) -> None:
+    spoil = both(remove("tokenizer.json"), write("tokenizer.model"))
+    said = "tokenizer.json is missing: tokenizer.model alone needs the sentencepiece package"
+    refused(copy(llama, tmp_path / "model"), store, spoil, IncompleteModel, said)
+
+
+def test_a_setup_config_that_links_out(llama: Path, store: Path, tmp_path: Path) -> None:
+    copy(llama, tmp_path / "mar" / "model")
+    (tmp_path / "secret.json").write_text("{}")
+    spoil = link("setup_config.json", "../secret.json")
+    refused(tmp_path / "mar", store, spoil, UnsafeModel, "setup_config.json is a link that leads")
+
+
+def test_a_model_folder_that_links_out(llama: Path, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "mar").mkdir()
+    (tmp_path / "mar" / "model").symlink_to(llama)
+    with pytest.raises(UnsafeModel, match="model is a link that leads out"):
+        import_model(ImportRequest(str(tmp_path / "mar"), "spoilt"))
+    assert is_empty(store)
+
+
+def test_a_hub_cache_snapshot_is_a_folder_too(llama: Path, store: Path, tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / "abc"
+    copy(llama, blobs)
+    snapshot.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    assert import_model(ImportRequest(str(snapshot), "cached")).new
+    (tmp_path / "repo" / "private").write_text("")
+    (snapshot / "x.json").symlink_to("../../private")
+    with pytest.raises(UnsafeModel, match=r"x\.json is a link that leads out"):
+        import_model(ImportRequest(str(snapshot), "cached"))
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "a/b/c", "~", "-x", "config.json"])
+def test_no_such_source(
+    source: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    monkeypatch.chdir(llama)
+    said = f"{source} is neither a folder nor the id of a hub model"
+    with pytest.raises(ModelNotFound, match=said):
+        import_model(ImportRequest(source, "none"))
+
+
+def test_far_too_many_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MAX_FILES", len(list(llama.iterdir())) - 1)
+    with pytest.raises(ConfigError, match="no model folder"):
+        import_model(ImportRequest(str(llama), "many"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "setup_config.json"])
+def test_json_that_is_none(name: str, llama: Path, store: Path, tmp_path: Path) -> None:
+    folder = copy(llama, tmp_path / "model")
+    refused(folder, store, write(name, "{"), ConfigError, f"{name} can not be read as JSON")
