@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Over how many ranks the model is split; overrides the model's own."""
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
-    """Requests in the house at once, running and waiting; one more gets 429 with Retry-After."""
+    """Sequences in the house at once, running and waiting; one more gets 429 with Retry-After."""
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Sequences generated together in one step; overrides the model's own."""
     max_kv_tokens: Annotated[int, Field(ge=16)] | None = None

@@ -41,16 +41,15 @@ class PromptTokenizer:
                 prompt, add_special_tokens=add_special_tokens, verbose=False
             ).input_ids
             return list(ids)
-        self.check_ids(prompt)
+        self._check_ids(prompt, param="prompt")
         return list(prompt)
 
-    def check_ids(self, token_ids: Sequence[int]) -> None:
-        """Raises: InvalidRequest for an id outside the vocabulary."""
+    def _check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
         for token in token_ids:
             if not 0 <= token < self.vocab_size:
                 raise InvalidRequest(
                     f"token id {token} is outside the vocabulary (0 to {self.vocab_size - 1})",
-                    param="prompt",
+                    param=param,
                 )
 
     def begin(self, ids: list[int]) -> list[int]:
@@ -63,7 +62,7 @@ class PromptTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of token ids. Raises: InvalidRequest for an id outside the vocabulary."""
-        self.check_ids(token_ids)
+        self._check_ids(token_ids, param="tokens")
         return str(
             self.tokenizer.decode(
                 list(token_ids),

@@ -94,6 +94,7 @@ def test_token_ids_outside_the_vocabulary_are_refused(server: Server) -> None:
     answer = server.post("/detokenize", {"tokens": [5, 10**6]})
     assert answer.status_code == 400
     assert "vocabulary" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == "tokens"
     answer = server.post("/v1/completions", {"prompt": [5, 10**6], "max_tokens": 1})
     assert answer.status_code == 400
 

@@ -54,7 +54,7 @@ def test_broken_bytes_at_the_end_come_out_as_decode_shows_them(
     ids = tokenizer("ok 🦊").input_ids[:-1]
     deltas = stream(Detokenizer(tokenizer), ids)
     assert "".join(deltas) == tokenizer.decode(ids)
-    assert tokenizer.decode(ids).strip("\ufffd") == "ok "
+    assert "".join(deltas).strip("\ufffd") == "ok "
 
 
 def test_random_tokens_add_up_to_the_whole_decoded_text(

@@ -220,6 +220,7 @@ def test_wrong_values_and_the_wrong_task_are_refused(
         ("--name", "tiny", "--device-map", "{"),
         ("--name", "tiny", "--engine", "vllm"),
         ("--name", "tiny", "--trust-remote-code"),
+        ("--nam", "tiny"),
         (),
     ],
 )
@@ -260,7 +261,11 @@ def test_a_copy_that_breaks_off_leaves_nothing(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.EIO, "bad disk")])
 def test_the_store_has_all_or_nothing(
-    error: Any, llama: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    error: Any,
+    llama: Path,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -268,6 +273,8 @@ def test_the_store_has_all_or_nothing(
     monkeypatch.setattr(os, "rename", fail)
     monkeypatch.setattr("shutil.copytree", fail)
     assert cli(llama, "--name", "tiny") == (130 if error is KeyboardInterrupt else 1)
+    said = "interrupted" if error is KeyboardInterrupt else "error: the model store refuses tiny:"
+    assert capsys.readouterr().err.startswith(said)
     assert is_empty(store)
 
 

@@ -116,9 +116,7 @@ async def test_what_still_runs_is_closed_with_the_request(
     assert await is_idle(runner)
 
 
-async def test_one_refused_prompt_refuses_all(
-    runner: TextRunner, request_: RequestContext
-) -> None:
+async def test_one_refused_prompt_refuses_all(runner: TextRunner, request_: RequestContext) -> None:
     admission = Admission(8)
     with pytest.raises(InvalidRequest, match="outside the vocabulary"):
         await TextModel(runner, admission).generate(["hello", [10**6], "world"], ENDLESS)
@@ -133,9 +131,7 @@ async def test_leaving_while_prompts_are_accepted_leaves_nothing(
 ) -> None:
     admission = Admission(8)
     with stopped_rank():
-        opening = asyncio.create_task(
-            TextModel(runner, admission).generate([*prompts], ENDLESS)
-        )
+        opening = asyncio.create_task(TextModel(runner, admission).generate([*prompts], ENDLESS))
         await asyncio.sleep(0.1)
         assert admission.inside == len(prompts)
         opening.cancel()
