@@ -29,6 +29,8 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 SETUP_CONFIG = "setup_config.json"
+GIVEN = frozenset({"name", "model_path"})
+"""Fields that come from where the model lies, not from its file."""
 
 
 class BaseRunnerConfig(BaseModel):
@@ -79,7 +81,7 @@ class AccelerateConfig(BaseRunnerConfig):
     """Accelerate: `device_map` placement over GPUs, CPU and disk, in one rank."""
 
     engine: Literal["accelerate"] = "accelerate"
-    """`accelerate`."""
+    """Chooses this engine."""
     device_map: str | dict[str, int | str] = "auto"
     """A strategy (`auto`, `balanced`, `balanced_low_0`, `sequential`), one device (`cpu`, `cuda:0`,
     `disk`), or module name to device."""
@@ -108,14 +110,14 @@ class DeepSpeedConfig(BaseRunnerConfig):
     """DeepSpeed: `init_inference` tensor parallelism over `tensor_parallel` ranks."""
 
     engine: Literal["deepspeed"]
-    """`deepspeed`."""
+    """Chooses this engine."""
 
 
 class MIIConfig(BaseRunnerConfig):
     """MII: DeepSpeed-MII."""
 
     engine: Literal["mii"]
-    """`mii`."""
+    """Chooses this engine."""
 
 
 RunnerConfig = Annotated[
@@ -208,6 +210,8 @@ def describe_fields(model: type[BaseModel], *, name: Callable[[str], str] = str)
     """A Markdown table of a model's fields, defaults and meanings, from its types."""
     rows = ["| name | default | meaning |", "|---|---|---|"]
     for field, info in model.model_fields.items():
+        if field in GIVEN:
+            continue
         default = "required" if info.is_required() else f"`{info.default}`"
         default = "" if info.default in (None, "") else default
         rows.append(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from runners import create_runner
-from runners.config import AccelerateConfig, load_setup_config, parse_setup_config, validate
+from runners.config import GIVEN, AccelerateConfig, load_setup_config, parse_setup_config, validate
 from runners.errors import ConfigError, EngineUnavailable, IncompleteModel, ModelNotFound
 from settings import Settings, get_settings
 
@@ -143,6 +143,6 @@ def test_documentation_is_generated_from_the_types(module: str) -> None:
         [sys.executable, "-W", "error", "-m", module], capture_output=True, text=True, check=True
     ).stdout
     wanted: dict[str, Any] = {"settings": Settings, "runners.config": AccelerateConfig}
-    for field in wanted[module].model_fields:
+    for field in set(wanted[module].model_fields) - GIVEN:
         assert f"{field}`" in out.lower(), field
     assert all(line.split("|")[3].strip() for line in out.splitlines() if line.startswith("| `"))

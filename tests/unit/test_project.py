@@ -1,0 +1,58 @@
+"""Promises about the project's own files."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+    p
+    for p in sorted(ROOT.rglob("*.py"))
+    if not p.relative_to(ROOT).parts[0].startswith((".", "build"))
+]
+
+
+def test_the_bento_has_the_packages_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bento = yaml.safe_load((ROOT / "bentofile.yaml").read_text())
+    assert bento["python"]["packages"] == project["dependencies"]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules a file imports when it is imported, so not those inside functions or for types."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"),
+    [
+        ("api", ("api", "runners.contracts", "runners.errors")),
+        ("runners/ragged", ("runners.ragged", "runners.ranks", "runners.config",
+                            "runners.contracts", "runners.errors")),
+        ("runners/ranks", ("runners.ranks", "runners.config", "runners.contracts",
+                           "runners.errors")),
+        ("model_store_scripts", ("model_store_scripts", "runners.config", "runners.errors")),
+    ],
+)  # fmt: skip
+def test_imports_run_one_way(folder: str, allowed: tuple[str, ...]) -> None:
+    ours = ("api", "runners", "model_store_scripts", "service", "settings", "model_choice")
+    for path in (ROOT / folder).rglob("*.py"):
+        for module in imports(path):
+            if module.split(".")[0] in ours:
+                assert module.startswith(allowed), f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    long = {str(p.relative_to(ROOT)) for p in SOURCES if len(p.read_text().splitlines()) > 400}
+    assert long == set()
