@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from runners.config import DEVICE_STRATEGIES, AccelerateConfig
+from runners.config import AccelerateConfig
 from runners.contracts import RunnerState
-from runners.errors import ConfigError
-from runners.ragged.loading import choose_dtype, text_program
+from runners.errors import ConfigError, IncompleteModel
+from runners.ragged.loading import choose_dtype, loading_of, stored_dtype, text_program
 from runners.ragged.program import TextProgram
 from runners.ranks.worker import RankContext
 
@@ -34,48 +33,59 @@ def load_program(context: RankContext) -> TextProgram:
 
 
 def load_model(config: AccelerateConfig, work_dir: Path) -> PreTrainedModel:
-    """The model, placed. Raises: ConfigError for a placement this machine can not do."""
-    options: dict[str, Any] = {"device_map": _device_map(config.device_map)}
+    """The model, placed.
+
+    Raises: IncompleteModel if weights are missing (transformers would make them up); ConfigError
+    for a model or a placement that can not be loaded here.
+    """
+    _check_devices(config.device_map)
+    options: dict[str, Any] = {"device_map": config.device_map}
     if config.max_memory is not None:
         options["max_memory"] = _present(config.max_memory)
     if config.offload_folder is not None:
         options["offload_folder"] = str(work_dir / config.offload_folder)
-    model_config = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    on_cpu = not torch.cuda.is_available() or config.device_map == "cpu"
+    with loading_of(config.model_path.name):
+        own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+        stored = stored_dtype(own, config.model_path)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             config.model_path,
-            config=model_config,
-            dtype=choose_dtype(config.dtype, model_config),
+            config=own,
+            dtype=choose_dtype(config.dtype, stored, on_cpu=on_cpu),
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
-    except (ValueError, OSError, KeyError, SafetensorError) as error:
-        raise ConfigError(f"{config.model_path.name} can not be loaded: {error}") from error
-    return model
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise IncompleteModel(
+            f"{config.model_path.name} lacks {len(missing)} of the weights that "
+            f"{type(model).__name__} needs, such as {', '.join(missing[:3])}"
+        )
+    if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
+        logger.warning("part of the model lies on disk, which makes every token slower")
+    return cast(PreTrainedModel, model)
 
 
-def _device_map(wanted: str | dict[str, int | str]) -> str | dict[str, int | str]:
-    if isinstance(wanted, str) and wanted not in DEVICE_STRATEGIES:
-        try:
-            device = torch.device(wanted)
-        except RuntimeError:
+def _check_devices(device_map: str | dict[str, int | str]) -> None:
+    """Raises: ConfigError that names a CUDA device which this machine lacks."""
+    count = torch.cuda.device_count()
+    for device in [device_map] if isinstance(device_map, str) else device_map.values():
+        index = device if isinstance(device, int) else None
+        if isinstance(device, str) and device.startswith("cuda"):
+            index = int(device.partition(":")[2] or 0)
+        if index is not None and index >= count:
             raise ConfigError(
-                f"device_map: {wanted!r} is neither a device nor one of "
-                f"{', '.join(DEVICE_STRATEGIES)}, disk"
-            ) from None
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(
-                f"device_map: {wanted} does not exist, this machine has "
-                f"{torch.cuda.device_count()} CUDA devices"
+                f"device_map: CUDA device {index} does not exist, this machine has {count}"
             )
-    return wanted
 
 
-def _present(max_memory: dict[int | str, int | str]) -> dict[int | str, int | str]:
+def _present(max_memory: dict[int | str, int | str]) -> dict[int | str, int | str] | None:
     """Without the GPUs this machine lacks: a set-up written for a larger one still runs."""
     count = torch.cuda.device_count()
     absent = [key for key in max_memory if isinstance(key, int) and key >= count]
     if absent:
         logger.warning("max_memory names GPUs %s, this machine has %d: ignored", absent, count)
-    return {key: value for key, value in max_memory.items() if key not in absent}
+    # An empty limit would allow no device at all, and put everything on disk.
+    return {key: value for key, value in max_memory.items() if key not in absent} or None

@@ -8,6 +8,7 @@ says what happens instead. `python -m runners.config` prints every field.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -27,6 +28,9 @@ Engine = Literal["accelerate", "deepspeed", "mii"]
 Task = Literal["text-generation", "text-to-image"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+Device = Annotated[str, Field(pattern=r"^(cpu|disk|(cuda|xpu|npu|mps)(:\d+)?)$")]
+Size = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)?\s*[KMGT]?i?B$")]
+Index = Annotated[int, Field(ge=0)]
 
 SETUP_CONFIG = "setup_config.json"
 GIVEN = frozenset({"name", "model_path"})
@@ -82,10 +86,14 @@ class AccelerateConfig(BaseRunnerConfig):
 
     engine: Literal["accelerate"] = "accelerate"
     """Chooses this engine."""
-    device_map: str | dict[str, int | str] = "auto"
+    device_map: (
+        Literal["auto", "balanced", "balanced_low_0", "sequential"]
+        | Device
+        | dict[str, Index | Device]
+    ) = "auto"
     """A strategy (`auto`, `balanced`, `balanced_low_0`, `sequential`), one device (`cpu`, `cuda:0`,
     `disk`), or module name to device."""
-    max_memory: dict[int | str, int | str] | None = None
+    max_memory: dict[Index | Device, Index | Size] | None = None
     """Device (GPU index, `cpu`) to bytes or a size such as `10GiB`."""
     offload_folder: str | None = None
     """Where weights go that fit neither GPU nor CPU; a relative path lies in a private folder that
@@ -100,10 +108,18 @@ class AccelerateConfig(BaseRunnerConfig):
             return value
         return {int(k) if isinstance(k, str) and k.isdigit() else k: v for k, v in value.items()}
 
-    @field_validator("device_map")
+    @field_validator("device_map", mode="before")
     @classmethod
-    def _disk_alone(cls, value: str | dict[str, int | str]) -> str | dict[str, int | str]:
+    def _disk_alone(cls, value: object) -> object:
+        # Only as a map does transformers take it.
         return {"": "disk"} if value == "disk" else value
+
+    @field_validator("offload_folder")
+    @classmethod
+    def _inside(cls, value: str | None) -> str | None:
+        if value is not None and ".." in Path(value).parts:
+            raise ValueError("must not lead upwards with '..'")
+        return value
 
 
 class DeepSpeedConfig(BaseRunnerConfig):
@@ -153,14 +169,19 @@ def load_setup_config(
             f"{model_path} is not a model folder: it has neither config.json (text) "
             "nor model_index.json (image)"
         )
-    values, warnings = parse_setup_config(read_json(folder / SETUP_CONFIG))
-    values |= {k: v for k, v in (overrides or {}).items() if v is not None}
-    return validate(values | {"name": name, "model_path": model_path}), warnings
+    wanted = {k: v for k, v in (overrides or {}).items() if v is not None}
+    # The engine decides which of the file's keys mean something.
+    engine = {k: v for k, v in wanted.items() if k == "engine"}
+    values, warnings = parse_setup_config(read_json(folder / SETUP_CONFIG) | engine)
+    return validate(values | wanted | {"name": name, "model_path": model_path}), warnings
 
 
 def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Map published and obsolete keys to today's. Returns the values and the warnings."""
-    values, warnings = dict(raw), []
+    """Map published and obsolete keys to today's; null means the default.
+
+    Returns the values and the warnings.
+    """
+    values, warnings = {k: v for k, v in raw.items() if v is not None}, []
     values.setdefault("engine", "accelerate")
     for key, instead in OBSOLETE.items():
         if values.pop(key, None) is not None:
@@ -201,9 +222,11 @@ def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:
     parts = []
     for problem in error.errors(include_url=False, include_context=False, include_input=False):
         where = [str(p) for p in problem["loc"] if p not in get_args(Engine)]
+        # The names of a union's branches, which pydantic puts in between, mean nothing to a user.
+        where = [p for p in where if re.fullmatch(r"[\w-]*", p) and p not in ("str", "int")]
         field = ".".join([name(where[0]), *where[1:]]) if where else "value"
-        parts.append(f"{field}: {problem['msg']}")
-    return "; ".join(parts)
+        parts.append(f"{field}: {problem['msg'].removeprefix('Value error, ')}")
+    return "; ".join(dict.fromkeys(parts))
 
 
 def describe_fields(model: type[BaseModel], *, name: Callable[[str], str] = str) -> str:

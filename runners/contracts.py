@@ -44,7 +44,9 @@ class SamplingParams:
     """
 
     max_new_tokens: int | None = None
-    """Upper bound on generated tokens; None: the runner's default, cut to what fits the context."""
+    """Upper bound on generated tokens; None: `default_new_tokens`."""
+    default_new_tokens: int | None = None
+    """What no upper bound means, cut to what fits the context; None: the runner's default."""
     min_new_tokens: int = 0
     """End tokens are not sampled before this many tokens were generated."""
     temperature: float | None = None
@@ -184,6 +186,12 @@ class ModelInfo:
     has_chat_template: bool
     default_temperature: float | None = None
     """What the model's own generation config samples with; None if it names nothing."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output that can be served: the context, within the KV bound."""
+        # The last token is sampled but never fed back, so it needs no KV.
+        return min(self.max_context, self.max_kv_tokens + 1)
 
 
 class TextRunner(Protocol):

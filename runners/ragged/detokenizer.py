@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\ufffd"
+_MAX_PENDING = 16
+"""Tokens that may wait for the rest of a character, which has four bytes at most; what is still
+broken then stays broken, and waiting on would make each token dearer than the last."""
 
 
 class Detokenizer:
@@ -18,12 +21,20 @@ class Detokenizer:
     bytes that are no UTF-8 at all show as U+FFFD.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        *,
+        context: Sequence[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
         self._stop = [s for s in stop if s]
-        self._ids: list[int] = []
-        self._known = 0  # tokens whose text is in _text
-        self._context = 0  # where decoding starts: the tokens from here to _known are context
+        # Tokens from _start to _known are context: their text is out, or in the prompt.
+        self._ids = list(context)
+        self._start = 0
+        self._known = len(self._ids)
+        self._before = self._decode(0, self._known)
         self._text = ""
         self._sent = 0
         self.stopped = False
@@ -31,22 +42,30 @@ class Detokenizer:
     def add(self, token: int, *, may_stop: bool = True) -> str:
         """Take a token; return the text that is now certain. Sets `stopped` at a stop string."""
         self._ids.append(token)
-        before = self._decode(self._context, self._known)
-        after = self._decode(self._context, len(self._ids))
-        if len(after) > len(before) and not after.endswith(_INCOMPLETE):
-            self._text += after[len(before) :]
-            self._context, self._known = self._known, len(self._ids)
+        after = self._decode(self._start, len(self._ids))
+        pending = len(self._ids) - self._known
+        if not after.endswith(_INCOMPLETE) or pending > _MAX_PENDING:
+            self._commit(after)
         if may_stop and self._cut_at_stop():
             return self._release(len(self._text))
         return self._release(len(self._text) - self._possible_stop())
 
     def finish(self) -> str:
-        """No token will follow: return what was held back."""
+        """No token will follow: return what was held back. May set `stopped`."""
         if not self.stopped:
-            before = self._decode(self._context, self._known)
-            self._text += self._decode(self._context, len(self._ids))[len(before) :]
-            self._known = len(self._ids)
+            self._commit(self._decode(self._start, len(self._ids)))
+            self._cut_at_stop()
         return self._release(len(self._text))
+
+    def _commit(self, after: str) -> None:
+        grown = after[len(self._before) :]
+        self._text += grown
+        if not grown:
+            # Special tokens have no text: kept, they would become all the context there is.
+            del self._ids[self._known :]
+            return
+        self._start, self._known = self._known, len(self._ids)
+        self._before = self._decode(self._start, self._known)
 
     def _decode(self, start: int, end: int) -> str:
         text = self._tokenizer.decode(

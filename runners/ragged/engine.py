@@ -20,6 +20,7 @@ from runners.errors import ConfigError
 from runners.ragged.attention import PACKED, Segment, segments
 from runners.ragged.kv import SequenceKV
 from runners.ragged.padded import PaddedCache
+from runners.ragged.windows import narrow_windows
 
 logger = logging.getLogger("triptych.ragged")
 
@@ -142,6 +143,11 @@ class RaggedEngine:
         return logits
 
     def _choose_path(self) -> Path:
+        # Windows wider than the probe would prove nothing about how a path treats them.
+        with narrow_windows(self.model):
+            return self._prove_path()
+
+    def _prove_path(self) -> Path:
         reference = self._reference()
         usual = self.model.config._attn_implementation
         if getattr(self.model, "_supports_attention_backend", False):
@@ -157,7 +163,7 @@ class RaggedEngine:
         )
 
     def _probe(self) -> list[list[int]]:
-        return [[(7 * i + 3 + k) % self.vocab_size for i in range(9 - 4 * k)] for k in range(2)]
+        return [[(7 * i + 3 + k) % self.vocab_size for i in range(13 - 4 * k)] for k in range(2)]
 
     @torch.inference_mode()
     def _reference(self) -> torch.Tensor:

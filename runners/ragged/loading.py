@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from safetensors import safe_open
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from runners.contracts import ModelInfo, RunnerState
@@ -19,26 +23,62 @@ from runners.ragged.scheduler import Limits
 from runners.ragged.tokenization import PromptTokenizer
 from runners.ranks.worker import RankContext
 
+logger = logging.getLogger("triptych.ragged")
+
 # Nobody watches a bar in a server's log; `Progress` messages tell what is going on.
 disable_progress_bar()  # type: ignore[no-untyped-call]
+
+_STORED = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+IGNORED_GENERATION_KEYS = (
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "sequence_bias",
+    "min_length",
+    "min_new_tokens",
+    "min_p",
+    "typical_p",
+    "encoder_repetition_penalty",
+)
+"""What generation_config.json may ask of `generate` and this engine does not do."""
 
 KV_SHARE = 0.6
 """Share of the free memory that KV may take by default; the rest is for activations and others."""
 
 
-def choose_dtype(wanted: str, model_config: PreTrainedConfig) -> torch.dtype | str:
+def choose_dtype(wanted: str, stored: torch.dtype | None, *, on_cpu: bool) -> torch.dtype | str:
     """The dtype to load in. On a CPU `auto` is float32 unless it computes half precision natively:
     elsewhere torch's half-precision matmul is two orders of magnitude slower."""
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
-    stored = getattr(model_config, "dtype", None)
-    instruction = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}.get(
-        cast(Any, stored)
-    )
-    if instruction is None or torch.cuda.is_available():
+    instruction = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
+    if not on_cpu or stored not in instruction:
         return "auto"
-    return "auto" if torch.cpu.get_capabilities().get(instruction) else torch.float32
+    native = torch.cpu.get_capabilities().get(instruction[stored])
+    return "auto" if native else torch.float32
+
+
+def stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype | None:
+    """The dtype of the weights: as the config says, else that of the first floating tensor."""
+    if isinstance(said := getattr(config, "dtype", None), torch.dtype):
+        return said
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - a safetensors file, not a dict
+                found = _STORED.get(tensors.get_slice(name).get_dtype())
+                if found is not None:
+                    return found
+    return None
 
 
 def text_program(context: RankContext, model: PreTrainedModel) -> TextProgram:
@@ -57,6 +97,8 @@ def text_program(context: RankContext, model: PreTrainedModel) -> TextProgram:
         max_kv_tokens=config.max_kv_tokens
         or _default_kv_tokens(engine, config.max_batch_size * max_context),
     )
+    defaults = _defaults(model)
+    _warn_of_ignored(model)
     info = ModelInfo(
         architecture=type(model).__name__,
         engine=config.engine,
@@ -67,40 +109,76 @@ def text_program(context: RankContext, model: PreTrainedModel) -> TextProgram:
         vocab_size=engine.vocab_size,
         max_kv_tokens=limits.max_kv_tokens,
         has_chat_template=bool(tokenizer.chat_template),
-        default_temperature=_defaults(model).temperature or None,
+        default_temperature=defaults.temperature or None,
     )
     return TextProgram(
         info=info,
         engine=engine,
         tokenizer=PromptTokenizer(tokenizer, engine.vocab_size),
         limits=limits,
-        eos_ids=_eos_ids(model),
-        defaults=_defaults(model),
+        eos_ids=_eos_ids(model, engine.vocab_size),
+        defaults=defaults,
         max_prompt_tokens=config.max_length,
         emit=context.emit,
     )
 
 
 def _load_tokenizer(path: Path) -> Any:  # AutoTokenizer's class is only known at run time
-    try:
+    with loading_of(f"the tokenizer of {path.name}"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"the tokenizer of {path.name} can not be loaded: {error}") from error
+
+
+@contextmanager
+def loading_of(what: str) -> Iterator[None]:
+    """Turn whatever a library raises about a model that can not be loaded into a sentence.
+
+    Such errors come as any type and do not go away by trying again. Memory may, later.
+    Raises: ConfigError.
+    """
+    try:
+        yield
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"{what} can not be loaded: {type(error).__name__}: {reason}") from error
 
 
 def _max_context(config: PreTrainedConfig) -> int:
     text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") in ("dynamic", "longrope") and original is not None:
+        # Beyond it the frequencies follow the longest position of a forward, whoever's it is.
+        logger.warning(
+            "the context is cut to %d tokens: longer ones would differ in a batch", original
+        )
+        return int(original)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         if isinstance(value := getattr(text, name, None), int):
             return value
     return 2048  # ALiBi models name no limit; this is what they were usually trained on
 
 
-def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
+def _eos_ids(model: PreTrainedModel, vocab_size: int) -> frozenset[int]:
     eos = model.generation_config.eos_token_id if model.generation_config else None
-    if eos is None:
-        return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)
+    ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+    outside = {i for i in ids if not 0 <= i < vocab_size}
+    if outside:
+        logger.warning("end tokens %s are outside the vocabulary: ignored", sorted(outside))
+    return ids - outside
+
+
+def _warn_of_ignored(model: PreTrainedModel) -> None:
+    own = model.generation_config
+    neutral = GenerationConfig()  # type: ignore[no-untyped-call]
+    ignored = [
+        name
+        for name in IGNORED_GENERATION_KEYS
+        if getattr(own, name, None) not in (None, getattr(neutral, name, None))
+    ]
+    if ignored:
+        logger.warning("generation_config.json: ignored here: %s", ", ".join(ignored))
 
 
 def _defaults(model: PreTrainedModel) -> SamplingDefaults:
@@ -150,10 +228,15 @@ def _cgroup_room() -> list[int]:
     """What a container's memory limit leaves (cgroup v2); empty without a limit."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        stat = Path("/sys/fs/cgroup/memory.stat").read_text()
     except OSError:
         return []
-    return [] if limit == "max" else [max(0, int(limit) - int(used))]
+    # The page cache of the weights counts as used, but gives way.
+    cached = next(
+        (int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")), 0
+    )
+    return [] if limit == "max" else [max(0, int(limit) - used + cached)]
 
 
 def _linux() -> bool:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from runners.contracts import GenerationRequest, ModelInfo
+from runners.contracts import ChatPrompt, GenerationRequest, ModelInfo
 from runners.errors import (
     ContextLengthExceeded,
     EngineFailure,
@@ -37,6 +37,7 @@ from runners.ranks.worker import Occupancy
 
 IDLE_S = 0.5
 DEFAULT_NEW_TOKENS = 256
+CONTEXT_TOKENS = 6
 TOKENIZER_THREADS = 2
 
 
@@ -65,7 +66,11 @@ class TextProgram:
         self._max_prompt_tokens = max_prompt_tokens
         self._emit = emit
         self._scheduler = Scheduler(
-            engine, limits, lambda deltas: emit(Deltas(deltas)), self._describe_token
+            engine,
+            limits,
+            emit=lambda deltas: emit(Deltas(deltas)),
+            fail=lambda request_id, error: emit(failure(request_id, error)),
+            describe=self._describe_token,
         )
         self._inbox: queue.SimpleQueue[Generation | Abort] = queue.SimpleQueue()
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
@@ -117,29 +122,30 @@ class TextProgram:
     def _prepare(self, request: GenerationRequest) -> None:
         """In a tokenizer thread: validate, accept or refuse, and queue."""
         try:
-            sequence = self._sequence(request)
-        except TriptychError as error:
-            self._emit(Failed(request.request_id, type(error).__name__, error.message, error.param))
-            return
+            prepared: Generation | Failed = self._sequence(request)
         except Exception as error:  # one request's tokenizer trouble must not end the rank
-            message = f"the prompt could not be tokenised: {type(error).__name__}"
-            self._emit(Failed(request.request_id, EngineFailure.__name__, message))
-            return
+            prepared = failure(request.request_id, error)
         with self._lock:
             if request.request_id not in self._preparing:
                 return  # aborted meanwhile
             self._preparing.discard(request.request_id)
+            if isinstance(prepared, Failed):
+                self._emit(prepared)
+                return
             # Under the lock, so that an abort is queued behind what it aborts.
-            self._emit(Accepted(request.request_id, len(sequence.prompt_ids)))
-            self._inbox.put(sequence)
+            self._emit(Accepted(request.request_id, len(prepared.prompt_ids)))
+            self._inbox.put(prepared)
 
     def _sequence(self, request: GenerationRequest) -> Generation:
         params = request.sampling
-        ids = self._tokenizer.begin(self._tokenizer.encode(request.prompt))
+        ids = self._tokenizer.begin(
+            self._tokenizer.encode(request.prompt, max_tokens=self.info.max_model_len)
+        )
         room = self._room(len(ids))
         wanted = params.max_new_tokens
         if wanted is None:
-            wanted = min(room, self._max_prompt_tokens or DEFAULT_NEW_TOKENS)
+            default = params.default_new_tokens or self._max_prompt_tokens or DEFAULT_NEW_TOKENS
+            wanted = min(room, max(default, params.min_new_tokens))
         if wanted > room:
             raise ContextLengthExceeded(
                 f"the prompt has {len(ids)} tokens and max_new_tokens is {wanted}, but the model's "
@@ -151,20 +157,26 @@ class TextProgram:
                 f"min_new_tokens ({params.min_new_tokens}) exceeds max_new_tokens ({wanted})",
                 param="min_new_tokens",
             )
+        stop_ids = self._tokenizer.special_ids(params.stop)
         return Generation(
             request_id=request.request_id,
             prompt_ids=ids,
             max_new_tokens=wanted,
-            eos_ids=frozenset() if params.ignore_eos else self._eos_ids,
-            sampler=SamplerState(params, self._defaults, ids, self._eos_ids),
-            detokenizer=Detokenizer(self._tokenizer.tokenizer, params.stop),
+            eos_ids=stop_ids if params.ignore_eos else stop_ids | self._eos_ids,
+            sampler=SamplerState(params, self._defaults, ids, stop_ids | self._eos_ids),
+            detokenizer=Detokenizer(
+                self._tokenizer.tokenizer,
+                params.stop,
+                # An answer in a chat begins anew; a continuation's first token needs what it
+                # continues, or SentencePiece tokenizers lose the space before it.
+                context=() if isinstance(request.prompt, ChatPrompt) else ids[-CONTEXT_TOKENS:],
+            ),
         )
 
     def _room(self, prompt_tokens: int) -> int:
         """How many tokens may follow a prompt. Raises: ContextLengthExceeded if none."""
-        longest = self._max_prompt_tokens or self.info.max_context
-        context = min(self.info.max_context, self._scheduler.limits.max_kv_tokens + 1)
-        longest = min(longest, context - 1)
+        context = self.info.max_model_len
+        longest = min(self._max_prompt_tokens or context, context - 1)
         if prompt_tokens > longest:
             raise ContextLengthExceeded(
                 f"the prompt has {prompt_tokens} tokens; at most {longest} are allowed",
@@ -184,12 +196,18 @@ class TextProgram:
                     call.token_ids, skip_special_tokens=call.skip_special_tokens
                 )
                 self._emit(Text(call.call_id, text))
-        except TriptychError as error:
-            self._emit(CallFailed(call.call_id, type(error).__name__, error.message, error.param))
         except Exception as error:  # as in _prepare
-            message = f"the tokenizer failed: {type(error).__name__}"
-            self._emit(CallFailed(call.call_id, EngineFailure.__name__, message))
+            failed = failure("", error)
+            self._emit(CallFailed(call.call_id, failed.kind, failed.message, failed.param))
 
     def _describe_token(self, token_id: int) -> tuple[str, bytes]:
         raw = self._tokenizer.token_bytes(token_id)
         return raw.decode("utf-8", errors="replace"), raw
+
+
+def failure(request_id: str, error: Exception) -> Failed:
+    """An error as the message that tells the host. What nobody raises on purpose is not quoted."""
+    if isinstance(error, TriptychError):
+        return Failed(request_id, type(error).__name__, error.message, error.param)
+    message = f"the engine failed on this request: {type(error).__name__}"
+    return Failed(request_id, EngineFailure.__name__, message)

@@ -39,7 +39,9 @@ class SamplerState:
         def resolve(value: float | None, default: float) -> float:
             return default if value is None else value
 
-        self.temperature = resolve(params.temperature, defaults.temperature)
+        temperature = resolve(params.temperature, defaults.temperature)
+        # Dividing by less overflows float32; the distribution is all on the best token by then.
+        self.temperature = temperature if temperature >= 1e-5 else 0.0
         self.top_p = resolve(params.top_p, defaults.top_p)
         self.top_k = int(resolve(params.top_k, defaults.top_k))
         self.repetition = resolve(params.repetition_penalty, defaults.repetition_penalty)

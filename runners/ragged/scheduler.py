@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from runners.contracts import FinishReason, TextDelta, TokenLogprob
 from runners.ragged.detokenizer import Detokenizer
 from runners.ragged.engine import Engine
@@ -56,18 +58,25 @@ class Limits:
 
 
 class Scheduler:
-    """Runs sequences on an engine. One thread calls it; `emit` gets each step's deltas."""
+    """Runs sequences on an engine. One thread calls it.
+
+    `emit` gets each step's deltas, `fail` a request that ends with an error of its own; `describe`
+    gives a token's text and bytes.
+    """
 
     def __init__(
         self,
         engine: Engine,
         limits: Limits,
+        *,
         emit: Callable[[list[TextDelta]], None],
+        fail: Callable[[str, Exception], None],
         describe: Callable[[int], tuple[str, bytes]],
     ) -> None:
         self.limits = limits
         self._engine = engine
         self._emit = emit
+        self._fail = fail
         self._describe = describe
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
@@ -112,10 +121,23 @@ class Scheduler:
         rows = [i for i, (sequence, _) in enumerate(plan) if not sequence.prefilling]
         if not rows:
             return
-        sampled = [plan[i][0] for i in rows]
         chosen = logits if len(rows) == len(plan) else logits[rows]
-        tokens, ranked = sample(chosen, [s.sampler for s in sampled])
-        self._emit([self._advance(*item) for item in zip(sampled, tokens, ranked, strict=True)])
+        deltas = self._sample([plan[i][0] for i in rows], chosen)
+        if deltas:
+            self._emit(deltas)
+
+    def _sample(self, sequences: list[Generation], logits: torch.Tensor) -> list[TextDelta]:
+        """A token for each sequence; one whose sampling fails ends alone."""
+        try:
+            tokens, ranked = sample(logits, [s.sampler for s in sequences])
+        except Exception as error:
+            if len(sequences) == 1:
+                self._leave(sequences[0])
+                self._fail(sequences[0].request_id, error)
+                return []
+            each = (self._sample([s], logits[i : i + 1]) for i, s in enumerate(sequences))
+            return [delta for deltas in each for delta in deltas]
+        return [self._advance(*item) for item in zip(sequences, tokens, ranked, strict=True)]
 
     def _admit(self) -> None:
         limits = self.limits
@@ -158,6 +180,7 @@ class Scheduler:
                 reason = "length"
         if reason is not None:
             text += sequence.detokenizer.finish()
+            reason = "stop" if sequence.detokenizer.stopped else reason
             self._leave(sequence)
         return TextDelta(
             request_id=sequence.request_id,

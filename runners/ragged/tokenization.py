@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from runners.contracts import ChatPrompt, Prompt
-from runners.errors import InvalidRequest
+from runners.errors import ContextLengthExceeded, InvalidRequest
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -24,19 +24,28 @@ class PromptTokenizer:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._longest = max(map(len, tokenizer.get_vocab()), default=1)
         self._byte_of = _byte_alphabet(tokenizer)
         # The first call drops truncation settings of tokenizer.json; done later, while another
         # thread encodes, that raises "Already borrowed".
         tokenizer("a")
 
-    def encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt. An empty text is the begin-of-text token, if there is one.
+    def encode(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of a prompt. A text that can not fit `max_tokens` is not even tokenised.
 
-        Raises: InvalidRequest, which names the field at fault.
+        Raises: InvalidRequest, which names the field at fault; ContextLengthExceeded.
         """
         if isinstance(prompt, ChatPrompt):
             return self._render(prompt)
         if isinstance(prompt, str):
+            if max_tokens is not None and len(prompt) > max_tokens * self._longest:
+                raise ContextLengthExceeded(
+                    f"the prompt has {len(prompt)} characters, more than the {max_tokens} tokens "
+                    "that are allowed can hold",
+                    param="prompt",
+                )
             ids = self.tokenizer(
                 prompt, add_special_tokens=add_special_tokens, verbose=False
             ).input_ids
@@ -71,6 +80,11 @@ class PromptTokenizer:
             )
         )
 
+    def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
+        """Ids of those texts that are special tokens, which decoding leaves out of the text."""
+        ids = (self.tokenizer.convert_tokens_to_ids(text) for text in texts)
+        return frozenset(i for i in ids if isinstance(i, int) and i in self._special_ids)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to the text (RFC 3629 pieces for tokens inside a character)."""
         found = self.tokenizer.convert_ids_to_tokens(token_id)
@@ -99,6 +113,11 @@ class PromptTokenizer:
         except TemplateError as error:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from None
+        except Exception as error:  # templates are programs of others, and raise what they like
+            raise InvalidRequest(
+                f"the model's chat template fails on these messages: {type(error).__name__}",
+                param="messages",
             ) from None
         return list(cast(list[int], ids))
 

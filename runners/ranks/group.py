@@ -94,6 +94,8 @@ class RankGroup:
         while True:
             self._was_ready = False
             end = await self._live_once()
+            if self._state is RunnerState.READY:  # it ended by a fault of the watching itself
+                self._on_down(end.reason)
             failed_starts = 0 if self._was_ready else failed_starts + 1
             if end.final or failed_starts >= MAX_FAILED_STARTS:
                 self._enter(RunnerState.FAILED, end.reason)
@@ -116,6 +118,9 @@ class RankGroup:
                 return await self._life.explain(end)
         except OSError as error:
             return End(f"the rank processes could not be started: {error}")
+        except Exception as error:
+            logger.exception("watching the ranks failed")
+            return End(f"watching the rank processes failed: {type(error).__name__}")
         finally:
             self._life = None
 

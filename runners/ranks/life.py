@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -19,12 +19,14 @@ from runners.ranks.channel import encode_frame, read_rank_message
 from runners.ranks.messages import Heartbeat, Hello, HostMessage, RankMessage, Shutdown
 from runners.ranks.spec import SOCKET, SPEC, RankSpec, read_outcome, write_private
 
-logger = logging.getLogger("triptych.ranks")
-
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 WATCH_PERIOD_S = 0.25
 RANK_EXIT_S = 3.0
 LAUNCHER_EXIT_S = 6.0
+RUN_DIR_PREFIX = "triptych-"
+MAX_SOCKET_PATH = 100
+"""Unix sockets have short names: 108 bytes on Linux, 104 on macOS."""
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
 PRIVATE_VARIABLES = frozenset({"TRIPTYCH_API_KEY"})
 
 
@@ -58,11 +60,26 @@ class Life:
         self.last_beat: Heartbeat | None = None
 
     async def __aenter__(self) -> Life:
-        self._run_dir = Path(tempfile.mkdtemp(prefix="triptych-"))
-        write_private(self._run_dir / SPEC, self._spec)
-        path = self._run_dir / SOCKET
-        self._server = await asyncio.start_unix_server(self._connected, path=str(path))
-        path.chmod(0o600)
+        async with contextlib.AsyncExitStack() as opened:
+            self._run_dir = _new_run_dir()
+            opened.push_async_callback(
+                asyncio.to_thread, shutil.rmtree, self._run_dir, ignore_errors=True
+            )
+            write_private(self._run_dir / SPEC, self._spec)
+            path = self._run_dir / SOCKET
+            server = await asyncio.start_unix_server(self._connected, path=str(path))
+            opened.push_async_callback(self._disconnect, server)
+            path.chmod(0o600)
+            await self._launch()
+            opened.push_async_callback(self._end_launcher)
+            opened.callback(self._say_goodbye)
+            self._opened = opened.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._opened.aclose()
+
+    async def _launch(self) -> None:
         search = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
         env = {k: v for k, v in os.environ.items() if k not in PRIVATE_VARIABLES}
         self._launcher = await asyncio.create_subprocess_exec(
@@ -75,19 +92,18 @@ class Life:
         )
         self._exited = asyncio.create_task(self._launcher.wait())
         self._exited.add_done_callback(lambda _: self.end("the rank processes ended"))
-        return self
 
-    async def __aexit__(self, *exc_info: object) -> None:
+    def _say_goodbye(self) -> None:
         for writer in self._writers.values():
             with contextlib.suppress(OSError):
                 writer.write(encode_frame(Shutdown()))
             writer.close()
-        await self._end_launcher()
-        self._server.close()
+
+    async def _disconnect(self, server: asyncio.Server) -> None:
+        server.close()
         for task in self._readers:
             task.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
-        await asyncio.to_thread(shutil.rmtree, self._run_dir, ignore_errors=True)
 
     def send(self, message: HostMessage) -> None:
         """Write to rank 0."""
@@ -107,7 +123,7 @@ class Life:
         return self._end.result()
 
     async def explain(self, end: End) -> End:
-        """End the processes and add what the launcher saw; the last stderr lines go to the log."""
+        """End the processes and say what the launcher saw; what ranks print is in the log."""
         if self._rank_left:
             # A rank that ends by itself is still busy dying: let the launcher see how.
             await asyncio.wait({self._exited}, timeout=RANK_EXIT_S)
@@ -115,10 +131,10 @@ class Life:
         outcome = read_outcome(self._run_dir)
         if outcome is None or end.final:
             return end
-        if outcome.stderr_tail:
-            logger.error("last lines of the rank:\n%s", "\n".join(outcome.stderr_tail))
-        last = next((line for line in reversed(outcome.stderr_tail) if line.strip()), "")
-        return End(f"{outcome.reason}: {last.strip()}" if last else outcome.reason)
+        said = [line.strip() for line in outcome.stderr_tail if line.strip()]
+        errors = [line for line in said if _EXCEPTION.match(line)]
+        last = (errors or said or [""])[-1]
+        return End(f"{outcome.reason}: {last}" if last else outcome.reason)
 
     def _overdue(self, ready: bool) -> str | None:
         now, config = time.monotonic(), self._config
@@ -163,3 +179,30 @@ class Life:
         if pending:
             self._launcher.kill()
             await self._exited
+
+
+def _new_run_dir() -> Path:
+    """A private folder named after this process. Removes those that killed processes left.
+
+    Raises: OSError.
+    """
+    parent = Path(tempfile.gettempdir())
+    for old in parent.glob(f"{RUN_DIR_PREFIX}*-*"):
+        owner = old.name.removeprefix(RUN_DIR_PREFIX).partition("-")[0]
+        if owner.isdigit() and not _exists(int(owner)):
+            shutil.rmtree(old, ignore_errors=True)
+    run_dir = Path(tempfile.mkdtemp(prefix=f"{RUN_DIR_PREFIX}{os.getpid()}-", dir=parent))
+    if len(str(run_dir / SOCKET)) > MAX_SOCKET_PATH:
+        run_dir.rmdir()
+        raise OSError(f"{parent} is too long a path for a socket; set TMPDIR to a shorter one")
+    return run_dir
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -62,6 +62,16 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     ),
     "falcon": lambda: tf.FalconConfig(**_COMMON, new_decoder_architecture=True, num_kv_heads=2),
     "gemma2": lambda: tf.Gemma2Config(**_GATED, head_dim=16, sliding_window=16),
+    # Its window is in the mask only, never handed to the attention function.
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(
+        **_GATED,
+        moe_intermediate_size=WIDTH,
+        shared_expert_intermediate_size=WIDTH,
+        num_experts=4,
+        use_sliding_window=True,
+        sliding_window=16,
+        layer_types=["sliding_attention"] * LAYERS,
+    ),
     "phi": lambda: tf.PhiConfig(**_COMMON, intermediate_size=2 * WIDTH),
 }
 

@@ -89,6 +89,37 @@ def test_beginnings_of_stop_strings_are_held_back_not_lost(
     assert so_far + detokenizer.finish() == "aab aabaab "
 
 
+def test_a_continuation_keeps_its_leading_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = tokenizer("hello the cat").input_ids
+    split = len(tokenizer("hello").input_ids)
+    detokenizer = Detokenizer(tokenizer, context=ids[:split])
+    assert "".join(stream(detokenizer, ids[split:])) == " the cat"
+
+
+def test_tokens_without_text_and_broken_bytes_do_not_pile_up(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    broken = tokenizer("🦊").input_ids[-2]
+    assert tokenizer.eos_token_id is not None
+    for token in (tokenizer.eos_token_id, broken):
+        detokenizer = Detokenizer(tokenizer)
+        for _ in range(200):
+            detokenizer.add(token)
+        assert len(detokenizer._ids) - detokenizer._start < 40
+
+
+def test_a_stop_string_in_what_was_held_back_still_counts(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    detokenizer = Detokenizer(tokenizer, ["cat"])
+    ids = [*tokenizer("the cat").input_ids, tokenizer("🦊").input_ids[-4]]
+    text = "".join(detokenizer.add(i, may_stop=False) for i in ids[:-3])
+    for token in ids[-3:]:
+        text += detokenizer.add(token, may_stop=False)
+    text += detokenizer.finish()
+    assert "cat" not in text or not detokenizer.stopped
+
+
 def test_the_earliest_of_several_stop_strings_wins(tokenizer: PreTrainedTokenizerBase) -> None:
     detokenizer = Detokenizer(tokenizer, ["mat", "sat"])
     deltas = stream(detokenizer, tokenizer("the cat sat on the mat").input_ids)

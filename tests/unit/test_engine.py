@@ -18,7 +18,7 @@ from tests.support.models import CONFIGS, greedy, write_model
 
 COUNT = 12
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
-PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon"}
+PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon", "qwen2_moe"}
 
 
 class NoText:
@@ -50,9 +50,19 @@ class Run:
     def __init__(self, engine: RaggedEngine, **limits: int) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.finished: list[str] = []
+        self.failed: list[tuple[str, type[Exception]]] = []
         self.engine = engine
         bounds = {"max_batch_size": 8, "max_step_tokens": 16, "max_kv_tokens": 4096} | limits
-        self.scheduler = Scheduler(engine, Limits(**bounds), self._take, lambda _: ("", b""))
+        self.scheduler = Scheduler(
+            engine,
+            Limits(**bounds),
+            emit=self._take,
+            fail=self._failed,
+            describe=lambda _: ("", b""),
+        )
+
+    def _failed(self, request_id: str, error: Exception) -> None:
+        self.failed.append((request_id, type(error)))
 
     def _take(self, deltas: list[TextDelta]) -> None:
         for delta in deltas:
@@ -77,6 +87,20 @@ def test_mixed_chunked_steps_equal_generate(kind: str, tmp_path: Path) -> None:
     run.drain()
     expected = greedy(folder, PROMPTS, COUNT)
     assert [run.tokens[str(i)] for i in range(len(PROMPTS))] == expected
+
+
+def test_one_failing_sampler_ends_its_own_sequence_only(tmp_path: Path) -> None:
+    folder = write_model("llama", tmp_path / "llama")
+    run = Run(load(folder))
+    good, bad = generation("good", PROMPTS[0]), generation("bad", PROMPTS[1])
+    bad.sampler.min_new_tokens = 5
+    bad.sampler.eos_ids = [10**6]
+    for each in (good, bad):
+        run.scheduler.add(each)
+    run.drain()
+    assert run.failed == [("bad", IndexError)]
+    assert run.tokens["good"] == greedy(folder, PROMPTS[:1], COUNT)[0]
+    assert run.scheduler.kv_reserved == 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom"])

@@ -89,6 +89,13 @@ def test_temperature_scales_the_distribution() -> None:
     assert (seen - (row / 2.0).softmax(-1)[0]).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-10])
+def test_a_temperature_of_almost_nothing_is_greedy(temperature: float) -> None:
+    rows = logits(4)
+    states = [state(temperature=temperature, seed=i) for i in range(4)]
+    assert sample(rows, states)[0] == rows.argmax(-1).tolist()
+
+
 def test_repetition_penalty_is_that_of_transformers() -> None:
     row = logits()
     ours = row.clone()

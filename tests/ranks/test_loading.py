@@ -1,0 +1,166 @@
+"""What a model folder may be like: odd ones are served rightly or refused with a sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from runners import create_runner
+from runners.config import load_setup_config
+from runners.contracts import ChatMessage, ChatPrompt, RunnerState
+from runners.errors import ContextLengthExceeded
+from tests.support.generating import collect, ids_of, serving, text_of
+from tests.support.models import EOS, greedy, write_model
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | changes))
+
+
+def without_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_damaged_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+
+
+REFUSALS: list[tuple[str, Callable[[Path], Any], dict[str, object], str]] = [
+    ("missing tensor", without_tensor, {}, "lacks 1 of the weights that LlamaForCausalLM needs"),
+    (
+        "unknown architecture",
+        lambda f: edit_json(f / "config.json", model_type="foo", architectures=["Foo"]),
+        {},
+        "can not be loaded",
+    ),
+    (
+        "wrong shapes",
+        lambda f: edit_json(f / "config.json", intermediate_size=96),
+        {},
+        "can not be loaded",
+    ),
+    ("damaged tokenizer", with_damaged_tokenizer, {}, "the tokenizer of odd can not be loaded"),
+    ("absent GPU", lambda _: None, {"device_map": {"": 7}}, "CUDA device 7 does not exist"),
+]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "overrides", "sentence"),
+    [case[1:] for case in REFUSALS],
+    ids=[case[0] for case in REFUSALS],
+)
+async def test_what_can_never_work_is_refused_at_once(
+    tmp_path: Path, spoil: Callable[[Path], Any], overrides: dict[str, object], sentence: str
+) -> None:
+    folder = write_model("llama", tmp_path / "odd")
+    spoil(folder)
+    config, _ = load_setup_config(folder, name="odd", overrides=overrides)
+    runner = create_runner(config)
+    await runner.start()
+    try:
+        async with asyncio.timeout(60):
+            while runner.health().state is not RunnerState.FAILED:
+                await asyncio.sleep(0.05)
+        assert sentence in runner.health().detail
+        assert runner.health().restarts == 0
+    finally:
+        await runner.stop()
+
+
+async def test_end_tokens_outside_the_vocabulary_do_no_harm(tmp_path: Path) -> None:
+    folder = write_model("gpt2", tmp_path / "gpt2")
+    edit_json(folder / "generation_config.json", eos_token_id=[50256, -1])
+    async with serving(folder) as runner:
+        deltas = await collect(runner, "hello", max_new_tokens=6, min_new_tokens=3)
+    assert [ids_of(deltas)] == greedy(folder, ["hello"], 6)
+
+
+async def test_limits_for_gpus_that_are_not_there_do_not_push_all_to_disk(tmp_path: Path) -> None:
+    folder = write_model("llama", tmp_path / "llama")
+    async with serving(folder, max_memory={"0": "10GiB"}) as runner:
+        assert runner.info is not None
+        assert "disk" not in runner.info.devices
+
+
+async def test_half_precision_weights_run_in_float32_on_this_cpu_unless_asked(
+    tmp_path: Path,
+) -> None:
+    import torch
+
+    if any(torch.cpu.get_capabilities().get(f"avx512_{kind}") for kind in ("bf16", "fp16")):
+        pytest.skip("this CPU computes half precision natively")
+    folder = write_model("llama", tmp_path / "llama", dtype=torch.float16)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype")  # older checkpoints do not say
+    (folder / "config.json").write_text(json.dumps(config))
+    async with serving(folder) as runner:
+        assert runner.info is not None
+        assert runner.info.dtype == "float32"
+    async with serving(folder, dtype="float16") as runner:
+        assert runner.info is not None
+        assert runner.info.dtype == "float16"
+
+
+async def test_ends_and_defaults(tmp_path: Path) -> None:
+    folder = write_model("llama", tmp_path / "llama")
+    async with serving(folder, max_kv_tokens=40, max_length=30) as runner:
+        assert runner.info is not None
+        assert runner.info.max_model_len == 41
+        [free] = greedy(folder, ["hello"], 12)
+        # The end token as a stop string: special tokens have no text to be found in.
+        stopped = await collect(runner, "hello", max_new_tokens=12, ignore_eos=True, stop=["</s>"])
+        cut = free[: free.index(EOS) + 1] if EOS in free else free
+        assert ids_of(stopped) == cut
+        # Defaults are cut to what fits; what was asked for is refused instead.
+        deltas = await collect(runner, [5] * 29, ignore_eos=True, default_new_tokens=16)
+        assert len(ids_of(deltas)) == 12
+        deltas = await collect(runner, [5] * 5, ignore_eos=True, min_new_tokens=35)
+        assert len(ids_of(deltas)) == 35
+        with pytest.raises(ContextLengthExceeded, match="at most 12 more tokens fit"):
+            await collect(runner, [5] * 29, max_new_tokens=13)
+        with pytest.raises(ContextLengthExceeded, match="at most 30 are allowed"):
+            await collect(runner, [5] * 31)
+        with pytest.raises(ContextLengthExceeded, match="characters"):
+            await collect(runner, "x" * 100_000)
+
+
+async def test_a_template_that_fails_is_the_conversations_fault(tmp_path: Path) -> None:
+    folder = write_model("llama", tmp_path / "llama")
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages[0]['content'] + 1 if messages|length > 1 else messages[0]['content'] }}"
+    )
+    one = [ChatMessage(role="user", content="hello")]
+    async with serving(folder) as runner:
+        assert (
+            text_of(await collect(runner, ChatPrompt(messages=one), max_new_tokens=2)) is not None
+        )
+        with pytest.raises(Exception, match="chat template fails on these messages: TypeError"):
+            await collect(runner, ChatPrompt(messages=one * 2), max_new_tokens=2)
+
+
+async def test_a_socket_path_that_is_too_long_is_said_so_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    config, _ = load_setup_config(write_model("llama", tmp_path / "llama"), name="m")
+    runner = create_runner(config)
+    await runner.start()
+    try:
+        async with asyncio.timeout(20):
+            while runner.health().state is not RunnerState.RESTARTING:
+                await asyncio.sleep(0.01)
+        assert "set TMPDIR to a shorter one" in runner.health().detail
+    finally:
+        await runner.stop()
+    assert list(long.iterdir()) == []
