@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import bentoml
 from bentoml.exceptions import BentoMLException
 
 from runners import create_runner
-from runners.config import BaseRunnerConfig, load_setup_config
+from runners.config import SETUP_CONFIG, BaseRunnerConfig, load_setup_config
 from runners.contracts import TextRunner
 from runners.errors import ConfigError, ModelNotFound
-from settings import PREFIX, Settings
+from settings import PREFIX, Settings, variable
 
 logger = logging.getLogger("triptych")
+
+OVERRIDES = {
+    "engine": "text_engine",
+    "tensor_parallel": "tensor_parallel",
+    "max_batch_size": "max_batch_size",
+    "max_kv_tokens": "max_kv_tokens",
+    "start_timeout": "start_timeout",
+    "num_threads": "num_threads",
+}
+"""Field of the runner's config to the setting that overrides it."""
 
 
 def is_folder(choice: str) -> bool:
     """Whether a choice names a folder; else it is a store tag."""
-    return Path(choice).expanduser().is_dir()
+    # os.path's, unlike pathlib's, take a user or a name that can not exist for an ordinary no.
+    return os.path.isdir(os.path.expanduser(choice))
 
 
 def text_config(choice: str, settings: Settings) -> BaseRunnerConfig:
@@ -30,15 +43,11 @@ def text_config(choice: str, settings: Settings) -> BaseRunnerConfig:
             + _text_models_in_store()
         )
     name, folder = _locate(choice)
-    overrides = {
-        "engine": settings.text_engine,
-        "tensor_parallel": settings.tensor_parallel,
-        "max_batch_size": settings.max_batch_size,
-        "max_kv_tokens": settings.max_kv_tokens,
-        "start_timeout": settings.start_timeout,
-        "num_threads": settings.num_threads,
-    }
-    config, warnings = load_setup_config(folder, name=name, overrides=overrides)
+    overrides = {field: getattr(settings, setting) for field, setting in OVERRIDES.items()}
+    try:
+        config, warnings = load_setup_config(folder, name=name, overrides=overrides)
+    except ConfigError as error:
+        raise _blamed(error, folder, overrides) from None
     for warning in warnings:
         logger.warning("%s", warning)
     return config
@@ -52,7 +61,7 @@ def text_runner(choice: str, settings: Settings) -> TextRunner:
 def _locate(choice: str) -> tuple[str, Path]:
     """Name and folder of a model. Raises: ModelNotFound."""
     if is_folder(choice):
-        folder = Path(choice).expanduser().resolve()
+        folder = Path(os.path.expanduser(choice)).resolve()
         return folder.name, folder
     try:
         model = bentoml.models.get(choice)
@@ -61,6 +70,21 @@ def _locate(choice: str) -> tuple[str, Path]:
             f"{choice} is neither a folder nor a tag of the model store; " + _text_models_in_store()
         ) from None
     return model.tag.name, Path(model.path)
+
+
+def _blamed(error: ConfigError, folder: Path, overrides: Mapping[str, object]) -> ConfigError:
+    """The error in terms of the variable without which it would not be; else as it is."""
+    # The engine last: what it allows is said of the others.
+    for field in reversed([field for field, value in overrides.items() if value is not None]):
+        try:
+            config, _ = load_setup_config(folder, name="", overrides={**overrides, field: None})
+        except ConfigError:
+            continue
+        setting = f"{variable(OVERRIDES[field])}={overrides[field]}"
+        problem = error.message.removeprefix(f"{SETUP_CONFIG}: ")
+        meaning = type(config).model_fields[field].description if field != "engine" else None
+        return ConfigError(f"{setting} does not fit this model: {meaning or problem}")
+    return error
 
 
 def _text_models_in_store() -> str:

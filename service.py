@@ -19,7 +19,12 @@ from starlette.exceptions import HTTPException
 from api.admission import Admission
 from api.generation import TextModel
 from api.metrics import RunnerMetrics, remove_files
-from api.middleware import ApiKeyMiddleware, BodyMiddleware, RequestContextMiddleware
+from api.middleware import (
+    ApiKeyMiddleware,
+    BodyMiddleware,
+    RequestContextMiddleware,
+    UnknownRouteMiddleware,
+)
 from api.native import routes
 from api.native.schemas import (
     DetokenizeRequest,
@@ -34,7 +39,7 @@ from api.openai.app import create_app, serve_model
 from model_choice import is_folder, text_runner
 from runners.contracts import RunnerState
 from runners.errors import ConfigError, EngineUnavailable
-from settings import Settings, get_settings
+from settings import Settings, get_settings, unknown_variables
 
 logger = logging.getLogger("triptych")
 logger.setLevel(logging.INFO)
@@ -98,6 +103,8 @@ class Triptych:
     @staticmethod
     def check_model() -> None:
         """Before any worker starts: stop with one sentence if there is nothing to serve."""
+        if (ignored := unknown_variables()) is not None:
+            logger.warning("%s", ignored)
         try:
             if settings.image_model or arguments.image_model:
                 raise EngineUnavailable("image models are not part of this version of Triptych")
@@ -180,3 +187,4 @@ _service().add_asgi_middleware(RequestContextMiddleware, timeout=settings.reques
 if settings.api_key is not None:
     _service().add_asgi_middleware(ApiKeyMiddleware, key=settings.api_key)
 _service().add_asgi_middleware(BodyMiddleware, max_bytes=settings.max_body_bytes)
+_service().add_asgi_middleware(UnknownRouteMiddleware)

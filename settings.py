@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import os
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Annotated
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from runners.config import Engine, describe_fields, explain
@@ -17,11 +19,19 @@ from runners.errors import ConfigError
 PREFIX = "TRIPTYCH_"
 
 
+def _bare(key: SecretStr) -> SecretStr:
+    """A key without the line end of the file it came from."""
+    bare = key.get_secret_value().strip()
+    if not bare:
+        raise ValueError("is blank; unset it to serve without a key")
+    return SecretStr(bare)
+
+
 class Settings(BaseSettings):
     """What to serve and within which limits."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, use_attribute_docstrings=True, env_ignore_empty=True, extra="ignore"
+        env_prefix=PREFIX, use_attribute_docstrings=True, extra="ignore"
     )
 
     text_model: str = ""
@@ -49,10 +59,16 @@ class Settings(BaseSettings):
     """Seconds a model may take from start to ready; overrides the model's own."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads per rank. Default: the machine's cores divided by the ranks."""
-    api_key: SecretStr | None = None
+    api_key: Annotated[SecretStr, AfterValidator(_bare)] | None = None
     """When set, every route but the health probes asks for `Authorization: Bearer <key>`."""
     port: Annotated[int, Field(ge=1, le=65_535, validation_alias="PORT")] = 3000
     """HTTP port (the variable is `PORT`, without prefix)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
+        # But for the key: a secret that failed to arrive must not open the server to everyone.
+        return {name: v for name, v in values.items() if v != "" or name == "api_key"}
 
 
 @lru_cache(maxsize=1)
@@ -61,16 +77,29 @@ def get_settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        raise ConfigError(explain(error, name=_variable)) from None
+        raise ConfigError(explain(error, name=variable)) from None
+
+
+def unknown_variables() -> str | None:
+    """A warning that names the `TRIPTYCH_*` variables which mean nothing; None if all do."""
+    meant = {field.upper(): variable(field) for field in Settings.model_fields}
+    given = {name for name in map(str.upper, os.environ) if name.startswith(PREFIX)}
+    told = []
+    for name in sorted(given - set(meant.values())):
+        close = get_close_matches(name.removeprefix(PREFIX), meant, n=1)
+        told.append(f"{name} (meant {meant[close[0]]}?)" if close else name)
+    return f"ignored, for there is no such variable: {', '.join(told)}" if told else None
 
 
 def describe_settings() -> str:
     """A Markdown table of all variables, from the types."""
-    return describe_fields(Settings, name=lambda f: _variable("PORT" if f == "port" else f))
+    return describe_fields(Settings, name=variable)
 
 
-def _variable(field: str) -> str:
-    return field if field == "PORT" else PREFIX + field.upper()
+def variable(field: str) -> str:
+    """The environment variable that sets a field."""
+    name = field.upper()
+    return name if name == "PORT" else PREFIX + name
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Errors on the wire: one JSON shape for every route, that of the OpenAI API.
 
 `{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}`, where `param` names the field
-at fault or is null. No message repeats what the client sent.
+at fault or is null. No message repeats what a body holds.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ P = ParamSpec("P")
 
 MAX_PROBLEMS = 4
 """How many validation problems one message names."""
+MAX_LISTED = 10_000
+"""Describing more problems than this would hold up all other requests."""
+IN_OUR_WORDS = {
+    "extra_forbidden": "is not a known field",
+    "model_type": "Input should be an object",
+}
+"""Where pydantic speaks of Python."""
 
 
 class Kind(NamedTuple):
@@ -107,10 +114,15 @@ def as_response(
     return answer
 
 
-def no_such_route(status: int, message: str) -> Response:
-    """The HTTP answer to a path or method that does not exist."""
+def no_such_route(status: int, method: str, path: str, allow: str | None) -> Response:
+    """The HTTP answer to a path (404) or a method (405) that does not exist."""
+    path = path[:100]
+    message = (
+        f"{path} takes {allow}, not {method}" if allow else f"there is no {method} {path} here"
+    )
     body = _body(message, Kind(status, "invalid_request_error", "unknown_url"))
-    return Response(body, status, media_type="application/json")
+    headers = {"Allow": allow} if allow else {}
+    return Response(body, status, headers, media_type="application/json")
 
 
 def log_unexpected(error: BaseException) -> None:
@@ -128,6 +140,8 @@ def log_unexpected(error: BaseException) -> None:
 
 def refusal(error: ValidationError) -> InvalidRequest:
     """A validation error as the sentence a client gets: which field, and what is allowed there."""
+    if error.error_count() > MAX_LISTED:
+        return InvalidRequest(f"the body has {error.error_count()} faults, too many to name")
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     by_field: dict[str, list[str]] = {}
     for problem in problems:
@@ -149,9 +163,9 @@ def _field(loc: Sequence[int | str]) -> str:
 
 
 def _requirement(problem: ErrorDetails) -> str:
-    if problem["type"] == "extra_forbidden":
-        return "is not a known field"
-    return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in IN_OUR_WORDS:
+        return IN_OUR_WORDS[problem["type"]]
+    return problem["msg"].removeprefix("Value error, ").partition(" after validation")[0]
 
 
 def _body(message: str, kind: Kind, param: str | None = None) -> str:

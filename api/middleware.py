@@ -1,4 +1,4 @@
-"""Pure ASGI middlewares, outermost first: request context, API key, body and disconnect."""
+"""Pure ASGI middlewares, outermost first: request context, API key, body, unknown routes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import metrics
 from api.context import RequestContext, current_request, enter_request
-from api.errors import error_response, log_unexpected
+from api.errors import error_response, log_unexpected, no_such_route
 from runners.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, Unauthorized
 
 REQUEST_ID = "X-Request-ID"
@@ -173,6 +173,32 @@ class BodyMiddleware:
             await _nobody_there(scope, receive, send)
         elif not started:
             raise DeadlineExceeded("the request took too long")
+
+
+class UnknownRouteMiddleware:
+    """Puts the plain-text 404 and 405 of BentoML's router into the shape of all other errors."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        replaced = False
+
+        async def worded(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start" and message["status"] in (404, 405):
+                headers = Headers(raw=message["headers"])
+                replaced = headers.get("content-type", "").startswith("text/plain")
+                if replaced:
+                    route = (scope["method"], scope["path"], headers.get("allow"))
+                    await no_such_route(message["status"], *route)(scope, receive, send)
+            if not replaced:
+                await send(message)
+
+        return await self.app(scope, receive, worded)
 
 
 async def _nobody_there(scope: Scope, receive: Receive, send: Send) -> None:

@@ -94,8 +94,8 @@ async def tokenize(model: TextModel, body: TokenizeRequest) -> TokenizeResponse:
         raise InvalidRequest("give either prompt or messages", param="prompt")
     prompt = chat_prompt(body.messages) if body.messages else body.prompt or ""
     tokens = await model.tokenize(prompt, add_special_tokens=body.add_special_tokens)
-    context = model.info.max_context if model.info else 0
-    return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=context)
+    longest = model.info.max_model_len if model.info else 0
+    return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=longest)
 
 
 async def detokenize(model: TextModel, body: DetokenizeRequest) -> DetokenizeResponse:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 import bentoml
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr
 
-from api.errors import refusal
 from api.generation import MAX_SEQUENCES
 from api.schemas import (
     LogprobCount,
+    Message,
     Messages,
     SamplingFields,
     TokenCount,
@@ -36,13 +36,13 @@ class NativeBody(WireModel, bentoml.IODescriptor):  # type: ignore[misc]  # bent
     """The model's name, as `/v1/models` lists it. Default: the one this server holds."""
 
     @classmethod
-    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **_: Any) -> Self:
         """Parse a body, good or bad."""
         try:
-            return super().model_validate_json(json_data, **options)
-        except ValidationError as error:
+            return cls.parse(json_data)
+        except InvalidRequest as fault:
             broken = cls.model_construct()
-            broken._fault = refusal(error)
+            broken._fault = fault
             return broken
 
     def require_valid(self) -> None:
@@ -56,8 +56,8 @@ class NativeSampling(NativeBody, SamplingFields):
 
     max_new_tokens: TokenCount | None = None
     """Upper bound on generated tokens. Default: the server's."""
-    min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    """The end token is not taken before this many tokens."""
+    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The end token is not taken before this many tokens. Default: 0."""
     logprobs: LogprobCount | None = None
     """Report each token's log-probability, and this many of the likeliest beside it."""
 
@@ -97,7 +97,7 @@ class TokenizeRequest(NativeBody):
 
     prompt: Text | None = None
     """A text; give this or `messages`."""
-    messages: Messages | None = None
+    messages: Messages[Message] | None = None
     """A conversation, rendered with the model's chat template."""
     add_special_tokens: bool = True
     """Let the tokenizer add its begin and end tokens to a text."""

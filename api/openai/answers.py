@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 from uuid import uuid4
 
@@ -48,6 +50,18 @@ class Dialect(Protocol):
         ...
 
 
+@contextmanager
+def in_terms_of(body: OpenAIRequest) -> Iterator[None]:
+    """Call the fields in the runner's complaints what this client calls them."""
+    names = body.field_names
+    try:
+        yield
+    except RequestError as error:
+        # In a message only names with an underscore are fields: `prompt` and `tokens` are words.
+        message = re.sub(r"\w+_\w+", lambda found: names.get(found[0], found[0]), error.message)
+        raise type(error)(message, param=names.get(error.param or "", error.param)) from None
+
+
 async def respond(
     model: TextModel,
     body: OpenAIRequest,
@@ -56,10 +70,8 @@ async def respond(
     sampling: SamplingParams,
 ) -> Response:
     """Generate, and answer whole or as a stream. Raises: what happens before the first token."""
-    try:
+    with in_terms_of(body):
         generation = await model.generate(prompts, sampling, n=body.n or 1)
-    except RequestError as error:
-        raise _in_terms_of(body, error) from None
     head = Head(f"{dialect.id_prefix}-{uuid4().hex}", int(time.time()), model.name)
     if body.stream:
         frames = _frames(generation, dialect, head, with_usage=body.wants_usage_chunk)
@@ -85,14 +97,6 @@ async def _frames(
     if with_usage:
         yield sse.frame(dialect.closing(head, _usage(generation)).model_dump_json())
     yield sse.frame("[DONE]")
-
-
-def _in_terms_of(body: OpenAIRequest, error: RequestError) -> RequestError:
-    """The runner's complaint, with its fields called what this client calls them."""
-    message = error.message
-    for ours, theirs in body.field_names.items():
-        message = message.replace(ours, theirs)
-    return type(error)(message, param=body.field_names.get(error.param or "", error.param))
 
 
 def _usage(generation: Generation) -> Usage:

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from api.errors import as_response, no_such_route
+from api.errors import as_response
 from api.generation import TextModel
 from api.openai.chat import create_chat_completion
 from api.openai.completions import create_completion
@@ -17,7 +18,6 @@ from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import ChatCompletion, Completion, Error, Model, ModelList
 
 STARTED = int(time.time())
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def serve_model(app: FastAPI, model: TextModel) -> None:
@@ -29,6 +29,8 @@ def create_app() -> FastAPI:
     """The app, still without a model."""
     # BentoML's own docs page covers these routes.
     app = FastAPI(title="Triptych", docs_url=None, redoc_url=None, openapi_url=None)
+    # Starlette's plain answer instead, which `UnknownRouteMiddleware` words for all routes alike.
+    del app.exception_handlers[HTTPException]
 
     @app.post("/v1/completions", **_documented(CompletionRequest, Completion))
     @as_response
@@ -58,15 +60,6 @@ def create_app() -> FastAPI:
         model.require(model_id)
         return _json(_card(model))
 
-    known = {path for route in app.routes if (path := getattr(route, "path", None))}
-
-    @app.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False)
-    async def unknown(request: Request) -> Response:
-        method, path = request.method, request.url.path
-        if path in known:
-            return no_such_route(405, f"{path} does not take {method}")
-        return no_such_route(404, f"there is no {method} {path[:100]} here")
-
     return app
 
 
@@ -76,7 +69,7 @@ def _model(request: Request) -> TextModel:
 
 
 def _card(model: TextModel) -> Model:
-    length = model.info.max_context if model.info else None
+    length = model.info.max_model_len if model.info else None
     return Model(id=model.name, created=STARTED, max_model_len=length)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from api.generation import Output, TextModel
-from api.openai.answers import Head, respond
+from api.openai.answers import Head, in_terms_of, respond
 from api.openai.requests import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from api.openai.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from runners.contracts import FinishReason, TextDelta, TokenLogprob
@@ -15,9 +15,11 @@ async def create_completion(model: TextModel, body: CompletionRequest) -> Respon
     """Continue prompts."""
     model.require(body.model)
     body.check()
-    echoes = await _echoes(model, body)
+    with in_terms_of(body):
+        echoes = await _echoes(model, body)
     sampling = body.for_runner(
-        max_tokens=body.max_tokens or DEFAULT_COMPLETION_TOKENS,
+        max_tokens=body.max_tokens,
+        default_tokens=DEFAULT_COMPLETION_TOKENS,
         logprobs=body.logprobs,
         model_temperature=model.default_temperature,
     )
@@ -89,14 +91,21 @@ class _CompletionDialect:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(token.token)
         return CompletionLogprobs(
-            tokens=[token.token for token in tokens],
+            tokens=[name_of(token) for token in tokens],
             token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[_alternatives(token) for token in tokens],
+            top_logprobs=[alternatives(token) for token in tokens],
             text_offset=offsets,
         )
 
 
-def _alternatives(token: TokenLogprob) -> dict[str, float]:
+def alternatives(token: TokenLogprob) -> dict[str, float]:
     """The likeliest tokens; as in the API, the sampled one is always among them."""
-    likeliest = {top.token: top.logprob for top in reversed(token.top)}
-    return likeliest | {token.token: token.logprob}
+    likeliest = {name_of(top): top.logprob for top in reversed(token.top)}
+    return likeliest | {name_of(token): token.logprob}
+
+
+def name_of(token: TokenLogprob) -> str:
+    r"""A token's text; for a piece of a character its bytes, as the API does: `bytes:\xe2\x80`."""
+    if token.token.encode() == token.token_bytes:
+        return token.token
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.token_bytes)

@@ -13,9 +13,9 @@ from pydantic_core import PydanticCustomError
 
 from api.generation import MAX_SEQUENCES
 from api.schemas import (
-    MAX_MESSAGES,
     LogprobCount,
     Message,
+    Messages,
     SamplingFields,
     TokenCount,
     TokenIds,
@@ -63,9 +63,9 @@ class OpenAIRequest(SamplingFields):
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
     """Answers for each prompt. With a seed, answer i has the seed `seed + i`. Default: 1."""
     max_tokens: TokenCount | None = None
-    """Upper bound on generated tokens."""
-    min_tokens: Annotated[int, Field(ge=0)] = 0
-    """The end token is not taken before this many tokens."""
+    """Upper bound on generated tokens. Default: the route's own, or less if less fits."""
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The end token is not taken before this many tokens. Default: 0."""
     stream: bool | None = None
     """Send the text as it grows, as server-sent events."""
     stream_options: StreamOptions | None = None
@@ -86,7 +86,11 @@ class OpenAIRequest(SamplingFields):
     @property
     def field_names(self) -> dict[str, str]:
         """What this body calls fields that the runner may complain about."""
-        return {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
+        return {
+            "max_new_tokens": "max_tokens",
+            "min_new_tokens": "min_tokens",
+            "tokens": "prompt",
+        }
 
     def check(self) -> None:
         """Rules over several fields. Raises: InvalidRequest."""
@@ -94,11 +98,17 @@ class OpenAIRequest(SamplingFields):
             raise InvalidRequest("stream_options needs stream", param="stream_options")
 
     def for_runner(
-        self, *, max_tokens: int | None, logprobs: int | None, model_temperature: float | None
+        self,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        model_temperature: float | None,
+        default_tokens: int | None = None,
     ) -> SamplingParams:
         """The sampling parameters, with the API's own defaults."""
         return self.sampling(
             max_new_tokens=max_tokens,
+            default_new_tokens=default_tokens,
             min_new_tokens=self.min_tokens,
             logprobs=logprobs,
             default_temperature=(
@@ -175,7 +185,7 @@ class ResponseFormat(WireModel):
 class ChatRequest(OpenAIRequest):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatTurn], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages[ChatTurn]
     max_completion_tokens: TokenCount | None = None
     """The newer name of `max_tokens`."""
     logprobs: bool | None = None
@@ -199,7 +209,7 @@ class ChatRequest(OpenAIRequest):
     def field_names(self) -> dict[str, str]:
         """As above, by the name of the token limit that is in use."""
         newer = {"max_new_tokens": "max_completion_tokens"} if self.max_completion_tokens else {}
-        return super().field_names | newer
+        return super().field_names | {"prompt": "messages"} | newer
 
     @property
     def token_limit(self) -> int | None:

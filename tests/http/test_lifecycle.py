@@ -76,6 +76,7 @@ def test_a_start_without_a_model_says_what_to_set(store: Path) -> None:
 def test_a_start_with_an_unknown_model_lists_the_store(store: Path, tmp_path: Path) -> None:
     assert "small:" in refused(store, TRIPTYCH_TEXT_MODEL="smal")
     assert "small:" in refused(store, TRIPTYCH_TEXT_MODEL="/no/such/folder")
+    assert "small:" in refused(store, TRIPTYCH_TEXT_MODEL="~nobodyhere/x")
     assert "neither config.json" in refused(store, TRIPTYCH_TEXT_MODEL=str(tmp_path))
 
 
@@ -149,6 +150,24 @@ def test_a_dead_rank_ends_its_streams_with_an_error_and_comes_back(starting: Ser
     assert starting.post("/generate", {"prompt": "a", "max_new_tokens": 1}).status_code == 200
 
 
+def test_an_idle_ranks_death_is_told_and_mended(starting: Server) -> None:
+    starting.wait_ready()
+    restarts = starting.gauge("restarts")
+    [rank] = ranks(starting.pid)
+    os.kill(rank.pid, signal.SIGKILL)
+    seen: list[tuple[int, str]] = []
+
+    def told() -> bool:
+        seen.append(starting.readiness())
+        return "rank 0 was killed by SIGKILL" in seen[-1][1]
+
+    wait_until(told, 10, "the reason is there")
+    assert seen[-1][0] == 503
+    starting.wait_ready()
+    assert starting.gauge("restarts") == restarts + 1
+    assert starting.post("/generate", {"prompt": "a", "max_new_tokens": 1}).status_code == 200
+
+
 def test_sigterm_lets_a_stream_finish(starting: Server) -> None:
     starting.wait_ready()
     body = {"prompt": "hello", "max_new_tokens": 1000, "ignore_eos": True}
@@ -160,6 +179,19 @@ def test_sigterm_lets_a_stream_finish(starting: Server) -> None:
         *_, totals = [line for line in lines if line]
     assert json.loads(totals.removeprefix("data: "))["generated_length"] == 1000
     starting.stop()
+
+
+@pytest.mark.parametrize("state", ["loading", "ready"])
+def test_ctrl_c_leaves_no_process(text_model: Path, bentoml_home: Path, state: str) -> None:
+    server = Server(bentoml_home, {"TRIPTYCH_TEXT_MODEL": str(text_model)}).start()
+    try:
+        if state == "ready":
+            server.wait_ready()
+        wait_until(lambda: bool(ranks(server.pid)), 60, "the rank process is there")
+        assert (server.readiness()[0] == 200) == (state == "ready")
+    finally:
+        server.stop(interrupt=True)
+    server.assert_clean_log()
 
 
 def test_a_runner_that_gave_up_is_not_alive(
@@ -205,9 +237,11 @@ def test_a_bento_serves_the_model_it_was_built_with(
         [model] = server.get("/v1/models").json()["data"]
         assert (model["id"], model["max_model_len"]) == ("small", 8192)
     # The environment has the last word.
-    with Server(store, {"TRIPTYCH_TEXT_MODEL": str(newer)}, target=tag, cwd=tmp_path) as server:
+    variables = {"TRIPTYCH_TEXT_MODEL": str(newer), "TRIPTYCH_MAX_KV_TOKENS": "500"}
+    with Server(store, variables, target=tag, cwd=tmp_path) as server:
         [model] = server.get("/v1/models").json()["data"]
-        assert (model["id"], model["max_model_len"]) == ("newer", 1024)
+        assert (model["id"], model["max_model_len"]) == ("newer", 501)
+        assert server.post("/tokenize", {"prompt": "a"}).json()["max_model_len"] == 501
 
 
 def test_a_bento_without_a_model_builds_and_asks_for_one(store: Path) -> None:

@@ -50,7 +50,8 @@ class LimitedServer(Server):
 def limited(text_model: Path, bentoml_home: Path) -> Iterator[LimitedServer]:
     variables = {
         "TRIPTYCH_TEXT_MODEL": str(text_model),
-        "TRIPTYCH_API_KEY": KEY,
+        "TRIPTYCH_API_KEY": f"{KEY}\n",  # as a secret file ends
+        "TRIPTYCH_MAX_QEUE": "1",
         "TRIPTYCH_MAX_QUEUE": str(MAX_QUEUE),
         "TRIPTYCH_MAX_BODY_BYTES": str(MAX_BODY),
         "TRIPTYCH_REQUEST_TIMEOUT": str(TIMEOUT),
@@ -85,6 +86,10 @@ def test_without_the_key_there_is_nothing(
     assert answer.json()["error"]["type"] == "authentication_error"
     assert answer.headers["www-authenticate"] == "Bearer"
     assert answer.headers["x-request-id"]
+
+
+def test_a_misspelt_variable_is_told_once(limited: LimitedServer) -> None:
+    assert limited.log.count("TRIPTYCH_MAX_QEUE (meant TRIPTYCH_MAX_QUEUE?)") == 1
 
 
 def test_probes_and_preflights_need_no_key(limited: LimitedServer) -> None:

@@ -73,6 +73,11 @@ def test_a_seed_repeats_and_another_differs(server: Server) -> None:
     assert text(7) != text(8)
 
 
+def test_the_default_makes_room_for_the_least_length(server: Server) -> None:
+    [output] = generate(server, prompt=PROMPT, min_new_tokens=300)["outputs"]
+    assert output["generated_length"] >= 300
+
+
 def test_text_ends_before_the_stop_string(server: Server) -> None:
     body = {"prompt": PROMPT, "max_new_tokens": 30, "ignore_eos": True}
     whole = generate(server, **body)["outputs"][0]["generated_text"]

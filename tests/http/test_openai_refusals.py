@@ -91,12 +91,38 @@ def test_too_long_is_told_in_the_clients_terms(client: openai.OpenAI, name: str)
     assert "max_new_tokens" not in str(caught.value)
 
 
+def test_a_conversation_that_is_too_long_is_the_messages(server: Server) -> None:
+    messages = [{"role": "user", "content": "xyz " * 9000}]
+    answer = server.post("/v1/chat/completions", {"messages": messages})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_bad_token_ids_are_the_prompts(server: Server, echo: bool) -> None:
+    answer = server.post("/v1/completions", {"prompt": [5, 10**6], "echo": echo})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+
+
 def test_unknown_routes_and_methods_are_told_as_json(server: Server) -> None:
-    for method, path, status in [
-        ("GET", "/v1/completions", 405),
-        ("POST", "/v1/models", 405),
-        ("POST", "/v1/embeddings", 404),
+    for method, path, allowed in [
+        ("GET", "/v1/completions", "POST"),
+        ("GET", "/generate", "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("POST", "/metrics", "GET"),
+        ("POST", "/v1/embeddings", None),
+        ("GET", "/v1", None),
+        ("GET", "/nope", None),
+        ("GET", "/static_content/nope", None),
     ]:
         answer = server.post(path, {}) if method == "POST" else server.get(path)
-        assert answer.status_code == status
-        assert answer.json()["error"]["code"] == "unknown_url"
+        assert answer.status_code == (405 if allowed else 404)
+        assert allowed is None or allowed in answer.headers["allow"]
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert (error["type"], error["code"]) == ("invalid_request_error", "unknown_url")
+        assert method in error["message"]
+        assert path in error["message"]
+        assert answer.headers["x-request-id"]

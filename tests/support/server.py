@@ -55,7 +55,12 @@ class Server:
         """Start it; returns at once."""
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                self._command, cwd=self._cwd, env=self._env, stdout=log, stderr=subprocess.STDOUT
+                self._command,
+                cwd=self._cwd,
+                env=self._env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=0,  # one of its own, as a shell gives a command
             )
         return self
 
@@ -106,13 +111,16 @@ class Server:
             time.sleep(0.1)
         return self
 
-    def stop(self) -> None:
-        """End it by SIGTERM; nothing of it may be left."""
+    def stop(self, *, interrupt: bool = False) -> None:
+        """End it by SIGTERM, or as Ctrl-C does; nothing of it may be left."""
         assert self.process is not None
         if self.process.poll() is not None:
             return
         family = [psutil.Process(self.pid), *descendants(self.pid)]
-        self.process.send_signal(signal.SIGTERM)
+        if interrupt:
+            os.killpg(self.pid, signal.SIGINT)
+        else:
+            self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(STOP_TIMEOUT)
             wait_until(lambda: not alive(family), 5, "all processes of the server are gone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated
 
 import pytest
@@ -11,9 +12,13 @@ from pydantic import Field
 from api import sse
 from api.context import RequestContext, enter_request
 from api.errors import KINDS, error_body, error_response, kind_of
+from api.native.schemas import GenerateRequest
+from api.openai.answers import in_terms_of
+from api.openai.completions import alternatives, name_of
 from api.openai.requests import ChatRequest, CompletionRequest
 from api.schemas import WireModel
 from runners import errors
+from runners.contracts import TokenLogprob
 from runners.errors import EngineFailure, InvalidRequest, Overloaded, TriptychError
 
 
@@ -55,7 +60,7 @@ class Outer(WireModel):
         (
             b'{"either": 1}',
             "either",
-            "either: Input should be a valid string or Input should be a valid array",
+            "either: Input should be a valid string or Input should be a valid list",
         ),
         (b'{"either": "", "x": 1}', "x", "x: is not a known field"),
     ],
@@ -72,6 +77,55 @@ def test_a_refusal_is_short_and_repeats_no_value() -> None:
         Outer.parse(body)
     assert caught.value.message.endswith("and 5 more")
     assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": [[[]] * 20_000]}, "prompt.0.0: Input should be a valid integer"),
+        ({"prompt": [[1] * 1_000_001]}, "List should have at most 1000000 items"),
+        ({"prompt": "a"} | {f"x{i}": 1 for i in range(20_000)}, "20000 faults, too many to name"),
+    ],
+)
+def test_a_bad_body_of_any_size_is_refused_shortly(body: object, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        CompletionRequest.parse(json.dumps(body).encode())
+    assert caught.value.message.endswith(message)
+
+
+def test_of_many_bad_turns_the_first_is_named() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        ChatRequest.parse(json.dumps({"messages": [1] * 20_000}).encode())
+    assert caught.value.message == "messages.0: Input should be an object"
+
+
+def test_null_means_the_default() -> None:
+    openai = CompletionRequest.parse(b'{"prompt": "a", "min_tokens": null, "ignore_eos": null}')
+    sampling = openai.for_runner(max_tokens=None, logprobs=None, model_temperature=None)
+    assert (sampling.min_new_tokens, sampling.ignore_eos) == (0, False)
+    native = GenerateRequest.parse(b'{"prompt": "a", "min_new_tokens": null, "ignore_eos": null}')
+    assert (native.for_runner().min_new_tokens, native.for_runner().ignore_eos) == (0, False)
+
+
+def test_complaints_name_the_clients_fields() -> None:
+    chat = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "x"}]}')
+    complaint = "the prompt has 9 tokens and max_new_tokens is 8"
+    for param, theirs in [("prompt", "messages"), ("max_new_tokens", "max_tokens"), (None, None)]:
+        with pytest.raises(InvalidRequest) as caught, in_terms_of(chat):
+            raise InvalidRequest(complaint, param=param)
+        assert caught.value.param == theirs
+        assert caught.value.message == "the prompt has 9 tokens and max_tokens is 8"
+
+
+def test_pieces_of_characters_have_names_of_their_own() -> None:
+    def token(raw: bytes) -> TokenLogprob:
+        text = raw.decode(errors="replace")
+        return TokenLogprob(token_id=1, token=text, token_bytes=raw, logprob=-1.0)
+
+    half, other, replacement = token(b"\xe2\x80"), token(b"\xe2"), token("\ufffd".encode())
+    found = replace(half, top=[half, other, replacement, token(b"a")])
+    assert name_of(found) == r"bytes:\xe2\x80"
+    assert set(alternatives(found)) == {r"bytes:\xe2\x80", r"bytes:\xe2", "\ufffd", "a"}
 
 
 def test_prompts_come_in_four_forms() -> None:
