@@ -1,0 +1,27 @@
+"""Writes the demo text model as a complete Hugging Face model folder, without training."""
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+
+WEIGHTS = Path(__file__).parent / "weights"
+_TENSORS = "model.safetensors"
+
+
+def write_demo_text_model(target: Path) -> Path:
+    """Writes the model to the folder `target`, creating it, and returns the folder.
+
+    The repository holds the weights in half precision, which is enough to tell them apart; the
+    model itself is a float32 one, so that every engine computes with the same numbers.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for part in WEIGHTS.iterdir():
+        shutil.copyfile(part, target / part.name)
+    weights = {name: half.float() for name, half in load_file(WEIGHTS / _TENSORS).items()}
+    # Not `save_file`, which makes a file that its owner alone may read.
+    (target / _TENSORS).write_bytes(save(weights, metadata={"format": "pt"}))
+    config = json.loads((WEIGHTS / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    return target
