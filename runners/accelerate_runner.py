@@ -28,7 +28,7 @@ def load_program(context: RankContext) -> TextProgram:
     if not isinstance(config, AccelerateConfig):
         raise ConfigError(f"the Accelerate engine was given a config for {config.engine}")
     torch.set_num_threads(context.num_threads)
-    context.progress(RunnerState.LOADING, f"loading weights from {config.model_path.name}")
+    context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     return text_program(context, load_model(config, context.work_dir))
 
 
@@ -45,7 +45,7 @@ def load_model(config: AccelerateConfig, work_dir: Path) -> PreTrainedModel:
     if config.offload_folder is not None:
         options["offload_folder"] = str(work_dir / config.offload_folder)
     on_cpu = not torch.cuda.is_available() or config.device_map == "cpu"
-    with loading_of(config.model_path.name):
+    with loading_of(config.name):
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
         stored = stored_dtype(own, config.model_path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -60,7 +60,7 @@ def load_model(config: AccelerateConfig, work_dir: Path) -> PreTrainedModel:
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise IncompleteModel(
-            f"{config.model_path.name} lacks {len(missing)} of the weights that "
+            f"{config.name} lacks {len(missing)} of the weights that "
             f"{type(model).__name__} needs, such as {', '.join(missing[:3])}"
         )
     if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):

@@ -29,6 +29,7 @@ class Detokenizer:
         context: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
         self._stop = [s for s in stop if s]
         # Tokens from _start to _known are context: their text is out, or in the prompt.
         self._ids = list(context)
@@ -60,12 +61,14 @@ class Detokenizer:
     def _commit(self, after: str) -> None:
         grown = after[len(self._before) :]
         self._text += grown
-        if not grown:
-            # Special tokens have no text: kept, they would become all the context there is.
+        if self._special.issuperset(self._ids[self._known :]):
+            # They have no text: kept, they would become all the context there is.
             del self._ids[self._known :]
-            return
-        self._start, self._known = self._known, len(self._ids)
-        self._before = self._decode(self._start, self._known)
+        elif grown or len(self._ids) - self._start > _MAX_PENDING:
+            self._start, self._known = self._known, len(self._ids)
+            self._before = self._decode(self._start, self._known)
+        else:  # the text of a lone SentencePiece space shows with the next token only
+            self._known, self._before = len(self._ids), after
 
     def _decode(self, start: int, end: int) -> str:
         text = self._tokenizer.decode(

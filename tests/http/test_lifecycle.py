@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from tests.support.processes import ranks, wait_until
+from tests.support.processes import ranks_below, wait_until
 from tests.support.server import ROOT, Server, bentoml_command, environment
 
 IMPORT = """
@@ -122,7 +122,7 @@ def test_nothing_is_served_before_the_model_is_there(starting: Server) -> None:
 def test_a_dead_rank_ends_its_streams_with_an_error_and_comes_back(starting: Server) -> None:
     starting.wait_ready()
     native = {"prompt": "hello", "max_new_tokens": 8000, "ignore_eos": True}
-    [rank] = ranks(starting.pid)
+    [rank] = ranks_below(starting.pid)
     with (
         httpx.stream("POST", starting.url + "/generate_stream", json=native, timeout=30) as raw,
         openai.OpenAI(base_url=f"{starting.url}/v1", api_key="-", max_retries=0) as client,
@@ -153,7 +153,7 @@ def test_a_dead_rank_ends_its_streams_with_an_error_and_comes_back(starting: Ser
 def test_an_idle_ranks_death_is_told_and_mended(starting: Server) -> None:
     starting.wait_ready()
     restarts = starting.gauge("restarts")
-    [rank] = ranks(starting.pid)
+    [rank] = ranks_below(starting.pid)
     os.kill(rank.pid, signal.SIGKILL)
     seen: list[tuple[int, str]] = []
 
@@ -187,7 +187,7 @@ def test_ctrl_c_leaves_no_process(text_model: Path, bentoml_home: Path, state: s
     try:
         if state == "ready":
             server.wait_ready()
-        wait_until(lambda: bool(ranks(server.pid)), 60, "the rank process is there")
+        wait_until(lambda: bool(ranks_below(server.pid)), 60, "the rank process is there")
         assert (server.readiness()[0] == 200) == (state == "ready")
     finally:
         server.stop(interrupt=True)

@@ -16,7 +16,7 @@ from runners.contracts import RunnerState, TextRunner
 from runners.errors import RunnerUnavailable
 from tests.support.generating import collect, ids_of, request, serving, wait_ready
 from tests.support.models import greedy, write_model
-from tests.support.processes import alive, descendants, ranks, wait_until
+from tests.support.processes import alive, descendants, own_ranks, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,11 @@ async def went_down(runner: TextRunner, timeout: float) -> str:
 
 
 async def test_stop_leaves_no_process_and_no_folder(model: Path, tmp_path: Path) -> None:
+    before = set(descendants())
     async with serving(model):
-        started = descendants()
-        folders = {Path(p.cmdline()[-2]) for p in ranks()}
-        assert len(ranks()) == 1
+        started = set(descendants()) - before
+        folders = {Path(p.cmdline()[-2]) for p in own_ranks()}
+        assert len(own_ranks()) == 1
         assert all(f.is_dir() and f.stat().st_mode & 0o077 == 0 for f in folders)
         sockets = [f / "channel.sock" for f in folders]
         assert all(s.stat().st_mode & 0o777 == 0o600 for s in sockets)
@@ -46,7 +47,7 @@ async def test_stop_leaves_no_process_and_no_folder(model: Path, tmp_path: Path)
 
 async def test_killed_while_idle_it_says_why_and_comes_back(model: Path) -> None:
     async with serving(model) as runner:
-        [rank] = ranks()
+        [rank] = own_ranks()
         os.kill(rank.pid, signal.SIGKILL)
         await went_down(runner, timeout=2)
         reasons = set()
@@ -65,7 +66,7 @@ async def test_killed_midway_fails_what_is_in_flight_at_once(model: Path) -> Non
         stream = await runner.generate(request("hello", max_new_tokens=500, ignore_eos=True))
         iterator = aiter(stream)
         await anext(iterator)
-        [rank] = ranks()
+        [rank] = own_ranks()
         killed_at = time.monotonic()
         os.kill(rank.pid, signal.SIGKILL)
         with pytest.raises(RunnerUnavailable, match="went down with the request in flight"):
@@ -79,7 +80,7 @@ async def test_killed_midway_fails_what_is_in_flight_at_once(model: Path) -> Non
 
 async def test_a_stopped_rank_is_taken_for_hung(model: Path) -> None:
     async with serving(model, heartbeat_timeout=3) as runner:
-        [rank] = ranks()
+        [rank] = own_ranks()
         os.kill(rank.pid, signal.SIGSTOP)
         reason = await went_down(runner, timeout=6)
         assert reason == "rank 0 hangs: no sign of life for 3 s"
@@ -117,7 +118,7 @@ async def test_a_start_that_takes_too_long_is_ended(model: Path) -> None:
 
 async def test_ranks_die_with_a_launcher_that_is_killed(model: Path) -> None:
     async with serving(model) as runner:
-        [rank] = ranks()
+        [rank] = own_ranks()
         parent = rank.parent()
         assert parent is not None
         parent.kill()

@@ -17,9 +17,19 @@ def descendants(pid: int | None = None) -> list[psutil.Process]:
     ]
 
 
-def ranks(pid: int | None = None) -> list[psutil.Process]:
-    """The rank worker processes below `pid`."""
-    return [p for p in descendants(pid) if "runners.ranks.worker" in " ".join(_cmdline(p))]
+def ranks_below(pid: int) -> list[psutil.Process]:
+    """The rank worker processes of a server."""
+    return [p for p in descendants(pid) if _is_rank(p)]
+
+
+def own_ranks() -> list[psutil.Process]:
+    """The rank worker processes of this process's own rank groups, not of servers it started."""
+    launchers = psutil.Process().children()
+    return [p for launcher in launchers for p in launcher.children() if _is_rank(p)]
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    return "runners.ranks.worker" in " ".join(_cmdline(process))
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

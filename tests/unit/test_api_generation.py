@@ -25,7 +25,7 @@ from runners.errors import (
 )
 from tests.support.generating import serving, wait_ready
 from tests.support.models import greedy, write_model
-from tests.support.processes import ranks
+from tests.support.processes import own_ranks
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -56,7 +56,7 @@ async def request_() -> AsyncIterator[RequestContext]:
 @contextmanager
 def stopped_rank() -> Iterator[None]:
     """The rank answers nothing meanwhile."""
-    [rank] = ranks()
+    [rank] = own_ranks()
     os.kill(rank.pid, signal.SIGSTOP)
     try:
         yield
@@ -191,7 +191,7 @@ async def test_a_dead_rank_ends_the_whole_request(
 ) -> None:
     admission = Admission(8)
     generation = await TextModel(runner, admission).generate(["hello", *others], ENDLESS)
-    [rank] = ranks()
+    [rank] = own_ranks()
     rank.kill()
     with pytest.raises(RunnerUnavailable):
         await generation.collect()

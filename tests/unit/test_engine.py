@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from runners.contracts import SamplingParams, TextDelta
 from runners.errors import ConfigError
@@ -14,18 +16,20 @@ from runners.ragged.detokenizer import Detokenizer
 from runners.ragged.engine import RaggedEngine
 from runners.ragged.sampling import SamplerState, SamplingDefaults
 from runners.ragged.scheduler import Generation, Limits, Scheduler
-from tests.support.models import CONFIGS, greedy, write_model
+from tests.support.models import CONFIGS, greedy, write_model, write_tokenizer
 
 COUNT = 12
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
 PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon", "qwen2_moe"}
 
 
-class NoText:
-    """A tokenizer for tests that look at ids only."""
-
-    def decode(self, ids: list[int], **_: object) -> str:
-        return "x" * len(ids)
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer that all the models here have."""
+    with TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        return loaded
 
 
 def load(folder: Path) -> RaggedEngine:
@@ -40,7 +44,7 @@ def generation(name: str, prompt: list[int], count: int = COUNT) -> Generation:
         max_new_tokens=count,
         eos_ids=frozenset(),
         sampler=SamplerState(params, SamplingDefaults(), prompt, frozenset()),
-        detokenizer=Detokenizer(NoText()),  # type: ignore[arg-type]
+        detokenizer=Detokenizer(tokenizer()),
     )
 
 
