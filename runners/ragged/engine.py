@@ -195,7 +195,9 @@ class RaggedEngine:
                 torch.isfinite(ours).all()
                 and (ours - reference).abs().max() <= (1e-3 if exact else 0.1) * max(spread, 1e-3)
             )
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever an architecture trips over, this is not its path
             logger.info("%s on the %s path: %s", type(self.model).__name__, path, error)
             return False
         finally:

@@ -8,7 +8,13 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from runners.contracts import SamplingParams, TextDelta
 from runners.errors import ConfigError
@@ -125,6 +131,12 @@ def test_a_model_that_ignores_its_cache_is_refused(tmp_path: Path) -> None:
     model.forward = forgetful
     with pytest.raises(ConfigError, match="can not be batched continuously"):
         RaggedEngine(model)
+
+
+def test_a_state_space_model_is_refused_with_a_sentence() -> None:
+    config = MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ConfigError, match="MambaForCausalLM can not be batched continuously"):
+        RaggedEngine(MambaForCausalLM(config))
 
 
 @pytest.fixture(scope="module")
