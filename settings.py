@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     """Sequences in the house at once, running and waiting; one more gets 429 with Retry-After."""
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Sequences generated together in one step; overrides the model's own."""
-    max_kv_tokens: Annotated[int, Field(ge=16)] | None = None
+    max_kv_tokens: Annotated[int, Field(ge=32)] | None = None
     """KV cache bound in tokens over all sequences. Default: from the free memory."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
     """Largest request body in bytes; a larger one gets 413."""

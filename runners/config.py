@@ -64,8 +64,13 @@ class BaseRunnerConfig(BaseModel):
     """Sequences generated together in one step."""
     max_step_tokens: Annotated[int, Field(ge=16)] = 512
     """Tokens of one step, prompt chunks and running sequences together."""
-    max_kv_tokens: Annotated[int, Field(ge=16)] | None = None
-    """KV cache bound in tokens over all sequences. Default: from the free memory."""
+    max_kv_tokens: Annotated[int, Field(ge=32)] | None = None
+    """KV cache bound in tokens over all sequences, in blocks of 32. Default: from the free
+    memory."""
+    prefix_caching: bool = True
+    """Whether prompts that begin alike share the KV of what they have in common."""
+    weight_quantization: Literal["int8"] | None = None
+    """`int8`: weights in 8 bits with a scale per output, on a CPU; faster, slightly less exact."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads per rank. Default: the machine's cores divided by the ranks."""
     start_timeout: Annotated[float, Field(gt=0)] = 900.0

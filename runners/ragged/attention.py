@@ -1,37 +1,27 @@
 """Packed attention: one forward over the tokens of many sequences, attention done per sequence.
 
 Registered with transformers' AttentionInterface under `PACKED`. The rows of a packed forward
-(`[1, T]` tokens) belong to `Segment`s; everything but attention is row-wise, so no padding exists.
-Per-sequence SDPA measured fastest on CPUs: faster than padded slots and far faster than gathering
-blocks.
+(`[1, T]` tokens) belong to the segments of a `Step`; everything but attention is row-wise, so no
+padding exists. On a CPU in float32 our kernel reads the blocks where they lie; elsewhere they are
+gathered for torch's own attention, all decoding rows at once.
 """
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from transformers import AttentionInterface
 
-from runners.ragged.kv import SequenceKV
+from runners.ragged.cpu import Kernels, load_kernels
+from runners.ragged.cpu.library import AttentionShape
+from runners.ragged.kv import LayerKV
+from runners.ragged.step import Segment, Step, current
 
 PACKED = "triptych_packed"
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows `start : start + count` of a packed forward: the next tokens of one sequence."""
-
-    kv: SequenceKV
-    start: int
-    count: int
-
-
-segments: ContextVar[list[Segment]] = ContextVar("segments")
-"""The segments of the forward that is running."""
 
 
 def packed_attention(
@@ -51,67 +41,129 @@ def packed_attention(
 
     Returns `[1, T, H, D_v]`. `softcap` as in Gemma 2, `s_aux` (attention sinks) as in GPT-OSS.
     """
+    step = current.get()
+    layer = step.pool.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kernels = load_kernels()
+    if kernels is not None and layer.native and query.dtype == torch.float32:
+        shape = (*query.shape[1::2], key.shape[1], value.shape[3], sliding_window, scale, softcap)
+        return _by_kernel(kernels, step, layer, (query, key, value), shape, s_aux), None
+    options = _Options(scale, sliding_window, softcap, s_aux)
+    step.write(layer, key[0], value[0])
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    for segment in segments.get():
-        rows = slice(segment.start, segment.start + segment.count)
-        keys, values = segment.kv.append(module.layer_idx, key[0, :, rows], value[0, :, rows])  # type: ignore[arg-type]
-        mask = None
-        if segment.count == 1 and sliding_window:
-            keys, values = keys[:, -sliding_window:], values[:, -sliding_window:]
-        elif segment.count > 1:
-            mask = causal_mask(segment.kv.length, segment.count, sliding_window, query)
-        attend = _attend if softcap is None and s_aux is None else _attend_by_hand
-        result = attend(query[:, :, rows], keys[None], values[None], mask, scaling, softcap, s_aux)
-        out[0, rows] = result[0].transpose(0, 1)
+    if step.singles:
+        rows = step.single_rows(query.device)
+        keys, values = step.read(layer, step.singles, value.shape[3])
+        mask = step.single_mask(keys.shape[2], sliding_window, query)
+        single = query[0, :, rows].transpose(0, 1)[:, :, None]
+        out[0, rows] = _attend(single, keys, values, mask, options)[:, :, 0]
+    for segment in step.chunks:
+        out[0, segment.start : segment.start + segment.count] = _chunk(
+            step, layer, segment, query, value.shape[3], options
+        )
     return out, None
 
 
-def causal_mask(
-    past: int, count: int, sliding_window: int | None, like: torch.Tensor
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What varies between architectures."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+
+def _by_kernel(
+    kernels: Kernels,
+    step: Step,
+    layer: LayerKV,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    shape: tuple[Any, ...],
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Additive mask `[count, past + count]`: each row sees itself and what came before it."""
-    rows = torch.arange(past, past + count, device=like.device)[:, None]
-    columns = torch.arange(past + count, device=like.device)[None]
-    visible = columns <= rows
-    if sliding_window:
-        visible &= columns > rows - sliding_window
-    mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(~visible, float("-inf"))
+    query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in rows)
+    out = torch.empty(1, query.shape[2], query.shape[1], value.shape[3])
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    kernels.attention(
+        query.data_ptr(),
+        query.stride(2),
+        query.stride(1),
+        key.data_ptr(),
+        key.stride(2),
+        key.stride(1),
+        value.data_ptr(),
+        value.stride(2),
+        value.stride(1),
+        layer.keys.data_ptr(),
+        layer.values.data_ptr(),
+        out.data_ptr(),
+        step.layout.data_ptr(),
+        len(step.segments),
+        step.tables.data_ptr(),
+        _kernel_shape(layer.values.shape[3], *shape),
+        None if sinks is None else sinks.data_ptr(),
+    )
+    return out
+
+
+@cache
+def _kernel_shape(
+    value_stride: int,
+    heads: int,
+    key_size: int,
+    kv_heads: int,
+    value_size: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> AttentionShape:
+    return AttentionShape(
+        heads, kv_heads, key_size, value_size, value_stride, window or 0, scale, softcap or 0.0
+    )
+
+
+def _chunk(
+    step: Step,
+    layer: LayerKV,
+    segment: Segment,
+    query: torch.Tensor,
+    value_size: int,
+    options: _Options,
+) -> torch.Tensor:
+    """`[count, H, D_v]` of one piece of a prompt."""
+    keys, values = step.read(layer, [segment], value_size)
+    keys, values = keys[:, :, : segment.end], values[:, :, : segment.end]
+    mask = step.chunk_mask(segment, segment.end, options.window, query)
+    rows = query[:, :, segment.start : segment.start + segment.count]
+    return _attend(rows, keys, values, mask, options)[0].transpose(0, 1)
 
 
 def _attend(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    *_: object,
+    mask: torch.Tensor,
+    options: _Options,
 ) -> torch.Tensor:
-    grouped = query.shape[1] != keys.shape[1]
-    return F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped
-    )
-
-
-def _attend_by_hand(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    if options.softcap is None and options.sinks is None:
+        return F.scaled_dot_product_attention(
+            query,
+            keys,
+            values,
+            attn_mask=mask,
+            scale=options.scale,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
     groups = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ keys.transpose(2, 3) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores + mask
-    if sinks is not None:
-        column = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+    scores = query @ keys.transpose(2, 3) * options.scale
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
+    scores = scores + mask
+    if options.sinks is not None:
+        column = options.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
         scores = torch.cat([scores, column], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
     return weights[..., : keys.shape[2]] @ values

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +29,7 @@ class Detokenizer:
         *,
         context: Sequence[int] = (),
     ) -> None:
-        self._tokenizer = tokenizer
+        self._decoder = _decoder(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
         self._stop = [s for s in stop if s]
         # Tokens from _start to _known are context: their text is out, or in the prompt.
@@ -71,11 +72,7 @@ class Detokenizer:
             self._known, self._before = len(self._ids), after
 
     def _decode(self, start: int, end: int) -> str:
-        text = self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)  # noqa: S101 - a flat list of ids decodes to one string
-        return text
+        return self._decoder(self._ids[start:end])
 
     def _cut_at_stop(self) -> bool:
         found = [at for s in self._stop if (at := self._text.find(s, self._sent)) >= 0]
@@ -100,3 +97,14 @@ class Detokenizer:
         delta = self._text[self._sent : end]
         self._sent = max(self._sent, end)
         return delta
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Ids to text without special tokens: straight to the tokenizer's Rust part where there is one,
+    which takes a tenth of the time its wrapper does."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return lambda ids: str(backend.decode(ids, skip_special_tokens=True))
+    return lambda ids: str(
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )

@@ -1,41 +1,50 @@
 """RaggedEngine: `put(uids, tokens) -> logits` over a stock Hugging Face causal LM.
 
-The interface is that of DeepSpeed FastGen's `InferenceEngineV2` (put, flush), so one scheduler
-drives every engine. Which forward the architecture gets, packed or padded, is decided by proof: at
-start-up both are compared with the model's own plain forward, and a model that matches neither is
-refused rather than served wrongly.
+The interface is that of DeepSpeed FastGen's `InferenceEngineV2` (put, flush, free blocks), so one
+scheduler drives every engine. Which forward the architecture gets is proved before it serves
+(`proof.py`).
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from typing import Literal, Protocol, cast
 
 import torch
 from transformers import PreTrainedModel
 
-from runners.errors import ConfigError
-from runners.ragged.attention import PACKED, Segment, segments
-from runners.ragged.kv import SequenceKV
+from runners.ragged.blocks import BLOCK_SIZE, BlockAllocator, SequenceBlocks
+from runners.ragged.kv import KVPool
 from runners.ragged.padded import PaddedCache
-from runners.ragged.windows import narrow_windows
+from runners.ragged.step import Segment, Step, current
 
-logger = logging.getLogger("triptych.ragged")
-
-Path = Literal["packed", "padded"]
+Batching = Literal["packed", "padded"]
 
 
 class Engine(Protocol):
     """The seam between a scheduler and whatever holds the model."""
 
-    def reserve(self, uid: int, capacity: int) -> None:
-        """Open a sequence that will hold at most `capacity` tokens."""
+    @property
+    def total_tokens(self) -> int:
+        """Tokens the KV cache holds."""
+        ...
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of KV that can still be had, in whole blocks."""
+        ...
+
+    def open(self, uid: int, tokens: Sequence[int]) -> int:
+        """Begin a sequence that will be fed `tokens`; how many of them need no computing."""
+        ...
+
+    def extend(self, uid: int, count: int) -> bool:
+        """Make room for `count` more tokens. False, and nothing taken, if there is none."""
         ...
 
     def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Append `tokens[i]` to sequence `uids[i]`, all in one step.
+        """Append `tokens[i]` to sequence `uids[i]`, which has room for them, all in one step.
 
         Returns float32 logits `[len(uids), vocab]` of each sequence's last token, on the CPU.
         """
@@ -47,76 +56,102 @@ class Engine(Protocol):
 
 
 class RaggedEngine:
-    """See `Engine`. `path` fixes the forward; None chooses by proof. Raises: ConfigError."""
+    """See `Engine`. `kv_tokens` bounds the KV of all sequences together."""
 
-    def __init__(self, model: PreTrainedModel, *, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        path: Batching,
+        *,
+        kv_tokens: int,
+        prefix_caching: bool = True,
+    ) -> None:
         self.model: PreTrainedModel = model.train(False)
-        self._sequences: dict[int, SequenceKV] = {}
+        self.path = path
         self.vocab_size = len(cast(torch.Tensor, model.get_input_embeddings().weight))
+        self._sequences: dict[int, SequenceBlocks] = {}
+        blocks = max(1, kv_tokens // BLOCK_SIZE)
+        self._allocator = BlockAllocator(blocks, prefix_caching=prefix_caching)
+        self._pool = KVPool(blocks)
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._takes_rows = "logits_to_keep" in parameters
-        # With every layer on disk `model.device` is meta: inputs then start on the CPU.
-        self._device = torch.device("cpu") if model.device.type == "meta" else model.device
-        self.path: Path = path or self._choose_path()
+        self._device = input_device(model)
 
-    def reserve(self, uid: int, capacity: int) -> None:
-        """Open a sequence that will hold at most `capacity` tokens."""
-        self._sequences[uid] = SequenceKV(capacity)
+    @property
+    def total_tokens(self) -> int:
+        """Tokens the KV cache holds."""
+        return self._allocator.total * BLOCK_SIZE
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of KV that can still be had, in whole blocks."""
+        return self._allocator.free * BLOCK_SIZE
+
+    def open(self, uid: int, tokens: Sequence[int]) -> int:
+        """Begin a sequence that will be fed `tokens`; how many of them need no computing."""
+        self._sequences[uid] = self._allocator.begin(tokens)
+        return self._sequences[uid].length
+
+    def extend(self, uid: int, count: int) -> bool:
+        """Make room for `count` more tokens. False, and nothing taken, if there is none."""
+        return self._allocator.extend(self._sequences[uid], count)
 
     def flush(self, uid: int) -> None:
         """Forget a sequence and free its KV."""
-        self._sequences.pop(uid, None)
+        if (sequence := self._sequences.pop(uid, None)) is not None:
+            self._allocator.release(sequence)
 
     @torch.inference_mode()
     def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append `tokens[i]` to sequence `uids[i]`; returns last-token logits `[n, vocab]`."""
-        kvs = [self._sequences[uid] for uid in uids]
+        sequences = [self._sequences[uid] for uid in uids]
         run = self._put_packed if self.path == "packed" else self._put_padded
-        logits = run(kvs, tokens)
-        for kv, new in zip(kvs, tokens, strict=True):
-            kv.length += len(new)
+        logits = run(sequences, tokens)
+        for sequence, new in zip(sequences, tokens, strict=True):
+            self._allocator.commit(sequence, new)
         return logits.float().cpu()
 
-    def bytes_per_token(self, uid: int) -> dict[torch.device, int]:
-        """Bytes of KV that one token of a sequence takes on each device."""
-        return self._sequences[uid].bytes_per_token()
+    def bytes_per_token(self) -> dict[torch.device, int]:
+        """Bytes of KV that one token takes on each device, once something was put."""
+        sizes = self._pool.bytes_per_block().items()
+        return {device: -(-size // BLOCK_SIZE) for device, size in sizes}
 
     def _put_packed(
-        self, kvs: Sequence[SequenceKV], tokens: Sequence[Sequence[int]]
+        self, sequences: Sequence[SequenceBlocks], tokens: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        rows: list[Segment] = []
+        segments: list[Segment] = []
         ids: list[int] = []
         positions: list[int] = []
         last: list[int] = []
-        for kv, new in zip(kvs, tokens, strict=True):
-            rows.append(Segment(kv, len(ids), len(new)))
-            positions += range(kv.length, kv.length + len(new))
+        for sequence, new in zip(sequences, tokens, strict=True):
+            segments.append(Segment(sequence, len(ids), len(new)))
+            positions += range(sequence.length, sequence.length + len(new))
             ids += new
             last.append(len(ids) - 1)
-        context = segments.set(rows)
+        context = current.set(Step(self._pool, segments))
         try:
             return self._forward([ids], last, position_ids=[positions], use_cache=False)[0]
         finally:
-            segments.reset(context)
+            current.reset(context)
 
     def _put_padded(
-        self, kvs: Sequence[SequenceKV], tokens: Sequence[Sequence[int]]
+        self, sequences: Sequence[SequenceBlocks], tokens: Sequence[Sequence[int]]
     ) -> torch.Tensor:
         """Single tokens run as one batch; each longer chunk runs alone, without padding."""
-        order = range(len(kvs))
+        order = range(len(sequences))
         singles = [i for i in order if len(tokens[i]) == 1]
         batches = [singles] if singles else []
         batches += [[i] for i in order if len(tokens[i]) > 1]
         logits: dict[int, torch.Tensor] = {}
         for batch in batches:
-            cache = PaddedCache([kvs[i] for i in batch], len(tokens[batch[0]]))
+            count = len(tokens[batch[0]])
+            segments = [Segment(sequences[i], at * count, count) for at, i in enumerate(batch)]
+            cache = PaddedCache(Step(self._pool, segments))
             out = self._forward(
                 [list(tokens[i]) for i in batch],
-                [len(tokens[batch[0]]) - 1],
-                position_ids=[
-                    list(range(kvs[i].length, kvs[i].length + len(tokens[i]))) for i in batch
-                ],
+                [count - 1],
+                position_ids=[list(range(s.past, s.end)) for s in segments],
                 attention_mask=cache.mask().to(self._device),
                 past_key_values=cache,
                 use_cache=True,
@@ -142,64 +177,7 @@ class RaggedEngine:
         logits: torch.Tensor = out if self._takes_rows else out[:, wanted.to(out.device)]
         return logits
 
-    def _choose_path(self) -> Path:
-        # Windows wider than the probe would prove nothing about how a path treats them.
-        with narrow_windows(self.model):
-            return self._prove_path()
 
-    def _prove_path(self) -> Path:
-        reference = self._reference()
-        usual = self.model.config._attn_implementation
-        if getattr(self.model, "_supports_attention_backend", False):
-            self.model.set_attn_implementation(PACKED)
-            if self._matches("packed", reference):
-                return "packed"
-            self.model.set_attn_implementation(usual)
-        if self._matches("padded", reference):
-            return "padded"
-        raise ConfigError(
-            f"{type(self.model).__name__} can not be batched continuously: its logits with a KV "
-            "cache differ from its own plain forward"
-        )
-
-    def _probe(self) -> list[list[int]]:
-        return [[(7 * i + 3 + k) % self.vocab_size for i in range(13 - 4 * k)] for k in range(2)]
-
-    @torch.inference_mode()
-    def _reference(self) -> torch.Tensor:
-        """Last-token logits of two short prompts by the model's own forward, without any cache."""
-        return torch.cat(
-            [
-                self.model(input_ids=torch.tensor([ids], device=self._device), use_cache=False)
-                .logits[:, -1]
-                .float()
-                .cpu()
-                for ids in self._probe()
-            ]
-        )
-
-    def _matches(self, path: Path, reference: torch.Tensor) -> bool:
-        """Whether chunked, mixed steps over the probe end in the reference's logits."""
-        self.path = path
-        first, second = self._probe()
-        for uid, ids in ((-1, first), (-2, second)):
-            self.reserve(uid, len(ids))
-        try:
-            self.put([-1], [first[:4]])
-            self.put([-1, -2], [first[4:-1], second[:-1]])
-            ours = self.put([-1, -2], [first[-1:], second[-1:]])
-            # Half precision differs in its last bits between batch shapes; wrong maths by more.
-            exact = self.model.dtype in (torch.float32, torch.float64)
-            spread = float(reference.std())
-            return bool(
-                torch.isfinite(ours).all()
-                and (ours - reference).abs().max() <= (1e-3 if exact else 0.1) * max(spread, 1e-3)
-            )
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever an architecture trips over, this is not its path
-            logger.info("%s on the %s path: %s", type(self.model).__name__, path, error)
-            return False
-        finally:
-            self.flush(-1)
-            self.flush(-2)
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where inputs go: on the CPU if every layer is on disk, which makes `model.device` meta."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device

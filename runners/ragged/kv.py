@@ -1,43 +1,67 @@
-"""The keys and values of one sequence, layer by layer, on whatever device each layer lives."""
+"""The KV cache: blocks of every layer, on whatever device the layer lives."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy
 import torch
 
+from runners.ragged.blocks import BLOCK_SIZE
 
-class SequenceKV:
-    """KV of one sequence: per layer a buffer `[kv_heads, capacity, head_dim]` for each of K and V.
+PAD = 32
+"""Values are padded to a multiple of this many numbers, which suits every kernel's width."""
 
-    `length` tokens are committed. Within a step every layer appends the same tokens; the engine
-    commits them once the whole forward is done. `capacity` is in tokens and never exceeded.
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """One layer's blocks.
+
+    Keys `[blocks, kv_heads, key_size, BLOCK_SIZE]`, so that one query meets a block's keys side by
+    side; values `[blocks, kv_heads, BLOCK_SIZE, value_size]`, `value_size` padded.
     """
 
-    __slots__ = ("_keys", "_values", "capacity", "length")
+    keys: torch.Tensor
+    values: torch.Tensor
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
+    @property
+    def native(self) -> bool:
+        """Whether the CPU kernels can work on it."""
+        return self.keys.dtype == torch.float32 and self.keys.device.type == "cpu"
 
-    def append(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write `[kv_heads, n, head_dim]` behind what is committed; return all K and V so far."""
-        if layer not in self._keys:
-            # Pages become resident when written: an early end never pays for the whole capacity.
-            self._keys[layer] = key.new_empty(key.shape[0], self.capacity, key.shape[2])
-            self._values[layer] = value.new_empty(value.shape[0], self.capacity, value.shape[2])
-        end = self.length + key.shape[1]
-        keys, values = self._keys[layer], self._values[layer]
-        keys[:, self.length : end] = key
-        values[:, self.length : end] = value
-        return keys[:, :end], values[:, :end]
 
-    def bytes_per_token(self) -> dict[torch.device, int]:
-        """Bytes that one more token takes on each device."""
+class KVPool:
+    """KV of `blocks` blocks per layer. A layer's tensors are made when it first writes."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self._layers: dict[int, LayerKV] = {}
+
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerKV:
+        """A layer's blocks, fit for keys and values `[..., kv_heads, n, size]` like these."""
+        if (found := self._layers.get(index)) is None:
+            heads, size = key.shape[-3], value.shape[-1]
+            padded = -(-size // PAD) * PAD
+            found = LayerKV(
+                _zeros(key, self.blocks, heads, key.shape[-1], BLOCK_SIZE),
+                _zeros(value, self.blocks, heads, BLOCK_SIZE, padded),
+            )
+            self._layers[index] = found
+        return found
+
+    def bytes_per_block(self) -> dict[torch.device, int]:
+        """Bytes that one block takes on each device."""
         total: dict[torch.device, int] = {}
-        for buffer in [*self._keys.values(), *self._values.values()]:
-            size = buffer.shape[0] * buffer.shape[2] * buffer.element_size()
-            total[buffer.device] = total.get(buffer.device, 0) + size
+        for layer in self._layers.values():
+            for tensor in (layer.keys, layer.values):
+                size = tensor[0].numel() * tensor.element_size()
+                total[tensor.device] = total.get(tensor.device, 0) + size
         return total
+
+
+def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Zeros, on a CPU without touching the memory: pages become resident as they are written."""
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    count = torch.Size(shape).numel() * like.element_size()
+    return torch.from_numpy(numpy.zeros(count, numpy.uint8)).view(like.dtype).view(shape)

@@ -16,8 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from runners.contracts import ModelInfo, RunnerState
 from runners.errors import ConfigError
-from runners.ragged.engine import RaggedEngine
+from runners.ragged.blocks import BLOCK_SIZE
+from runners.ragged.engine import Batching, RaggedEngine
 from runners.ragged.program import TextProgram
+from runners.ragged.proof import prove_and_pack
 from runners.ragged.sampling import SamplingDefaults
 from runners.ragged.scheduler import Limits
 from runners.ragged.tokenization import PromptTokenizer
@@ -87,27 +89,30 @@ def text_program(context: RankContext, model: PreTrainedModel) -> TextProgram:
     Raises: ConfigError if the model can not be served rightly.
     """
     config = context.config
+    parameters = sum(p.numel() for p in model.parameters())
     context.progress(RunnerState.WARMUP, "comparing batched steps with the model's own forward")
-    engine = RaggedEngine(model)
-    tokenizer = _load_tokenizer(config.model_path)
+    path = prove_and_pack(model, config.weight_quantization)
     max_context = _max_context(model.config)
-    limits = Limits(
-        max_batch_size=config.max_batch_size,
-        max_step_tokens=config.max_step_tokens,
-        max_kv_tokens=config.max_kv_tokens
-        or _default_kv_tokens(engine, config.max_batch_size * max_context),
+    engine = RaggedEngine(
+        model,
+        path,
+        kv_tokens=config.max_kv_tokens
+        or _default_kv_tokens(model, path, config.max_batch_size * max_context),
+        prefix_caching=config.prefix_caching,
     )
+    tokenizer = _load_tokenizer(config.model_path)
+    limits = Limits(config.max_batch_size, config.max_step_tokens)
     defaults = _defaults(model)
     _warn_of_ignored(model)
     info = ModelInfo(
         architecture=type(model).__name__,
         engine=config.engine,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         dtype=str(model.dtype).removeprefix("torch."),
         devices=_devices(model),
         max_context=max_context,
         vocab_size=engine.vocab_size,
-        max_kv_tokens=limits.max_kv_tokens,
+        max_kv_tokens=engine.total_tokens,
         has_chat_template=bool(tokenizer.chat_template),
         default_temperature=defaults.temperature or None,
     )
@@ -201,15 +206,16 @@ def _defaults(model: PreTrainedModel) -> SamplingDefaults:
     )
 
 
-def _default_kv_tokens(engine: RaggedEngine, useful: int) -> int:
+def _default_kv_tokens(model: PreTrainedModel, path: Batching, useful: int) -> int:
     """As many tokens as the free memory of the tightest device holds, at most `useful`."""
-    engine.reserve(-1, 1)
-    engine.put([-1], [[0]])
-    per_token = engine.bytes_per_token(-1)
-    engine.flush(-1)
+    engine = RaggedEngine(model, path, kv_tokens=BLOCK_SIZE)
+    engine.open(0, [0])
+    engine.extend(0, 1)
+    engine.put([0], [[0]])
+    per_token = engine.bytes_per_token()
     room = [int(KV_SHARE * _free_bytes(d) / size) for d, size in per_token.items() if size]
     fits = min([useful, *room])
-    if fits < 16:
+    if fits < BLOCK_SIZE:
         raise ConfigError("no memory is left for the KV cache; choose a smaller model or dtype")
     return fits
 

@@ -1,7 +1,7 @@
 """The path for architectures without transformers' attention interface (BLOOM, for one).
 
-A `Cache` over the same per-sequence KV: decode tokens of many sequences run as one left-padded
-batch, each prompt chunk as a batch of its own, with the plain 2-D mask every architecture knows.
+A `Cache` over the same blocks: decode tokens of many sequences run as one left-padded batch, each
+prompt chunk as a batch of its own, with the plain 2-D mask every architecture knows.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from runners.ragged.kv import SequenceKV
+from runners.ragged.blocks import BLOCK_SIZE
+from runners.ragged.step import Step
 
 
 class PaddedCache(Cache):
-    """Shows the KV of several sequences as one right-aligned batch of `length` columns."""
+    """Shows the KV of a step's sequences as one right-aligned batch of `length` columns.
+
+    Every segment of the step has the same count of rows.
+    """
 
     is_compileable = False
 
-    def __init__(self, sequences: list[SequenceKV], count: int) -> None:
+    def __init__(self, step: Step) -> None:
         super().__init__(layers=[])
-        self._sequences = sequences
-        self._count = count
-        self._past = max(kv.length for kv in sequences)
+        self._step = step
+        self._count = step.segments[0].count
+        self._past = max(s.past for s in step.segments)
+        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def length(self) -> int:
@@ -32,7 +37,7 @@ class PaddedCache(Cache):
 
     def mask(self) -> torch.Tensor:
         """`[B, length]`, 1 where a row has a token."""
-        ends = torch.tensor([kv.length + self._count for kv in self._sequences])
+        ends = torch.tensor([s.end for s in self._step.segments])
         return (torch.arange(self.length)[None] >= self.length - ends[:, None]).long()
 
     def update(
@@ -44,20 +49,28 @@ class PaddedCache(Cache):
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append `[B, kv_heads, count, D]`; return `[B, kv_heads, length, D]`, left-padded."""
-        rows = [
-            kv.append(layer_idx, key_states[i], value_states[i])
-            for i, kv in enumerate(self._sequences)
-        ]
-        if len(rows) == 1:
-            return rows[0][0][None], rows[0][1][None]
-        return self._align([keys for keys, _ in rows]), self._align([values for _, values in rows])
+        layer = self._step.pool.layer(layer_idx, key_states, value_states)
+        key = key_states.transpose(0, 1).flatten(1, 2)
+        self._step.write(layer, key, value_states.transpose(0, 1).flatten(1, 2))
+        blocks, offsets = self._columns(key.device)
+        keys = layer.keys[blocks, :, :, offsets].transpose(1, 2)
+        values = layer.values[blocks, :, offsets].transpose(1, 2)
+        return keys, values[..., : value_states.shape[-1]]
 
-    def _align(self, rows: list[torch.Tensor]) -> torch.Tensor:
-        heads, _, size = rows[0].shape
-        batch = rows[0].new_zeros(len(rows), heads, self.length, size)
-        for i, row in enumerate(rows):
-            batch[i, :, self.length - row.shape[1] :] = row
-        return batch
+    def _columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block and offset of every column `[B, length]`; padding shows some block's first token,
+        which the mask hides."""
+        if device not in self._places:
+            blocks, offsets = [], []
+            for s in self._step.segments:
+                pad = [0] * (self.length - s.end)
+                blocks.append(pad + [s.table[t // BLOCK_SIZE] for t in range(s.end)])
+                offsets.append(pad + [t % BLOCK_SIZE for t in range(s.end)])
+            self._places[device] = (
+                torch.tensor(blocks, device=device),
+                torch.tensor(offsets, device=device),
+            )
+        return self._places[device]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns before the new tokens."""

@@ -60,6 +60,7 @@ class TextProgram:
         emit: Callable[[RankMessage], None],
     ) -> None:
         self.info = info
+        self._engine = engine
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._defaults = defaults
@@ -109,8 +110,8 @@ class TextProgram:
         return Occupancy(
             running=scheduler.running,
             waiting=scheduler.waiting,
-            kv_tokens_used=scheduler.kv_reserved,
-            kv_tokens_total=scheduler.limits.max_kv_tokens,
+            kv_tokens_used=scheduler.kv_used,
+            kv_tokens_total=self._engine.total_tokens,
         )
 
     def _take(self, item: Generation | Abort) -> None:

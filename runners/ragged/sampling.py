@@ -1,9 +1,8 @@
 """From logits to tokens: vectorised over the batch, each sequence with its own parameters.
 
 Order and meaning follow transformers' `generate`: penalties and the end-token ban on the logits,
-then temperature, top-k, top-p. Randomness is the exponential race (argmax of p / Exp(1), the
-Gumbel-max trick in another form), with one generator per seeded sequence, so that a seed gives the
-same tokens whatever else is in the batch.
+then temperature, top-k, top-p. A token takes one uniform number, from a generator of its own where
+the sequence has a seed, so that a seed gives the same tokens whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -14,6 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from runners.contracts import SamplingParams
+
+CANDIDATES = 512
+"""Best tokens that top-k and top-p look at first; sorting a whole vocabulary takes longer than a
+small model's step, and is left to those whose cut lies further down."""
 
 
 @dataclass(frozen=True)
@@ -121,30 +124,55 @@ def sample(
 
 
 def _draw(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """A token for each row, by inverting the distribution at one uniform number per row."""
     scaled = logits / torch.tensor([[state.temperature] for state in states])
+    uniform = torch.rand(len(states), 1, dtype=torch.float64)
+    for i, state in enumerate(states):
+        if state.generator is not None:
+            uniform[i] = torch.rand(1, dtype=torch.float64, generator=state.generator)
+    tokens = torch.empty(len(states), dtype=torch.int64)
     vocab = logits.shape[-1]
-    if any(0 < state.top_k < vocab or state.top_p < 1.0 for state in states):
-        scaled = _truncate(scaled, states)
-    probabilities = scaled.softmax(-1)
-    race = torch.empty_like(probabilities)
-    for row, state in zip(race, states, strict=True):
-        row.exponential_(generator=state.generator)
-    return (probabilities / race).argmax(-1)
+    cut = [i for i, s in enumerate(states) if 0 < s.top_k < vocab or s.top_p < 1.0]
+    whole = sorted(set(range(len(states))) - set(cut))
+    if whole:
+        tokens[whole] = _invert(scaled[whole].softmax(-1), uniform[whole])
+    for candidates in (min(CANDIDATES, vocab), vocab):
+        if not cut:
+            break
+        chosen = _draw_best(scaled[cut], [states[i] for i in cut], uniform[cut], candidates)
+        tokens[cut] = chosen
+        cut = [i for i, token in zip(cut, chosen.tolist(), strict=True) if token < 0]
+    return tokens
 
 
-def _truncate(logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
-    """Keep each row's top-k tokens, then the fewest of those whose probability reaches top-p."""
+def _draw_best(
+    logits: torch.Tensor, states: Sequence[SamplerState], uniform: torch.Tensor, candidates: int
+) -> torch.Tensor:
+    """Draw among each row's top-k tokens, and the fewest of those that reach top-p; -1 for a row
+    whose cut lies beyond its `candidates` best tokens."""
     vocab = logits.shape[-1]
-    ordered, indices = logits.sort(-1, descending=True)
-    top_k = torch.tensor([[state.top_k or vocab] for state in states])
-    ordered = ordered.masked_fill(torch.arange(vocab)[None] >= top_k, float("-inf"))
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
+    best, ids = logits.topk(candidates, sorted=True)
+    top_k = torch.tensor([[min(state.top_k or vocab, vocab)] for state in states])
     top_p = torch.tensor([[state.top_p] for state in states])
-    cut = before >= top_p
-    cut[:, 0] = False
-    ordered = ordered.masked_fill(cut, float("-inf"))
-    return torch.full_like(logits, float("-inf")).scatter(-1, indices, ordered)
+    kept = best.masked_fill(torch.arange(candidates)[None] >= top_k, float("-inf"))
+    # What top-k leaves is a distribution of its own, of which top-p takes its share.
+    total = torch.where(
+        top_k < vocab, kept.logsumexp(-1, keepdim=True), logits.logsumexp(-1, keepdim=True)
+    )
+    probabilities = (kept - total).exp()
+    reached = probabilities.cumsum(-1)
+    inside = reached - probabilities < top_p
+    inside[:, 0] = True
+    complete = (top_k <= candidates) | (reached[:, -1:] >= top_p)
+    drawn = ids.gather(-1, _invert(probabilities * inside, uniform)[:, None])
+    return drawn.masked_fill(~complete & (candidates < vocab), -1)[:, 0]
+
+
+def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Per row, the first index at which the running sum of weights exceeds its uniform share."""
+    reached = weights.cumsum(-1, dtype=torch.float64)
+    at = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)[:, 0]
+    return at.clamp_max(weights.shape[-1] - 1)
 
 
 def _logprobs(

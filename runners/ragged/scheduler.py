@@ -3,21 +3,25 @@
 A step holds one token of every running sequence and fills the rest of its token budget with chunks
 of the prompts that are still being read (Dynamic SplitFuse, as in DeepSpeed-FastGen,
 arXiv:2401.08671), so a long prompt never stalls running streams. A sequence is admitted when its
-prompt and all the tokens it may generate fit the KV budget, so it never runs out midway.
+prompt fits the free KV; when a running one needs a block and none is left, the youngest gives its
+KV back, waits, and is computed anew from the tokens it has (recomputation, as in vLLM).
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from runners.contracts import FinishReason, TextDelta, TokenLogprob
+from runners.ragged.blocks import BLOCK_SIZE
 from runners.ragged.detokenizer import Detokenizer
 from runners.ragged.engine import Engine
+from runners.ragged.pacing import Pacer
 from runners.ragged.sampling import RankedToken, SamplerState, sample
 
 
@@ -33,19 +37,30 @@ class Generation:
     sampler: SamplerState
     detokenizer: Detokenizer
     uid: int = -1
+    generated: list[int] = field(default_factory=list)
     computed: int = 0
-    """Prompt tokens whose KV exists."""
-    last_token: int = -1
+    """Tokens whose KV exists: all but the last while it generates, fewer while it reads."""
 
     @property
-    def need(self) -> int:
-        """KV tokens it may come to hold. The last token is sampled but never fed back."""
-        return len(self.prompt_ids) + self.max_new_tokens - 1
+    def length(self) -> int:
+        """Tokens it has, prompt and generated."""
+        return len(self.prompt_ids) + len(self.generated)
 
     @property
-    def prefilling(self) -> bool:
-        """Whether prompt tokens are still to be computed."""
-        return self.computed < len(self.prompt_ids)
+    def decoding(self) -> bool:
+        """Whether the next step computes its newest token, and nothing before it."""
+        return self.length - self.computed == 1 and self.computed > 0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and generated tokens."""
+        return self.prompt_ids + self.generated
+
+    def next_tokens(self, count: int) -> list[int]:
+        """At most `count` of the tokens that are still to be computed."""
+        if self.decoding and self.generated:
+            return [self.generated[-1]]
+        return self.tokens[self.computed : self.computed + count]
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,6 @@ class Limits:
 
     max_batch_size: int
     max_step_tokens: int
-    max_kv_tokens: int
 
 
 class Scheduler:
@@ -81,7 +95,8 @@ class Scheduler:
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
         self._uids = itertools.count()
-        self.kv_reserved = 0
+        self._pacer = Pacer()
+        self.preemptions = 0
 
     @property
     def busy(self) -> bool:
@@ -98,8 +113,13 @@ class Scheduler:
         """Sequences not yet admitted."""
         return len(self._waiting)
 
+    @property
+    def kv_used(self) -> int:
+        """Tokens of KV in use, in whole blocks."""
+        return self._engine.total_tokens - self._engine.free_tokens
+
     def add(self, sequence: Generation) -> None:
-        """Queue a sequence whose `need` fits the limits."""
+        """Queue a sequence that alone fits the KV cache with all it may generate."""
         self._waiting.append(sequence)
 
     def abort(self, request_id: str) -> None:
@@ -114,11 +134,14 @@ class Scheduler:
         plan = self._plan()
         if not plan:
             return
+        decoding = sum(sequence.decoding for sequence, _ in plan)
+        began = time.perf_counter()
         logits = self._engine.put([s.uid for s, _ in plan], [tokens for _, tokens in plan])
+        prompt_tokens = sum(len(tokens) for _, tokens in plan) - decoding
+        self._pacer.observe(decoding, prompt_tokens, time.perf_counter() - began)
         for sequence, tokens in plan:
-            if sequence.prefilling:
-                sequence.computed += len(tokens)
-        rows = [i for i, (sequence, _) in enumerate(plan) if not sequence.prefilling]
+            sequence.computed += len(tokens)
+        rows = [i for i, (sequence, _) in enumerate(plan) if sequence.computed == sequence.length]
         if not rows:
             return
         chosen = logits if len(rows) == len(plan) else logits[rows]
@@ -140,33 +163,52 @@ class Scheduler:
         return [self._advance(*item) for item in zip(sequences, tokens, ranked, strict=True)]
 
     def _admit(self) -> None:
-        limits = self.limits
-        while self._waiting and len(self._running) < limits.max_batch_size:
+        """First come, first served: a small one behind must not starve the one in front."""
+        while self._waiting and len(self._running) < self.limits.max_batch_size:
             sequence = self._waiting[0]
-            if self.kv_reserved + sequence.need > limits.max_kv_tokens:
-                return  # first come, first served: a small one behind must not starve this one
-            self._waiting.popleft()
+            # What runs will soon want more: without some air, they would only push each other out.
+            air = min(len(self._running) * BLOCK_SIZE, self._engine.total_tokens // 8)
             sequence.uid = next(self._uids)
-            self._engine.reserve(sequence.uid, sequence.need)
-            self.kv_reserved += sequence.need
-            self._running.append(sequence)
+            sequence.computed = self._engine.open(sequence.uid, sequence.tokens)
+            missing = sequence.length - sequence.computed
+            if self._engine.free_tokens < missing + air or not self._engine.extend(
+                sequence.uid, missing
+            ):
+                self._engine.flush(sequence.uid)
+                return
+            self._running.append(self._waiting.popleft())
 
     def _plan(self) -> list[tuple[Generation, Sequence[int]]]:
         plan: list[tuple[Generation, Sequence[int]]] = [
-            (s, [s.last_token]) for s in self._running if not s.prefilling
+            (s, s.next_tokens(1)) for s in list(self._running) if s.decoding and self._room(s)
         ]
-        budget = max(self.limits.max_step_tokens - len(plan), 1)
+        budget = self._pacer.budget(len(plan), self.limits.max_step_tokens)
         for sequence in self._running:
-            if sequence.prefilling and budget > 0:
-                chunk = sequence.prompt_ids[sequence.computed : sequence.computed + budget]
+            if budget > 0 and not sequence.decoding:
+                chunk = sequence.next_tokens(budget)
                 plan.append((sequence, chunk))
                 budget -= len(chunk)
         return plan
 
+    def _room(self, sequence: Generation) -> bool:
+        """Room for the token it computes next, taken from the youngest if need be."""
+        while sequence in self._running:
+            if self._engine.extend(sequence.uid, 1):
+                return True
+            self._preempt(self._running[-1])
+        return False
+
+    def _preempt(self, sequence: Generation) -> None:
+        self.preemptions += 1
+        self._running.remove(sequence)
+        self._engine.flush(sequence.uid)
+        sequence.computed = 0
+        self._waiting.appendleft(sequence)
+
     def _advance(self, sequence: Generation, token: int, ranked: RankedToken | None) -> TextDelta:
         """Take a sampled token: text, end, and the delta that says so."""
-        sequence.last_token = token
-        generated = sequence.sampler.generated
+        sequence.generated.append(token)
+        generated = len(sequence.generated)
         reason: FinishReason | None = None
         text = ""
         if token in sequence.eos_ids:
@@ -203,6 +245,5 @@ class Scheduler:
         if sequence in self._running:
             self._running.remove(sequence)
             self._engine.flush(sequence.uid)
-            self.kv_reserved -= sequence.need
         elif sequence in self._waiting:
             self._waiting.remove(sequence)

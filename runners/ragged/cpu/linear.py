@@ -1,0 +1,200 @@
+"""Linear layers of a CPU model on our kernels, their weights packed for them.
+
+Weights that were stored in 16 bits and are exactly representable there stay in 16 bits: arithmetic
+is float32 either way, so the result is that of the float32 model at half the memory traffic. int8
+keeps one scale per output column (symmetric, absolute maximum), weights only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from runners.ragged.cpu import Kernels
+from runners.ragged.cpu.library import TYPES, LinearWeights
+
+logger = logging.getLogger("triptych.ragged")
+
+Quantization = Literal["int8"]
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with weights packed as the kernel reads them.
+
+    `packed` is `[panels, in, width]`, zero beyond `out_features`; int8 comes with `scale` `[out]`.
+    Takes and returns float32 `[..., in]`, `[..., out]`.
+    """
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_features: int,
+        kernels: Kernels,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.shape[1], out_features
+        self.scale, self.bias = scale, bias
+        self.kernels = kernels
+        self._kernel = kernels.linear[packed.dtype]
+        self.hold(packed)
+
+    def hold(self, packed: torch.Tensor) -> None:
+        """Read the weights from here."""
+        self.packed = packed
+        self._fixed = [None if t is None else t.data_ptr() for t in (packed, self.scale, self.bias)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x @ weight.T + bias`."""
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.float().contiguous()
+        out = torch.empty(*x.shape[:-1], self.out_features)
+        self._kernel(
+            x.data_ptr(),
+            *self._fixed,
+            out.data_ptr(),
+            x.numel() // self.in_features,
+            self.in_features,
+            self.out_features,
+        )
+        return out
+
+    def weights(self) -> LinearWeights:
+        """What the kernels need to know of it; valid as long as it lives and holds the same."""
+        sizes = self.in_features, self.out_features, TYPES.index(self.packed.dtype)
+        return LinearWeights(*self._fixed, *sizes)
+
+    def unpacked(self) -> torch.Tensor:
+        """The weight as float32 `[out, in]`; what was packed, but for int8's rounding."""
+        panels, depth, width = self.packed.shape
+        plain = self.packed.transpose(1, 2).reshape(panels * width, depth)[: self.out_features]
+        return plain.float() if self.scale is None else plain.float() * self.scale[:, None]
+
+
+def pack_linear(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    kernels: Kernels,
+    quantization: Quantization | None = None,
+) -> PackedLinear:
+    """A linear layer of weight `[out, in]` and bias `[out]`, both float32."""
+    stored, scale = _compact(weight, quantization)
+    if bias is not None:
+        bias = bias.detach().contiguous()
+    return PackedLinear(_pack(stored, kernels.panel_width), scale, bias, weight.shape[0], kernels)
+
+
+def join(*layers: PackedLinear) -> PackedLinear | None:
+    """The layers as one, their outputs one behind the other; None if their panels do not fit
+    together. The layers go on working, on the same memory."""
+    first = layers[0]
+    width = first.packed.shape[2]
+    for layer in layers:
+        alike = layer.packed.dtype == first.packed.dtype and layer.in_features == first.in_features
+        biased = (layer.bias is None) == (first.bias is None)
+        if not alike or not biased or layer.out_features % width:
+            return None
+
+    def joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if present else None
+
+    packed = torch.cat([layer.packed for layer in layers])
+    parts = torch.split(packed, [len(layer.packed) for layer in layers])
+    for layer, own in zip(layers, parts, strict=True):
+        layer.hold(own)
+    return PackedLinear(
+        packed,
+        joined([layer.scale for layer in layers]),
+        joined([layer.bias for layer in layers]),
+        sum(layer.out_features for layer in layers),
+        first.kernels,
+    )
+
+
+def pack_linears(
+    model: PreTrainedModel, kernels: Kernels, quantization: Quantization | None = None
+) -> int:
+    """Replace the linear layers that lie in float32 on the CPU; returns how many.
+
+    Each is compared with torch's own result and left as it is if it differs. Layers that a hook
+    brings in for their forward only (offload) and subclasses of Linear are left alone.
+    """
+    replaced = 0
+    for parent, name, layer in list(_linears(model)):
+        weight = layer.weight.detach()
+        packed = pack_linear(
+            weight.t() if isinstance(layer, Conv1D) else weight, layer.bias, kernels, quantization
+        )
+        if not _agrees(packed):
+            logger.warning("%s of %s is not packed: the kernel's result differs", name, parent)
+            continue
+        setattr(parent, name, packed)
+        replaced += 1
+    return replaced
+
+
+def unpack_linears(model: PreTrainedModel) -> None:
+    """Put ordinary linear layers back, with the weights that were packed."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, PackedLinear):
+                plain = nn.Linear(1, 1)
+                plain.out_features, plain.in_features = layer.out_features, layer.in_features
+                plain.weight = nn.Parameter(layer.unpacked(), requires_grad=False)
+                bias = layer.bias
+                plain.register_parameter(
+                    "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
+                )
+                setattr(parent, name, plain)
+
+
+def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:
+    for parent in model.modules():
+        for name, layer in parent.named_children():
+            if type(layer) not in (nn.Linear, Conv1D) or hasattr(layer, "_hf_hook"):
+                continue
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                continue
+            weight = layer.weight
+            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                yield parent, name, layer  # type: ignore[misc]
+
+
+def _compact(
+    weight: torch.Tensor, quantization: Quantization | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight in the fewest bits that keep it, and int8's scale per row."""
+    if quantization == "int8":
+        scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        return (weight / scale[:, None]).round().to(torch.int8), scale.contiguous()
+    for dtype in (torch.bfloat16, torch.float16):
+        half = weight.to(dtype)
+        if torch.equal(half.float(), weight):
+            return half, None
+    return weight, None
+
+
+def _pack(weight: torch.Tensor, width: int) -> torch.Tensor:
+    """`[out, in]` to panels `[ceil(out / width), in, width]`, zero beyond `out`."""
+    out, depth = weight.shape
+    panels = -(-out // width)
+    packed = weight.new_zeros(panels, depth, width)
+    whole = out // width
+    packed[:whole] = weight[: whole * width].view(whole, width, depth).transpose(1, 2)
+    if whole < panels:
+        packed[whole, :, : out - whole * width] = weight[whole * width :].t()
+    return packed
+
+
+def _agrees(packed: PackedLinear) -> bool:
+    x = torch.linspace(-1, 1, 2 * packed.in_features).view(2, -1)
+    expected = nn.functional.linear(x, packed.unpacked(), packed.bias)
+    return torch.allclose(packed(x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

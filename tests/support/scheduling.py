@@ -1,0 +1,96 @@
+"""A scheduler over a real engine, in this process, and what it emitted."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from runners.contracts import SamplingParams, TextDelta
+from runners.ragged.cpu.linear import Quantization
+from runners.ragged.detokenizer import Detokenizer
+from runners.ragged.engine import RaggedEngine
+from runners.ragged.proof import prove_and_pack
+from runners.ragged.sampling import SamplerState, SamplingDefaults
+from runners.ragged.scheduler import Generation, Limits, Scheduler
+from tests.support.models import write_tokenizer
+
+COUNT = 12
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer that all the models of `tests.support.models` have."""
+    with TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        return loaded
+
+
+def load(
+    folder: Path,
+    *,
+    kv_tokens: int = 4096,
+    prefix_caching: bool = True,
+    quantization: Quantization | None = None,
+) -> RaggedEngine:
+    """A model's engine, made as a rank makes it."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    path = prove_and_pack(model, quantization)
+    return RaggedEngine(model, path, kv_tokens=kv_tokens, prefix_caching=prefix_caching)
+
+
+def generation(
+    name: str, prompt: list[int], count: int = COUNT, params: SamplingParams | None = None
+) -> Generation:
+    """A request that generates exactly `count` tokens."""
+    sampler = SamplerState(params or SamplingParams(), SamplingDefaults(), prompt, frozenset())
+    return Generation(
+        request_id=name,
+        prompt_ids=prompt,
+        max_new_tokens=count,
+        eos_ids=frozenset(),
+        sampler=sampler,
+        detokenizer=Detokenizer(tokenizer()),
+    )
+
+
+class Run:
+    """Remembers what a scheduler emitted, and the most KV it used."""
+
+    def __init__(
+        self, engine: RaggedEngine, *, max_batch_size: int = 8, max_step_tokens: int = 16
+    ) -> None:
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: list[str] = []
+        self.failed: list[tuple[str, type[Exception]]] = []
+        self.peak = 0
+        self.engine = engine
+        self.scheduler = Scheduler(
+            engine,
+            Limits(max_batch_size, max_step_tokens),
+            emit=self._take,
+            fail=self._failed,
+            describe=lambda _: ("", b""),
+        )
+
+    def _failed(self, request_id: str, error: Exception) -> None:
+        self.failed.append((request_id, type(error)))
+
+    def _take(self, deltas: list[TextDelta]) -> None:
+        for delta in deltas:
+            self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            if delta.finish_reason:
+                self.finished.append(delta.request_id)
+
+    def step(self) -> None:
+        """One step."""
+        self.scheduler.step()
+        self.peak = max(self.peak, self.scheduler.kv_used)
+
+    def drain(self) -> None:
+        """Until nothing is left to do."""
+        while self.scheduler.busy:
+            self.step()

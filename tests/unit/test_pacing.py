@@ -1,0 +1,55 @@
+"""The pacer's arithmetic, on steps whose cost is known."""
+
+from __future__ import annotations
+
+import pytest
+
+from runners.ragged.pacing import SLOWDOWN, SMALLEST_CHUNK, Pacer
+
+
+def cost(decoding: int, prompt_tokens: int, *, decode: float, token: float) -> float:
+    return (decode if decoding else 0.0) + token * prompt_tokens
+
+
+@pytest.mark.parametrize("token", [0.0001, 0.001, 0.003])
+def test_chunks_settle_where_a_step_takes_slowdown_times_its_decodes(token: float) -> None:
+    pacer, decode = Pacer(), 0.1
+    pacer.observe(8, 0, decode)
+    for _ in range(50):
+        chunk = pacer.budget(8, 4096)
+        pacer.observe(8, chunk, cost(8, chunk, decode=decode, token=token))
+    assert pacer.budget(8, 4096) == pytest.approx((SLOWDOWN - 1) * decode / token, rel=0.05)
+
+
+def test_alone_a_prompt_takes_the_whole_step() -> None:
+    pacer = Pacer()
+    pacer.observe(4, 0, 0.01)
+    pacer.observe(4, 10, 1.0)
+    assert pacer.budget(0, 512) == 512
+
+
+def test_the_bounds_hold_whatever_was_seen() -> None:
+    pacer = Pacer()
+    assert pacer.budget(3, 16) <= 13
+    pacer.observe(3, 0, 0.001)
+    pacer.observe(3, 16, 10.0)
+    assert pacer.budget(3, 512) == SMALLEST_CHUNK
+    assert pacer.budget(512, 512) == 1
+    for _ in range(30):
+        pacer.observe(3, 100, 0.001)
+    assert pacer.budget(3, 512) <= 509
+
+
+def test_prompts_that_grow_dearer_are_read_in_smaller_chunks() -> None:
+    pacer = Pacer()
+    pacer.observe(8, 0, 0.1)
+    chunks: list[int] = []
+    longest = 0.0
+    for context in range(100):
+        chunk = pacer.budget(8, 4096)
+        seconds = cost(8, chunk, decode=0.1, token=0.001 * (1 + context / 50))
+        longest = max(longest, seconds) if chunks else longest
+        pacer.observe(8, chunk, seconds)
+        chunks.append(chunk)
+    assert chunks[-1] < chunks[3]
+    assert longest <= 1.2 * SLOWDOWN * 0.1
