@@ -10,7 +10,7 @@ export BENTOML_DO_NOT_TRACK ?= True
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PORT
 
-.PHONY: serve test lint setup docs bento clean
+.PHONY: serve test lint setup docs bench bento clean
 
 serve: setup
 	@$(BIN)/python -m model_store_scripts.make_demo_models
@@ -42,6 +42,15 @@ $(VENV)/.installed: pyproject.toml
 # The tables in the README are generated from the types.
 docs: setup
 	@$(BIN)/python -m tests.support.readme --write
+
+# Triptych against its peers: make bench, or make bench QUICK=1, or with options:
+# make bench BENCH_ARGS="--servers triptych,static --rounds 1"
+bench: $(VENV)/.bench-installed
+	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(BENCH_ARGS)
+
+$(VENV)/.bench-installed: $(VENV)/.installed
+	@$(BIN)/pip install --quiet --editable '.[dev,bench]'
+	@touch $@
 
 # A bento with a chosen model: make bento TEXT_MODEL=tag
 bento: setup
