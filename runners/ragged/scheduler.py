@@ -182,7 +182,8 @@ class Scheduler:
         plan: list[tuple[Generation, Sequence[int]]] = [
             (s, s.next_tokens(1)) for s in list(self._running) if s.decoding and self._room(s)
         ]
-        budget = self._pacer.budget(len(plan), self.limits.max_step_tokens)
+        prompts = len(self._running) - len(plan)
+        budget = self._pacer.budget(len(plan), prompts, self.limits.max_step_tokens)
         for sequence in self._running:
             if budget > 0 and not sequence.decoding:
                 chunk = sequence.next_tokens(budget)

@@ -29,7 +29,7 @@ constexpr int VECS = 2, WIDTH = LANES * VECS;  // columns of a tile, and of a pa
 constexpr int BLOCK = 32;                      // tokens of a KV block
 static_assert(BLOCK % WIDTH == 0);
 constexpr int64_t FEW = 16384;   // numbers that one thread has done before another has woken up
-constexpr int64_t DEPTH = 2048;  // rows of a panel worked on at a time: 256 KiB, well inside L2
+constexpr int64_t DEPTH = 256;    // rows of a panel worked on at a time: 32 KiB, inside L1
 
 template <class T, int N> struct Vec { typedef T type __attribute__((vector_size(N * sizeof(T)), aligned(sizeof(T)), may_alias)); };
 using vf = Vec<float, LANES>::type;

@@ -1,0 +1,109 @@
+"""`python -m benchmarks`: measure, and write RESULTS.md, results.svg and results.json."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gap, limit, machine, memory, overhead, plot, report, results, table
+from benchmarks.cache import Unavailable, cache
+from benchmarks.servers import SERVERS
+
+PARTS = ("table", "limit", "overhead", "gap", "memory")
+OVERHEAD_CONCURRENCIES = (1, 16, 64)
+LIMIT_CONCURRENCIES = (1, 4, 8, 16, 32)
+HERE = Path(__file__).resolve().parent
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    # A polite kill ends the servers as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # A quick run proves that everything works; its numbers mean little, so nothing is overwritten.
+    folder = cache() / "quick" if args.quick else HERE
+    found = results.load(folder / "results.json")
+    if not args.render:
+        found["machine"] = machine.describe()
+        for part in args.only or PARTS:
+            _measure(part, args, found, lambda: results.save(found, folder / "results.json"))
+    (folder / "RESULTS.md").write_text(report.render(found))
+    plot.draw(found, folder / "results.svg")
+    print(f"written: {folder / 'RESULTS.md'}")
+
+
+def _measure(
+    part: str, args: argparse.Namespace, found: results.Results, save: Callable[[], None]
+) -> None:
+    measure: dict[str, Callable[[], Any]] = {
+        "limit": lambda: limit.measure(args.threads, (1, 4) if args.quick else LIMIT_CONCURRENCIES),
+        "overhead": lambda: overhead.measure(
+            args.threads,
+            (1, 4) if args.quick else OVERHEAD_CONCURRENCIES,
+            1 if args.quick else args.rounds,
+            extra=2 if args.quick else overhead.EXTRA,
+        ),
+        "gap": lambda: gap.measure(
+            args.threads, long_prompt=1000 if args.quick else gap.LONG_PROMPT
+        ),
+        "memory": lambda: memory.measure(
+            args.threads, requests=32 if args.quick else memory.REQUESTS
+        ),
+    }
+    print(f"--- {part}", flush=True)
+    if part == "table":
+        table.measure(_plan(args), found, save)
+        return
+    failed = found.setdefault("failed", {})
+    failed.pop(part, None)
+    try:
+        found[part] = measure[part]()
+    except Unavailable as error:
+        print(f"{part}: {error}")
+        failed[part] = str(error)
+    save()
+
+
+def _plan(args: argparse.Namespace) -> table.Plan:
+    chosen: dict[str, Any] = dict(table.QUICK) if args.quick else {"rounds": args.rounds}
+    if args.concurrency:
+        chosen["concurrencies"] = args.concurrency
+    chosen["servers"] = [SERVERS[name] for name in args.servers]
+    return table.Plan(threads=args.threads, **chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add = parser.add_argument
+    add("--servers", type=_names(SERVERS), default=list(SERVERS), metavar="A,B",
+        help=f"which to measure: {', '.join(SERVERS)}")  # fmt: skip
+    add("--only", type=_names(PARTS), metavar="A,B", help=f"which parts: {', '.join(PARTS)}")
+    add("--concurrency", type=_numbers, metavar="N,M", help="numbers of clients of the table")
+    add("--rounds", type=int, default=2, help="how often each server is measured (default: 2)")
+    add("--threads", type=int, default=2, help="CPU threads of each server (default: 2)")
+    add("--quick", action="store_true", help="a few requests each, written into the cache")
+    add("--render", action="store_true", help="measure nothing, write the report anew")
+    return parser
+
+
+def _names(known: Sequence[str] | dict[str, Any]) -> Callable[[str], list[str]]:
+    def parse(value: str) -> list[str]:
+        names = value.split(",")
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(
+                f"{', '.join(unknown)}: there is only {', '.join(known)}"
+            )
+        return names
+
+    return parse
+
+
+def _numbers(value: str) -> list[int]:
+    return sorted(int(number) for number in value.split(","))
+
+
+if __name__ == "__main__":
+    main()

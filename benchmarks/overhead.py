@@ -1,0 +1,161 @@
+"""What serving costs: the engine driven in its own process, against the same requests over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import workload
+from benchmarks.client import run_closed_loop
+from benchmarks.fresh import arguments, fresh
+from benchmarks.metrics import Record, Window, summarise
+from benchmarks.model import model_folder, words
+from benchmarks.processes import CpuClock, ProcessTree
+from benchmarks.servers.base import running
+from benchmarks.servers.triptych import Triptych
+
+EXTRA = 16
+"""Requests beyond one for each client, at most."""
+
+
+def measure(
+    threads: int, concurrencies: Sequence[int], rounds: int, *, extra: int = EXTRA
+) -> list[dict[str, Any]]:
+    """One entry per concurrency and round: tokens a second of both. Raises: Unavailable."""
+    server = Triptych("triptych")
+    server.prepare()
+    entries = []
+    for number in range(1, rounds + 1):
+        for clients in concurrencies:
+            engine = fresh(__name__, threads, concurrency=clients, extra=extra)
+            http = asyncio.run(_over_http(server, threads, clients, extra))
+            entry = {"round": number, "concurrency": clients, "engine": engine, "http": http}
+            speeds = f"engine {engine['tokens_per_second']:.1f}, HTTP "
+            print(f"overhead {clients:4}: {speeds}{http['tokens_per_second']:.1f} tok/s")
+            entries.append(entry)
+    return entries
+
+
+def requests(clients: int, extra: int) -> list[workload.Request]:
+    """The same on both sides."""
+    count = clients + min(extra, clients + 4)
+    return workload.closed_loop(words(model_folder()), concurrency=clients, count=count)
+
+
+async def _over_http(server: Triptych, threads: int, clients: int, extra: int) -> dict[str, Any]:
+    probe, *warm = workload.warm_up(words(model_folder()), count=5)
+    async with running(server, probe, threads=threads, concurrency=clients) as up:
+        await run_closed_loop(up.url, up.dialect, warm, concurrency=4, tree=up.tree)
+        records, window = await run_closed_loop(
+            up.url, up.dialect, requests(clients, extra), concurrency=clients, tree=up.tree
+        )
+    return asdict(summarise(records, window))
+
+
+class InProcess:
+    """The program of a rank, driven by its messages as `runners.ranks.worker` does."""
+
+    def __init__(self, clients: int, threads: int, work_dir: Path) -> None:
+        from runners.accelerate_runner import load_program
+        from runners.config import AccelerateConfig
+        from runners.ranks.worker import RankContext
+
+        config = AccelerateConfig(
+            name="bench", model_path=model_folder(), max_batch_size=clients, num_threads=threads
+        )
+        self._records: dict[str, Record] = {}
+        self._left: list[workload.Request] = []
+        self._finished = 0
+        self._tree = ProcessTree(os.getpid())
+        self._began = (0.0, CpuClock.read(self._tree))
+        self._drained: list[Window] = []
+        self._program = load_program(
+            RankContext(
+                config=config,
+                rank=0,
+                world_size=1,
+                num_threads=threads,
+                work_dir=work_dir,
+                emit=self._take,
+            )
+        )
+
+    def run(
+        self, requests: Sequence[workload.Request], clients: int
+    ) -> tuple[list[Record], Window]:
+        """As `client.run_closed_loop` does it."""
+        self._records, self._left, self._finished = {}, list(reversed(requests)), 0
+        self._began, self._drained = (time.monotonic(), CpuClock.read(self._tree)), []
+        for _ in range(clients):
+            self._submit()
+        while self._finished < len(requests):
+            self._program.step()
+        return list(self._records.values()), self._drained[0]
+
+    def _submit(self) -> None:
+        from runners.contracts import GenerationRequest, SamplingParams
+        from runners.ranks.messages import Submit
+
+        if not self._left:
+            start, began = self._began
+            used = CpuClock.read(self._tree) - began
+            # This process is server and client in one: it was taken off the others twice.
+            others = used.others + used.server
+            self._drained.append(Window(start, time.monotonic(), used.server, others))
+            return
+        request = self._left.pop()
+        name = f"request-{len(self._records)}"
+        sampling = SamplingParams(
+            max_new_tokens=request.output_tokens, temperature=0.0, ignore_eos=True
+        )
+        self._records[name] = Record(
+            request.prompt_tokens, request.output_tokens, sent=time.monotonic()
+        )
+        self._program.receive(
+            Submit(GenerationRequest(request_id=name, prompt=request.prompt, sampling=sampling))
+        )
+
+    def _take(self, message: Any) -> None:
+        from runners.ranks.messages import Accepted, Deltas, Failed
+
+        now = time.monotonic()
+        match message:
+            case Accepted(name, prompt_tokens):
+                self._records[name].counted_prompt = prompt_tokens
+            case Failed(name, kind, text):
+                self._records[name].error = f"{kind}: {text}"
+                self._done()
+            case Deltas(deltas):
+                for delta in deltas:
+                    record = self._records[delta.request_id]
+                    record.events.append(now)
+                    record.tokens += len(delta.token_ids)
+                    if delta.finish_reason is not None:
+                        record.end = now
+                        self._done()
+
+    def _done(self) -> None:
+        self._finished += 1
+        self._submit()
+
+
+def main() -> None:
+    """In the fresh process."""
+    given = arguments()
+    clients = given["concurrency"]
+    with tempfile.TemporaryDirectory() as work_dir:
+        engine = InProcess(clients, given["threads"], Path(work_dir))
+        engine.run(workload.warm_up(words(model_folder()), count=4), 4)
+        records, window = engine.run(requests(clients, given["extra"]), clients)
+    print(json.dumps(asdict(summarise(records, window))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The servers that are measured, by name."""
+
+from __future__ import annotations
+
+from benchmarks.servers.base import Server
+from benchmarks.servers.llama_cpp import LlamaCpp
+from benchmarks.servers.openvino import OpenVINO
+from benchmarks.servers.torchserve import TorchServe
+from benchmarks.servers.transformers_serve import TransformersServe
+from benchmarks.servers.triptych import Triptych
+
+SERVERS: dict[str, Server] = {
+    server.name: server
+    for server in (
+        Triptych("triptych"),
+        Triptych("triptych-int8", weight_quantization="int8"),
+        TorchServe("static"),
+        TransformersServe("transformers"),
+        TransformersServe("transformers-cb", continuous_batching=True),
+        LlamaCpp("llama.cpp-f32", "f32"),
+        LlamaCpp("llama.cpp-q8", "q8_0"),
+        OpenVINO("openvino-f32", "f32"),
+        OpenVINO("openvino-int8", "int8"),
+    )
+}
+OURS = ("triptych", "triptych-int8")
+EIGHT_BIT = ("triptych-int8", "llama.cpp-q8", "openvino-int8")
+"""Compared among themselves; the others compute in float32 throughout."""
