@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from runners.errors import ConfigError
 from runners.ragged.attention import PACKED
+from runners.ragged.blocks import BLOCK_SIZE
 from runners.ragged.cpu import load_kernels
 from runners.ragged.cpu.decoder import fuse_decoder_layers, unfuse_decoder_layers
 from runners.ragged.cpu.fusing import fuse_modules, unfuse_modules
@@ -104,7 +105,10 @@ def prove_and_pack(model: PreTrainedModel, quantization: Quantization | None) ->
 
 def _probe(model: PreTrainedModel) -> list[list[int]]:
     vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    return [[(7 * i + 3 + k) % vocab_size for i in range(13 - 4 * k)] for k in range(2)]
+    # The first crosses into a second block of KV.
+    return [
+        [(7 * i + 3 + k) % vocab_size for i in range(n)] for k, n in enumerate((BLOCK_SIZE + 9, 9))
+    ]
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ current step has taken. The end of the channel ends the process.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -122,6 +123,9 @@ def main() -> None:
     except ConfigError as error:
         channel.send(Fatal(type(error).__name__, error.message))
         sys.exit(2)
+    # What was loaded stays for good: no collection needs to walk over it while streams wait.
+    gc.collect()
+    gc.freeze()
     clock = _StepClock()
     _start_thread(_read, channel, program)
     _start_thread(_beat, channel, program, clock, rank)
