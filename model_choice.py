@@ -24,6 +24,7 @@ OVERRIDES = {
     "max_batch_size": "max_batch_size",
     "max_kv_tokens": "max_kv_tokens",
     "start_timeout": "start_timeout",
+    "cpu_kernels": "cpu_kernels",
     "num_threads": "num_threads",
 }
 """Field of the runner's config to the setting that overrides it."""

@@ -71,6 +71,9 @@ class BaseRunnerConfig(BaseModel):
     """Whether prompts that begin alike share the KV of what they have in common."""
     weight_quantization: Literal["int8"] | None = None
     """`int8`: weights in 8 bits with a scale per output, on a CPU; faster, slightly less exact."""
+    cpu_kernels: bool = True
+    """Whether a model computed in float32 on a CPU runs on Triptych's own kernels, which are
+    compiled at the first start and need a C++ compiler; without, on torch's."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads per rank. Default: the machine's cores divided by the ranks."""
     start_timeout: Annotated[float, Field(gt=0)] = 900.0

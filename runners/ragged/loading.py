@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from runners.contracts import ModelInfo, RunnerState
 from runners.errors import ConfigError
 from runners.ragged.blocks import BLOCK_SIZE
+from runners.ragged.cpu import switch_off_kernels
 from runners.ragged.engine import Batching, RaggedEngine
 from runners.ragged.program import TextProgram
 from runners.ragged.proof import prove_and_pack
@@ -89,6 +90,8 @@ def text_program(context: RankContext, model: PreTrainedModel) -> TextProgram:
     Raises: ConfigError if the model can not be served rightly.
     """
     config = context.config
+    if not config.cpu_kernels:
+        switch_off_kernels()
     parameters = sum(p.numel() for p in model.parameters())
     context.progress(RunnerState.WARMUP, "comparing batched steps with the model's own forward")
     path = prove_and_pack(model, config.weight_quantization)

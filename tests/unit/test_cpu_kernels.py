@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from runners.ragged.cpu import Kernels, library, load_kernels
+from runners.ragged.cpu import Kernels, library, load_kernels, switch_off_kernels
 from runners.ragged.cpu.decoder import FusedDecoderLayer
 from runners.ragged.cpu.fusing import FusedRMSNorm
 from runners.ragged.cpu.linear import PackedLinear, join, pack_linear
@@ -117,8 +117,11 @@ def test_without_a_compiler_there_are_none_and_a_warning_says_so(
 
 
 def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(library.SWITCH, "off")
-    assert load_kernels.__wrapped__() is None
+    monkeypatch.setattr(library, "_switched_off", [])
+    assert load_kernels.__wrapped__() is not None
+    switch_off_kernels()
+    assert load_kernels() is None
+    load_kernels.cache_clear()
 
 
 def test_a_cache_others_can_write_to_is_not_trusted(

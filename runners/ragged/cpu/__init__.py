@@ -6,6 +6,6 @@ A model is fitted with them module by module: `linear`, then `fusing`, then `dec
 Nothing depends on them: without a C++ compiler, and on other devices, torch's own operators run.
 """
 
-from runners.ragged.cpu.library import Kernels, load_kernels
+from runners.ragged.cpu.library import Kernels, load_kernels, switch_off_kernels
 
-__all__ = ["Kernels", "load_kernels"]
+__all__ = ["Kernels", "load_kernels", "switch_off_kernels"]

@@ -22,8 +22,8 @@ SOURCE = Path(__file__).with_name("kernels.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 300
-SWITCH = "TRIPTYCH_KERNELS"
 
+_switched_off: list[bool] = []
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -104,13 +104,16 @@ def _function(library: ctypes.CDLL, name: str, arguments: list[type]) -> ctypes.
     return function  # type: ignore[no-any-return]
 
 
+def switch_off_kernels() -> None:
+    """From now on this process has none."""
+    _switched_off.append(True)
+    load_kernels.cache_clear()
+
+
 @functools.cache
 def load_kernels() -> Kernels | None:
-    """The kernels for this CPU; None, with a warning, where they can not be compiled.
-
-    `TRIPTYCH_KERNELS=off` does without them.
-    """
-    if os.environ.get(SWITCH, "").lower() in ("off", "0", "false", "no"):
+    """The kernels for this CPU; None, with a warning, where they can not be compiled."""
+    if _switched_off:
         return None
     try:
         return Kernels(_compiled())
