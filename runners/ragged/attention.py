@@ -23,6 +23,9 @@ from runners.ragged.step import Segment, Step, current
 
 PACKED = "triptych_packed"
 
+UNKNOWN = ("position_bias", "indices", "block_indices")
+"""What some architectures hand over beside a mask, and no proof by a short prompt would miss."""
+
 
 def packed_attention(
     module: torch.nn.Module,
@@ -35,12 +38,14 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of packed rows. Shapes: query `[1, H, T, D]`, key and value `[1, H_kv, T, D]`.
 
     Returns `[1, T, H, D_v]`. `softcap` as in Gemma 2, `s_aux` (attention sinks) as in GPT-OSS.
     """
+    if attention_mask is not None or any(others.get(name) is not None for name in UNKNOWN):
+        raise NotImplementedError("attention with a mask of the model's own")
     step = current.get()
     layer = step.pool.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

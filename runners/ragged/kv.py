@@ -68,4 +68,7 @@ def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     count = torch.Size(shape).numel() * like.element_size()
-    return torch.frombuffer(mmap.mmap(-1, count), dtype=like.dtype).view(shape)
+    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)

@@ -35,7 +35,7 @@ class Pacer:
         if not decoding:
             return room
         if not self._decode_s or not self._prompt_token_s:
-            return min(room, 2 * SMALLEST_CHUNK)
+            return min(room, 2 * SMALLEST_CHUNK * max(prompts, 1))
         time_s = SHARE * prompts * median(self._decode_s)
         fitting = int(time_s / max(median(self._prompt_token_s), 1e-9))
         return min(room, max(fitting, SMALLEST_CHUNK))

@@ -28,7 +28,7 @@ class PaddedCache(Cache):
         self._step = step
         self._count = step.segments[0].count
         self._past = max(s.past for s in step.segments)
-        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     @property
     def length(self) -> int:
@@ -52,14 +52,15 @@ class PaddedCache(Cache):
         layer = self._step.pool.layer(layer_idx, key_states, value_states)
         key = key_states.transpose(0, 1).flatten(1, 2)
         self._step.write(layer, key, value_states.transpose(0, 1).flatten(1, 2))
-        blocks, offsets = self._columns(key.device)
+        blocks, offsets, padding = self._columns(key.device)
         keys = layer.keys[blocks, :, :, offsets].transpose(1, 2)
-        values = layer.values[blocks, :, offsets].transpose(1, 2)
-        return keys, values[..., : value_states.shape[-1]]
+        values = layer.values[blocks, :, offsets].transpose(1, 2)[..., : value_states.shape[-1]]
+        # The mask alone would not do: another sequence's NaN times nothing is NaN.
+        return keys.masked_fill(padding, 0), values.masked_fill(padding, 0)
 
-    def _columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Block and offset of every column `[B, length]`; padding shows some block's first token,
-        which the mask hides."""
+    def _columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Block and offset of every column `[B, length]`, and where there is but padding, which
+        shows some block's first token: `[B, 1, length, 1]`."""
         if device not in self._places:
             blocks, offsets = [], []
             for s in self._step.segments:
@@ -69,6 +70,7 @@ class PaddedCache(Cache):
             self._places[device] = (
                 torch.tensor(blocks, device=device),
                 torch.tensor(offsets, device=device),
+                (self.mask() == 0).to(device)[:, None, :, None],
             )
         return self._places[device]
 

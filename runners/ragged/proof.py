@@ -74,16 +74,16 @@ def prove_and_pack(model: PreTrainedModel, quantization: Quantization | None) ->
     if kernels is None:
         if quantization is not None:
             raise ConfigError(
-                "weight_quantization needs the CPU kernels, which need a C++ compiler; "
-                "install g++ or leave it out"
+                "weight_quantization needs the CPU kernels, which are switched off or could not be "
+                "compiled (the log says why); they need a C++ compiler such as g++"
             )
         return path
-    packed = pack_linears(model, kernels, quantization)
-    if quantization is not None and not packed:
-        raise ConfigError(
-            "weight_quantization is for models computed in float32 on a CPU; "
-            "this one is placed elsewhere"
-        )
+    if not pack_linears(model, kernels, quantization):
+        if quantization is not None:
+            raise ConfigError(
+                "weight_quantization is for models computed in float32 on a CPU; this one is not"
+            )
+        return path
     tolerance = None if quantization is None else QUANTIZED
     fuse_modules(model, kernels)
     if path == "packed":

@@ -163,7 +163,7 @@ def _draw_best(
     reached = probabilities.cumsum(-1)
     inside = reached - probabilities < top_p
     inside[:, 0] = True
-    complete = (top_k <= candidates) | (reached[:, -1:] >= top_p)
+    complete = (top_k <= candidates) | ((top_k >= vocab) & (reached[:, -1:] >= top_p))
     drawn = ids.gather(-1, _invert(probabilities * inside, uniform)[:, None])
     return drawn.masked_fill(~complete & (candidates < vocab), -1)[:, 0]
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from runners.contracts import FinishReason, TextDelta, TokenLogprob
+from runners.errors import EngineFailure
 from runners.ragged.blocks import BLOCK_SIZE
 from runners.ragged.detokenizer import Detokenizer
 from runners.ragged.engine import Engine
@@ -151,6 +152,15 @@ class Scheduler:
 
     def _sample(self, sequences: list[Generation], logits: torch.Tensor) -> list[TextDelta]:
         """A token for each sequence; one whose sampling fails ends alone."""
+        broken = logits.sum(-1).isnan().tolist()
+        if any(broken):
+            for sequence, nan in zip(sequences, broken, strict=True):
+                if nan:
+                    self._leave(sequence)
+                    error = EngineFailure("the model's output is not a number")
+                    self._fail(sequence.request_id, error)
+            whole = [i for i, nan in enumerate(broken) if not nan]
+            return self._sample([sequences[i] for i in whole], logits[whole]) if whole else []
         try:
             tokens, ranked = sample(logits, [s.sampler for s in sequences])
         except Exception as error:

@@ -84,7 +84,12 @@ class Step:
         self, layer: LayerKV, segments: Sequence[Segment], value_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[n, kv_heads, columns, size]` of segments, a column per token."""
-        return gather(layer, self._padded_tables(segments, layer.keys.device), value_size)
+        device = layer.keys.device
+        keys, values = gather(layer, self._padded_tables(segments, device), value_size)
+        # Beyond its end a sequence's last block holds what was there before, NaN for all we know,
+        # which no mask hides: nothing times NaN is NaN.
+        beyond = self._beyond(segments, keys.shape[2], device)
+        return keys.masked_fill(beyond, 0), values.masked_fill(beyond, 0)
 
     def single_rows(self, device: torch.device) -> torch.Tensor:
         """The rows of `singles`, int64."""
@@ -132,6 +137,19 @@ class Step:
             self._once("blocks", device, lambda: place(0)),
             self._once("offsets", device, lambda: place(1)),
         )
+
+    def _beyond(
+        self, segments: Sequence[Segment], columns: int, device: torch.device
+    ) -> torch.Tensor:
+        """`[n, 1, columns, 1]`: columns behind each segment's end."""
+
+        def make() -> torch.Tensor:
+            ends = torch.tensor([s.end for s in segments], device=device)[:, None]
+            beyond = torch.arange(columns, device=device)[None] >= ends
+            return beyond[:, None, :, None]
+
+        key = ("beyond", *(s.start for s in segments), columns, device)
+        return self._kept(key, make)
 
     def _padded_tables(self, segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
         def padded() -> list[list[int]]:

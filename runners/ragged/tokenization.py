@@ -37,6 +37,14 @@ class PromptTokenizer:
 
         Raises: InvalidRequest, which names the field at fault; ContextLengthExceeded.
         """
+        ids = self._encode(prompt, add_special_tokens, max_tokens)
+        # Not only a client's own: a tokenizer may know tokens the model has no embedding for.
+        self._check_ids(ids, param="prompt")
+        return ids
+
+    def _encode(
+        self, prompt: Prompt, add_special_tokens: bool, max_tokens: int | None
+    ) -> list[int]:
         if isinstance(prompt, ChatPrompt):
             return self._render(prompt)
         if isinstance(prompt, str):
@@ -50,7 +58,6 @@ class PromptTokenizer:
                 prompt, add_special_tokens=add_special_tokens, verbose=False
             ).input_ids
             return list(ids)
-        self._check_ids(prompt, param="prompt")
         return list(prompt)
 
     def _check_ids(self, token_ids: Sequence[int], *, param: str) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from runners import create_runner
 from runners.config import load_setup_config
 from runners.contracts import ChatMessage, ChatPrompt, RunnerState
-from runners.errors import ContextLengthExceeded
+from runners.errors import ContextLengthExceeded, InvalidRequest
 from tests.support.generating import collect, ids_of, serving, text_of
 from tests.support.models import EOS, greedy, write_model
 
@@ -133,6 +134,20 @@ async def test_ends_and_defaults(tmp_path: Path) -> None:
             await collect(runner, [5] * 31)
         with pytest.raises(ContextLengthExceeded, match="characters"):
             await collect(runner, "x" * 100_000)
+
+
+async def test_a_token_without_an_embedding_is_refused_and_harms_nobody(tmp_path: Path) -> None:
+    folder = write_model("llama", tmp_path / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(400)])
+    tokenizer.save_pretrained(folder)
+    async with serving(folder) as runner:
+        with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+            await collect(runner, "hello <extra399>", max_new_tokens=2)
+        asked = [ChatMessage(role="user", content="<extra399>")]
+        with pytest.raises(InvalidRequest, match="outside the vocabulary"):
+            await collect(runner, ChatPrompt(messages=asked), max_new_tokens=2)
+        assert len(ids_of(await collect(runner, "hello", max_new_tokens=3, ignore_eos=True))) == 3
 
 
 async def test_a_template_that_fails_is_the_conversations_fault(tmp_path: Path) -> None:

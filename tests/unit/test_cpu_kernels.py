@@ -7,12 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    Ministral3Config,
+    Ministral3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from runners.ragged.cpu import Kernels, library, load_kernels, switch_off_kernels
 from runners.ragged.cpu.decoder import FusedDecoderLayer
-from runners.ragged.cpu.fusing import FusedRMSNorm
+from runners.ragged.cpu.fusing import FusedMLP, FusedRMSNorm, fuse_modules
 from runners.ragged.cpu.linear import PackedLinear, join, pack_linear
 from runners.ragged.proof import prove_and_pack
 from tests.support.models import write_model
@@ -101,6 +109,64 @@ def test_decoder_layers_are_fused_where_they_are_alike(
     assert any(isinstance(m, FusedDecoderLayer) for m in model.modules()) == whole
 
 
+def test_layers_with_code_of_their_own_are_not_fused(tmp_path: Path) -> None:
+    """Ministral 3 scales queries by their position, from 16,384 on by default: its layers look like
+    Llama's, and so do their results in every short prompt."""
+    config = Ministral3Config(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    model = Ministral3ForCausalLM(config)
+    prove_and_pack(model, None)
+    assert any(isinstance(m, FusedRMSNorm) for m in model.modules())
+    assert not any(isinstance(m, FusedDecoderLayer) for m in model.modules())
+
+
+def test_norms_in_float32_of_a_half_precision_model_are_left_alone(kernels: Kernels) -> None:
+    plain = LlamaRMSNorm(64)
+    x = torch.randn(1, 3, 64, dtype=torch.float16)
+    fused = FusedRMSNorm(plain, kernels, 0.0)
+    assert torch.equal(fused(x), plain(x))
+    assert prove_and_pack(GptOssForCausalLM(gpt_oss()).half(), None) in ("packed", "padded")
+
+
+def gpt_oss() -> GptOssConfig:
+    return GptOssConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+
+
+def test_a_clamped_mlp_is_not_taken_for_a_plain_one(kernels: Kernels) -> None:
+    class Clamped(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = self.act_fn(self.gate_proj(x).clamp(max=7)) * self.up_proj(x).clamp(-7, 7)
+            out: torch.Tensor = self.down_proj(inner)
+            return out
+
+    config = LlamaConfig(hidden_size=64, intermediate_size=64)
+    for kind, fits in ((LlamaMLP, True), (Clamped, False)):
+        parent = torch.nn.Sequential(kind(config))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            plain = getattr(parent[0], name)
+            torch.nn.init.normal_(plain.weight, std=0.02)
+            setattr(parent[0], name, pack_linear(plain.weight.detach(), None, kernels))
+        fuse_modules(parent, kernels)
+        assert isinstance(parent[0], FusedMLP) == fits
+
+
 def test_conv1d_of_gpt2_is_packed(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_model("gpt2", tmp_path / "gpt2"))
     prove_and_pack(model, None)
@@ -130,8 +196,21 @@ def test_a_cache_others_can_write_to_is_not_trusted(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "triptych").mkdir()
     (tmp_path / "triptych").chmod(0o777)
-    assert load_kernels.__wrapped__() is None
+    assert load_kernels.__wrapped__() is not None
     assert "can be written by others" in caplog.text
+    assert list((tmp_path / "triptych").iterdir()) == []
+
+
+def test_a_user_without_a_home_compiles_each_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert load_kernels.__wrapped__() is not None
+    assert "compiled anew at each start: Could not determine home" in caplog.text
 
 
 def test_the_compiled_library_is_private_and_reused(

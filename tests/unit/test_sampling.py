@@ -83,6 +83,28 @@ def test_draws_follow_the_truncated_distribution(params: dict[str, Any], warper:
     assert (seen - expected).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("top_k", [0, 3, 700, 1000])
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_flat_distributions_are_cut_as_transformers_cuts_them(top_k: int, top_p: float) -> None:
+    """Their cut may lie beyond the candidates that are looked at first."""
+    if not top_k and top_p == 1.0:
+        return
+    logits = torch.randn(1, 3000, generator=torch.Generator().manual_seed(0)) * 0.3
+    kept = logits
+    if top_k:
+        kept = TopKLogitsWarper(top_k)(None, kept)
+    if top_p < 1:
+        kept = TopPLogitsWarper(top_p)(None, kept)
+    allowed = set(kept[0].isfinite().nonzero().flatten().tolist())
+    states = [state(temperature=1.0, top_k=top_k, top_p=top_p, seed=i) for i in range(3000)]
+    drawn, _ = sample(logits.expand(3000, -1), states)
+    assert set(drawn) <= allowed
+    best = set(logits[0].topk(min(512, len(allowed))).indices.tolist())
+    share = sum(token not in best for token in drawn) / len(drawn)
+    expected = float(kept.softmax(-1)[0][sorted(allowed - best)].sum())
+    assert share == pytest.approx(expected, abs=0.04)
+
+
 def test_temperature_scales_the_distribution() -> None:
     row = logits()
     seen = draws(20_000, row, temperature=2.0)

@@ -2,16 +2,23 @@
 
 That is Llama, Mistral, Qwen 2 and 3, and most that came after them. With few rows, calling torch's
 operators one by one takes half as long again as reading the weights; a layer here is one call.
-Whether a model's layers are of this kind is not known by name but proved on the whole model, after
-they were put in.
+Whether a model's layers are of this kind is known by their code, not their name, and proved on the
+whole model after they were put in.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from runners.ragged.cpu import Kernels
 from runners.ragged.cpu.fusing import FusedMLP, FusedRMSNorm
@@ -75,7 +82,10 @@ class FusedDecoderLayer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **__: Any,
     ) -> torch.Tensor:
-        """The layer's output, which takes the place of its input."""
+        """The layer's output, which takes the place of its input. Raises: TypeError, ValueError for
+        what is no float32, and for rotary embeddings of another kind."""
+        if hidden_states.dtype != torch.float32:
+            raise TypeError(f"{hidden_states.dtype} in a float32 layer")
         assert position_embeddings is not None  # noqa: S101 - else the proof fails, as it should
         cos, sin = (each.contiguous() for each in position_embeddings)
         step = current.get()
@@ -121,6 +131,30 @@ def unfuse_decoder_layers(model: nn.Module) -> None:
                 setattr(parent, name, fused.plain)
 
 
+@cache
+def _known_code() -> frozenset[str]:
+    """The forwards the kernel stands for. A proof with a short prompt would not notice, say, an
+    attention that scales its queries beyond 16,000 tokens; most models' code is generated from
+    these, word for word."""
+    code = set()
+    for module in (modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3):
+        code.add(inspect.getsource(module.apply_rotary_pos_emb))
+        for name, found in vars(module).items():
+            if name.endswith(("Attention", "DecoderLayer", "MLP")):
+                code.add(inspect.getsource(found.forward))
+    return frozenset(code)
+
+
+def _is_known(layer: Any) -> bool:
+    attention = type(layer.self_attn)
+    rotate = getattr(sys.modules[attention.__module__], "apply_rotary_pos_emb", None)
+    code = (type(layer).forward, attention.forward, type(layer.mlp.plain).forward, rotate)
+    try:
+        return all(inspect.getsource(each) in _known_code() for each in code)  # type: ignore[arg-type]
+    except (OSError, TypeError):  # no source to read
+        return False
+
+
 def _fits(plain: Any) -> bool:
     attention = getattr(plain, "self_attn", None)
     if attention is None or hasattr(plain, "_hf_hook") or hasattr(attention, "_hf_hook"):
@@ -128,10 +162,17 @@ def _fits(plain: Any) -> bool:
     norms = {"input_layernorm", "post_attention_layernorm"}
     if {name for name, x in plain.named_children() if isinstance(x, FusedRMSNorm)} != norms:
         return False
-    projections = [getattr(attention, f"{x}_proj", None) for x in "qkvo"]
+    projections: list[Any] = [getattr(attention, f"{x}_proj", None) for x in "qkvo"]
+    if not isinstance(getattr(plain, "mlp", None), FusedMLP):
+        return False
+    if not all(isinstance(x, PackedLinear) for x in projections):
+        return False
+    q, k, v, o = projections
+    hidden = plain.mlp.down.out_features
     return (
-        isinstance(getattr(plain, "mlp", None), FusedMLP)
-        and all(isinstance(x, PackedLinear) for x in projections)
+        _is_known(plain)
+        and (q.out_features, k.out_features) == (o.in_features, v.out_features)
+        and q.in_features == o.out_features == hidden
         and all(hasattr(attention, x) for x in ("layer_idx", "head_dim", "scaling", "config"))
         and all(
             norm is None or isinstance(norm, FusedRMSNorm)

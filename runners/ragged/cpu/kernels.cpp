@@ -114,6 +114,25 @@ void rows_by_columns(int64_t rows, const float* x, int64_t x_stride, const W* w,
   }
 }
 
+// Columns from `first` of out[m][n]: what was summed up, scaled, with its bias.
+void finish(const float* acc, const float* scale, const float* bias, float* out, int64_t m,
+            int64_t n, int64_t first) {
+  const int64_t columns = std::min<int64_t>(WIDTH, n - first);
+  float factor[WIDTH], shift[WIDTH];
+  for (int64_t c = 0; c < columns; ++c) {
+    factor[c] = scale ? scale[first + c] : 1.f;
+    shift[c] = bias ? bias[first + c] : 0.f;
+  }
+  for (int64_t r = 0; r < m; ++r, acc += WIDTH) {
+    float* y = out + r * n + first;
+    if (columns < WIDTH)
+      for (int64_t c = 0; c < columns; ++c) y[c] = acc[c] * factor[c] + shift[c];
+    else
+      for (int64_t c = 0; c < WIDTH; c += LANES)
+        *reinterpret_cast<vf*>(y + c) = load(acc + c) * load(factor + c) + load(shift + c);
+  }
+}
+
 // out[m][n] = x[m][k] @ w^T * scale + bias; w packed as panels [ceil(n / WIDTH)][k][WIDTH].
 template <class W>
 void linear(const float* x, const W* w, const float* scale, const float* bias, float* out,
@@ -141,11 +160,7 @@ void linear(const float* x, const W* w, const float* scale, const float* bias, f
                           acc.data() + r * WIDTH, WIDTH, ahead, std::max<int64_t>(1, line / tiles));
         }
       }
-      const int64_t first = p * WIDTH, columns = std::min<int64_t>(WIDTH, n - first);
-      for (int64_t r = 0; r < m; ++r)
-        for (int64_t c = 0; c < columns; ++c)
-          out[r * n + first + c] = acc[r * WIDTH + c] * (scale ? scale[first + c] : 1.f) +
-                                   (bias ? bias[first + c] : 0.f);
+      finish(acc.data(), scale, bias, out, m, n, p * WIDTH);
     }
   }
 }

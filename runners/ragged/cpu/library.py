@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -116,31 +117,39 @@ def load_kernels() -> Kernels | None:
     if _switched_off:
         return None
     try:
-        return Kernels(_compiled())
+        try:
+            return Kernels(_compiled(_cache_folder()))
+        except _NoCache as error:
+            logger.warning("the CPU kernels are compiled anew at each start: %s", error)
+            with tempfile.TemporaryDirectory(prefix="triptych-") as own:
+                return Kernels(_compiled(Path(own)))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         reason = str(getattr(error, "stderr", None) or error).strip().splitlines()
         logger.warning("no CPU kernels, torch's own are slower here: %s", (reason or ["?"])[0])
         return None
 
 
-def _compiled() -> Path:
-    """The shared library, from the cache if it was made by this source, compiler and CPU."""
+class _NoCache(Exception):
+    """There is no folder to keep compiled kernels in."""
+
+
+def _compiled(folder: Path) -> Path:
+    """The shared library in `folder`, made anew unless it was by this source, compiler and CPU."""
     compiler = _compiler()
     version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+        [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout
     native = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
     flags = [*FLAGS, native]
     made_of = [SOURCE.read_text(encoding="utf-8"), version, *flags, _cpu()]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:20]
-    folder = _cache_folder()
     target = folder / f"kernels-{digest}.so"
     if not target.exists():
         # Under a name of its own until whole: ranks start together, and may be killed meanwhile.
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / "kernels.so"
             subprocess.run(
-                [compiler, *flags, "-o", str(made), str(SOURCE)],
+                [*compiler, *flags, "-o", str(made), str(SOURCE)],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -150,11 +159,12 @@ def _compiled() -> Path:
     return target
 
 
-def _compiler() -> str:
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
-    for name in names:
-        if (found := shutil.which(name)) is not None:
-            return found
+def _compiler() -> list[str]:
+    own = shlex.split(os.environ.get("CXX", ""))
+    for command in [own] if own else [[name] for name in COMPILERS]:
+        if (found := shutil.which(command[0])) is not None:
+            return [found, *command[1:]]
+    names = own[:1] or COMPILERS
     raise OSError(f"no C++ compiler ({', '.join(names)}) is on the PATH")
 
 
@@ -168,11 +178,16 @@ def _cpu() -> str:
 
 
 def _cache_folder() -> Path:
-    """A folder that nobody else can write to: what lies in it gets executed."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "triptych"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = folder.stat()
+    """A folder that nobody else can write to: what lies in it gets executed. Raises: _NoCache."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "triptych"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        raise _NoCache(str(error)) from None
     if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"{folder} can be written by others")
+        raise _NoCache(f"{folder} can be written by others")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _NoCache(f"{folder} can not be written to")
     return folder

@@ -84,7 +84,7 @@ def pack_linear(
     """A linear layer of weight `[out, in]` and bias `[out]`, both float32."""
     stored, scale = _compact(weight, quantization)
     if bias is not None:
-        bias = bias.detach().contiguous()
+        bias = bias.detach().clone()
     return PackedLinear(_pack(stored, kernels.panel_width), scale, bias, weight.shape[0], kernels)
 
 
@@ -138,9 +138,9 @@ def pack_linears(
 
 def _let_go_of_files(model: PreTrainedModel) -> None:
     """Copy what is left, embeddings and norms: one view of a mapped weight file keeps all of it."""
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def unpack_linears(model: PreTrainedModel) -> None:
