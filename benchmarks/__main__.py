@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gap, limit, machine, memory, overhead, plot, report, results, table
+from benchmarks import gap, limit, machine, memory, overhead, plot, quality, report, results, table
 from benchmarks.cache import Unavailable, cache
 from benchmarks.servers import SERVERS
 
-PARTS = ("table", "limit", "overhead", "gap", "memory")
+PARTS = ("table", "limit", "overhead", "gap", "memory", "quality")
 OVERHEAD_CONCURRENCIES = (1, 16, 64)
 LIMIT_CONCURRENCIES = (1, 4, 8, 16, 32)
 HERE = Path(__file__).resolve().parent
@@ -49,6 +49,7 @@ def _measure(
         "gap": lambda: gap.measure(
             args.threads, long_prompt=1000 if args.quick else gap.LONG_PROMPT
         ),
+        "quality": lambda: quality.measure(args.threads),
         "memory": lambda: memory.measure(
             args.threads, requests=32 if args.quick else memory.REQUESTS
         ),

@@ -208,6 +208,8 @@ def _others(results: Results) -> Iterable[str]:
         yield _gap(gap)
     if memory := results.get("memory"):
         yield _memory(memory)
+    if quality := results.get("quality"):
+        yield _quality(quality)
 
 
 def _gap(gap: dict[str, Any]) -> str:
@@ -221,6 +223,16 @@ def _gap(gap: dict[str, Any]) -> str:
         f"{gap['long_prompt']:,} tokens, read in {gap['prefill_s']:.1f} s. Meanwhile the longest "
         f"gap between two tokens of a stream is {gap['longest_s'] * 1000:.0f} ms, "
         f"**{longest:.1f} times** the usual one (p99: {p99:.1f} times, median: {median:.1f} times)."
+    )
+
+
+def _quality(quality: dict[str, Any]) -> str:
+    return (
+        "## What 8-bit weights cost\n\n"
+        f"The trained demo model over {quality['tokens']:,} tokens of answers it never saw: the "
+        f"same likeliest token in **{quality['agreement']:.2%}** of them, mean divergence "
+        f"{quality['divergence']:.1e} nats, perplexity {quality['perplexity']:.4f} in float32 and "
+        f"{quality['perplexity_int8']:.4f} in int8."
     )
 
 
