@@ -140,6 +140,7 @@ async def test_a_token_without_an_embedding_is_refused_and_harms_nobody(tmp_path
     folder = write_model("llama", tmp_path / "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<extra{i}>" for i in range(400)])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(folder)
     async with serving(folder) as runner:
         with pytest.raises(InvalidRequest, match="outside the vocabulary"):
