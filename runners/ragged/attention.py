@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
 from transformers import AttentionInterface
 
 from runners.ragged.cpu import Kernels, load_kernels
-from runners.ragged.cpu.library import AttentionShape
+from runners.ragged.cpu.library import AttentionShape, Heads, Pool
 from runners.ragged.kv import LayerKV
 from runners.ragged.step import Segment, Step, current
 
@@ -91,18 +91,10 @@ def _by_kernel(
     out = torch.empty(1, query.shape[2], query.shape[1], value.shape[3])
     if sinks is not None:
         sinks = sinks.float().contiguous()
+    heads = (Heads(t.data_ptr(), t.stride(2), t.stride(1)) for t in (query, key, value))
     kernels.attention(
-        query.data_ptr(),
-        query.stride(2),
-        query.stride(1),
-        key.data_ptr(),
-        key.stride(2),
-        key.stride(1),
-        value.data_ptr(),
-        value.stride(2),
-        value.stride(1),
-        layer.keys.data_ptr(),
-        layer.values.data_ptr(),
+        *heads,
+        Pool(layer.keys.data_ptr(), layer.values.data_ptr()),
         out.data_ptr(),
         step.layout.data_ptr(),
         len(step.segments),

@@ -13,6 +13,11 @@ PAD = 32
 """Values are padded to a multiple of this many numbers, which suits every kernel's width."""
 
 
+def padded(value_size: int) -> int:
+    """The numbers a value takes."""
+    return -(-value_size // PAD) * PAD
+
+
 @dataclass(frozen=True, slots=True)
 class LayerKV:
     """One layer's blocks.
@@ -40,11 +45,10 @@ class KVPool:
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerKV:
         """A layer's blocks, fit for keys and values `[..., kv_heads, n, size]` like these."""
         if (found := self._layers.get(index)) is None:
-            heads, size = key.shape[-3], value.shape[-1]
-            padded = -(-size // PAD) * PAD
+            heads, size = key.shape[-3], padded(value.shape[-1])
             found = LayerKV(
                 _zeros(key, self.blocks, heads, key.shape[-1], BLOCK_SIZE),
-                _zeros(value, self.blocks, heads, BLOCK_SIZE, padded),
+                _zeros(value, self.blocks, heads, BLOCK_SIZE, size),
             )
             self._layers[index] = found
         return found

@@ -15,7 +15,7 @@ from runners.errors import ConfigError
 from runners.ragged.attention import PACKED
 from runners.ragged.blocks import BLOCK_SIZE
 from runners.ragged.cpu import load_kernels
-from runners.ragged.cpu.decoder import fuse_decoder_layers, unfuse_decoder_layers
+from runners.ragged.cpu.decoder import fuse_decoder, unfuse_decoder
 from runners.ragged.cpu.fusing import fuse_modules, unfuse_modules
 from runners.ragged.cpu.linear import Quantization, pack_linears, unpack_linears
 from runners.ragged.engine import Batching, RaggedEngine, input_device
@@ -87,8 +87,8 @@ def prove_and_pack(model: PreTrainedModel, quantization: Quantization | None) ->
     tolerance = None if quantization is None else QUANTIZED
     fuse_modules(model, kernels)
     if path == "packed":
-        fuse_decoder_layers(model, kernels)
-    for undo in (unfuse_decoder_layers, unfuse_modules):
+        fuse_decoder(model, kernels)
+    for undo in (unfuse_decoder, unfuse_modules):
         if proof.holds(path, tolerance=tolerance):
             return path
         undo(model)

@@ -70,10 +70,6 @@ class Step:
         """Segments of several rows: pieces of prompts."""
         return [s for s in self.segments if s.count > 1]
 
-    def scratch(self, size: int) -> torch.Tensor:
-        """`size` float32 numbers to work with, the same for every layer that asks for as many."""
-        return self._kept(("scratch", size), lambda: torch.empty(size))
-
     def write(self, layer: LayerKV, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put keys and values `[kv_heads, rows, size]` of the packed rows into their blocks."""
         blocks, offsets = self._slots(key.device)

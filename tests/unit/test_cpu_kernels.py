@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from runners.ragged.cpu import Kernels, library, load_kernels, switch_off_kernels
-from runners.ragged.cpu.decoder import FusedDecoderLayer
+from runners.ragged.cpu.decoder import FusedDecoder
 from runners.ragged.cpu.fusing import FusedMLP, FusedRMSNorm, fuse_modules
 from runners.ragged.cpu.linear import PackedLinear, join, pack_linear
 from runners.ragged.proof import prove_and_pack
@@ -101,12 +101,10 @@ def test_norms_are_right_with_and_without_offset(kernels: Kernels) -> None:
 @pytest.mark.parametrize(
     ("kind", "whole"), [("llama", True), ("mistral", True), ("qwen2", True), ("opt", False)]
 )
-def test_decoder_layers_are_fused_where_they_are_alike(
-    kind: str, whole: bool, tmp_path: Path
-) -> None:
+def test_decoders_are_fused_where_they_are_alike(kind: str, whole: bool, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_model(kind, tmp_path / kind))
     prove_and_pack(model, None)
-    assert any(isinstance(m, FusedDecoderLayer) for m in model.modules()) == whole
+    assert any(isinstance(m, FusedDecoder) for m in model.modules()) == whole
 
 
 def test_layers_with_code_of_their_own_are_not_fused(tmp_path: Path) -> None:
@@ -124,7 +122,7 @@ def test_layers_with_code_of_their_own_are_not_fused(tmp_path: Path) -> None:
     model = Ministral3ForCausalLM(config)
     prove_and_pack(model, None)
     assert any(isinstance(m, FusedRMSNorm) for m in model.modules())
-    assert not any(isinstance(m, FusedDecoderLayer) for m in model.modules())
+    assert not any(isinstance(m, FusedDecoder) for m in model.modules())
 
 
 def test_norms_in_float32_of_a_half_precision_model_are_left_alone(kernels: Kernels) -> None:

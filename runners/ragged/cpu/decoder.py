@@ -1,7 +1,7 @@
 """Whole decoder layers on one kernel: pre-norm, rotary attention, gated SiLU MLP, no dropout.
 
 That is Llama, Mistral, Qwen 2 and 3, and most that came after them. With few rows, calling torch's
-operators one by one takes half as long again as reading the weights; a layer here is one call.
+operators one by one takes half as long again as reading the weights; all layers here are one call.
 Whether a model's layers are of this kind is known by their code, not their name, and proved on the
 whole model after they were put in.
 """
@@ -22,58 +22,24 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from runners.ragged.cpu import Kernels
 from runners.ragged.cpu.fusing import FusedMLP, FusedRMSNorm
-from runners.ragged.cpu.library import AttentionShape, LayerWeights, NormWeights
+from runners.ragged.cpu.library import AttentionShape, LayerWeights, NormWeights, Pool
 from runners.ragged.cpu.linear import PackedLinear, join
+from runners.ragged.kv import KVPool, padded
 from runners.ragged.step import current
 
 
-class FusedDecoderLayer(nn.Module):
-    """A decoder layer over the rows of the current step: float32 `[1, T, hidden]`, in place."""
+class FusedDecoder(nn.Module):
+    """All decoder layers of a model over the rows of the current step, float32 `[1, T, hidden]`."""
 
-    def __init__(self, plain: Any, qkv: PackedLinear, kernels: Kernels) -> None:
+    def __init__(self, plain: nn.ModuleList, qkv: list[PackedLinear], kernels: Kernels) -> None:
         super().__init__()
-        self.plain = plain
-        attention, self.qkv = plain.self_attn, qkv
-        self._index: int = attention.layer_idx
-        heads = attention.q_proj.out_features // attention.head_dim
-        self._kv_heads = attention.k_proj.out_features // attention.head_dim
-        self._size: int = attention.head_dim
-        value_stride = -(-self._size // 32) * 32
-        shape = AttentionShape(
-            heads,
-            self._kv_heads,
-            self._size,
-            self._size,
-            value_stride,
-            0,
-            attention.scaling,
-            0.0,
-        )
-        none = NormWeights(None, 0.0, 0.0)
-        norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
-        self._weights = LayerWeights(
-            plain.input_layernorm.weights(),
-            plain.post_attention_layernorm.weights(),
-            *(none if norm is None else norm.weights() for norm in norms),
-            qkv.weights(),
-            attention.o_proj.weights(),
-            plain.mlp.gate_up.weights(),
-            plain.mlp.down.weights(),
-            shape,
-        )
-        self._scratch = (
-            2 * qkv.in_features
-            + qkv.out_features
-            + attention.o_proj.in_features
-            + 3 * plain.mlp.down.in_features
-        )
-        self._kernel = kernels.decoder_layer
-
-    def _window(self) -> int:
-        """0 for none. Read where the plain layer reads it, since a proof may narrow it."""
-        attention = self.plain.self_attn
-        owner = attention if hasattr(attention, "sliding_window") else attention.config
-        return getattr(owner, "sliding_window", None) or 0
+        self.plain, self.qkv = plain, nn.ModuleList(qkv)
+        layers: list[Any] = list(plain)
+        self._attentions = [layer.self_attn for layer in layers]
+        self._weights = (LayerWeights * len(layers))(*map(_weights, layers, qkv))
+        self._size: int = self._weights[0].shape.key_size
+        self._pool: KVPool | None = None
+        self._kernel = kernels.decode
 
     def forward(
         self,
@@ -82,8 +48,10 @@ class FusedDecoderLayer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **__: Any,
     ) -> torch.Tensor:
-        """The layer's output, which takes the place of its input. Raises: TypeError, ValueError for
-        what is no float32, and for rotary embeddings of another kind."""
+        """The last layer's output, which takes the place of the input.
+
+        Raises: TypeError for what is no float32, ValueError for rotary embeddings of another kind.
+        """
         if hidden_states.dtype != torch.float32:
             raise TypeError(f"{hidden_states.dtype} in a float32 layer")
         assert position_embeddings is not None  # noqa: S101 - else the proof fails, as it should
@@ -93,42 +61,92 @@ class FusedDecoderLayer(nn.Module):
         rows = x.shape[1]
         if cos.shape != (1, rows, self._size) or cos.dtype != torch.float32:
             raise ValueError("rotary embeddings of another kind")
-        self._weights.shape.window = self._window()
-        like = x.new_empty(self._kv_heads, 0, self._size)
-        layer = step.pool.layer(self._index, like, like)
+        if step.pool is not self._pool:
+            self._write_to(step.pool, x)
+        for weights, attention in zip(self._weights, self._attentions, strict=True):
+            weights.shape.window = _window(attention)
         self._kernel(
             self._weights,
+            len(self._weights),
             x.data_ptr(),
-            rows,
             cos.data_ptr(),
             sin.data_ptr(),
-            layer.keys.data_ptr(),
-            layer.values.data_ptr(),
             step.layout.data_ptr(),
             len(step.segments),
             step.tables.data_ptr(),
-            step.scratch(rows * self._scratch).data_ptr(),
         )
         return x
 
+    def _write_to(self, pool: KVPool, like: torch.Tensor) -> None:
+        """Keep keys and values in this pool from now on."""
+        self._pool = pool
+        like = like.new_empty(self._weights[0].shape.kv_heads, 0, self._size)
+        for weights, attention in zip(self._weights, self._attentions, strict=True):
+            layer = pool.layer(attention.layer_idx, like, like)
+            weights.pool = Pool(layer.keys.data_ptr(), layer.values.data_ptr())
 
-def fuse_decoder_layers(model: nn.Module, kernels: Kernels) -> None:
-    """Replace the layers that have the right parts; the parts are packed and fused already."""
+
+def _weights(layer: Any, qkv: PackedLinear) -> LayerWeights:
+    attention = layer.self_attn
+    size = attention.head_dim
+    shape = AttentionShape(
+        heads=attention.q_proj.out_features // size,
+        kv_heads=attention.k_proj.out_features // size,
+        key_size=size,
+        value_size=size,
+        value_stride=padded(size),
+        scale=attention.scaling,
+    )
+    norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return LayerWeights(
+        layer.input_layernorm.weights,
+        layer.post_attention_layernorm.weights,
+        *(NormWeights() if norm is None else norm.weights for norm in norms),
+        qkv.weights,
+        attention.o_proj.weights,
+        layer.mlp.gate_up.weights,
+        layer.mlp.down.weights,
+        shape,
+    )
+
+
+def _window(attention: Any) -> int:
+    """0 for none. Read where the plain layer reads it, since a proof may narrow it."""
+    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    return getattr(owner, "sliding_window", None) or 0
+
+
+def fuse_decoder(model: nn.Module, kernels: Kernels) -> None:
+    """Replace lists of layers that have the right parts; the parts are packed and fused already."""
     for parent in list(model.modules()):
         for name, plain in list(parent.named_children()):
-            if _fits(plain):
-                attention: Any = plain.self_attn
-                qkv = join(attention.q_proj, attention.k_proj, attention.v_proj)
-                if qkv is not None:
-                    setattr(parent, name, FusedDecoderLayer(plain, qkv, kernels))
+            if isinstance(plain, nn.ModuleList) and len(plain) and all(map(_fits, plain)):
+                joined = [_joined(layer) for layer in plain]
+                qkv = [each for each in joined if each is not None]
+                if len(qkv) == len(plain) and len({_sizes(layer) for layer in plain}) == 1:
+                    setattr(parent, name, nn.ModuleList([FusedDecoder(plain, qkv, kernels)]))
 
 
-def unfuse_decoder_layers(model: nn.Module) -> None:
+def unfuse_decoder(model: nn.Module) -> None:
     """Put the layers back that were replaced."""
     for parent in list(model.modules()):
-        for name, fused in list(parent.named_children()):
-            if isinstance(fused, FusedDecoderLayer):
-                setattr(parent, name, fused.plain)
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ModuleList) and isinstance(
+                next(iter(child), None), FusedDecoder
+            ):
+                setattr(parent, name, child[0].plain)
+
+
+def _joined(layer: Any) -> PackedLinear | None:
+    attention = layer.self_attn
+    return join(attention.q_proj, attention.k_proj, attention.v_proj)
+
+
+def _sizes(layer: Any) -> tuple[int, ...]:
+    """What one call over all layers takes to be the same in each."""
+    attention, mlp = layer.self_attn, layer.mlp
+    parts = (attention.q_proj, attention.k_proj, attention.o_proj, mlp.down)
+    return (attention.head_dim, *(n for p in parts for n in (p.in_features, p.out_features)))
 
 
 @cache

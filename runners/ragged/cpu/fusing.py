@@ -27,11 +27,8 @@ class FusedRMSNorm(nn.Module):
         self.weight: nn.Parameter = weight
         self._size = len(weight)
         self._kernel = kernels.rms_norm
-        self._fixed = _epsilon(plain), offset
-
-    def weights(self) -> NormWeights:
+        self.weights = NormWeights(weight.data_ptr(), _epsilon(plain), offset)
         """What the kernels need to know of it; valid as long as it lives."""
-        return NormWeights(self.weight.data_ptr(), *self._fixed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The normalised rows, in a tensor of their own."""
@@ -40,9 +37,7 @@ class FusedRMSNorm(nn.Module):
         x = x.contiguous()
         out = torch.empty_like(x)
         rows = x.numel() // self._size
-        self._kernel(
-            x.data_ptr(), self.weight.data_ptr(), out.data_ptr(), rows, self._size, *self._fixed
-        )
+        self._kernel(self.weights, x.data_ptr(), out.data_ptr(), rows, self._size)
         return out
 
 
@@ -55,17 +50,17 @@ class FusedMLP(nn.Module):
         super().__init__()
         self.plain = plain
         self.gate_up, self.down = gate_up, down
-        self._kernel = kernels.gated_silu
+        self._kernel = kernels.gated_mlp
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The MLP of every row."""
         if x.dtype != torch.float32:
             return _plain(self.plain, x)
-        both = self.gate_up(x)
-        size = self.down.in_features
-        inner = torch.empty(*x.shape[:-1], size)
-        self._kernel(both.data_ptr(), inner.data_ptr(), inner.numel() // size, size)
-        out: torch.Tensor = self.down(inner)
+        x = x.contiguous()
+        out = torch.empty(*x.shape[:-1], self.down.out_features)
+        rows = x.numel() // self.gate_up.in_features
+        weights = self.gate_up.weights, self.down.weights
+        self._kernel(*weights, x.data_ptr(), out.data_ptr(), rows)
         return out
 
 

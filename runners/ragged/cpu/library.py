@@ -1,4 +1,4 @@
-"""Compile `kernels.cpp` for this machine, once, and call it."""
+"""Compile `native/` for this machine, once, and call it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 logger = logging.getLogger("triptych.kernels")
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+NATIVE = Path(__file__).with_name("native")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 300
@@ -28,8 +28,23 @@ _switched_off: list[bool] = []
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
 
+class LinearWeights(ctypes.Structure):
+    """`Linear` of linear.h."""
+
+    _fields_ = (
+        *((name, _P) for name in ("weight", "scale", "bias")),
+        *((name, _I) for name in ("input", "output", "type")),
+    )
+
+
+class NormWeights(ctypes.Structure):
+    """`Norm` of decoder.h."""
+
+    _fields_ = (("weight", _P), ("eps", ctypes.c_float), ("offset", ctypes.c_float))
+
+
 class AttentionShape(ctypes.Structure):
-    """`Shape` of kernels.cpp."""
+    """`Shape` of attention.h."""
 
     _fields_ = (
         *((name, _I) for name in ("heads", "kv_heads", "key_size", "value_size")),
@@ -39,33 +54,31 @@ class AttentionShape(ctypes.Structure):
     )
 
 
-class LinearWeights(ctypes.Structure):
-    """`Linear` of kernels.cpp."""
+class Heads(ctypes.Structure):
+    """`Heads` of attention.h."""
 
-    _fields_ = (
-        *((name, _P) for name in ("weight", "scale", "bias")),
-        *((name, _I) for name in ("input", "output", "type")),
-    )
+    _fields_ = (("data", _P), ("row", _I), ("head", _I))
 
 
-class NormWeights(ctypes.Structure):
-    """`Norm` of kernels.cpp."""
+class Pool(ctypes.Structure):
+    """`Pool` of attention.h."""
 
-    _fields_ = (("weight", _P), ("eps", ctypes.c_float), ("offset", ctypes.c_float))
+    _fields_ = (("keys", _P), ("values", _P))
 
 
 class LayerWeights(ctypes.Structure):
-    """`Layer` of kernels.cpp."""
+    """`Layer` of decoder.h."""
 
     _fields_ = (
         *((name, NormWeights) for name in ("before_attention", "before_mlp", "query", "key")),
         *((name, LinearWeights) for name in ("qkv", "output_projection", "gate_up", "down")),
         ("shape", AttentionShape),
+        ("pool", Pool),
     )
 
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-"""Weights' types, numbered as in kernels.cpp."""
+"""Weights' types, numbered as in linear.h."""
 
 
 class Kernels:
@@ -75,34 +88,27 @@ class Kernels:
         library = ctypes.CDLL(str(file))
         self.panel_width: int = library.triptych_panel_width()
         self.block_size: int = library.triptych_block_size()
-        self.linear = {
-            dtype: _function(
-                library,
-                f"triptych_linear_{str(dtype).removeprefix('torch.')}",
-                [_P] * 5 + [_I] * 3,
-            )
-            for dtype in TYPES
-        }
-        size, real = [_I, _I], ctypes.c_float
-        self.rms_norm = _function(library, "triptych_rms_norm", [_P, _P, _P, *size, real, real])
-        self.gated_silu = _function(library, "triptych_gated_silu", [_P, _P, *size])
-        self.decoder_layer = _function(
-            library,
-            "triptych_decoder_layer",
-            [ctypes.POINTER(LayerWeights), _P, _I, _P, _P, _P, _P, _P, _I, _P, _P],
-        )
-        rows = [_P, _I, _I] * 3
-        self.attention = _function(
-            library,
-            "triptych_attention",
-            [*rows, _P, _P, _P, _P, _I, _P, ctypes.POINTER(AttentionShape), _P],
-        )
 
+        def function(name: str, *arguments: type) -> ctypes._NamedFuncPointer:
+            found: ctypes._NamedFuncPointer = getattr(library, f"triptych_{name}")
+            found.argtypes, found.restype = arguments, None
+            return found
 
-def _function(library: ctypes.CDLL, name: str, arguments: list[type]) -> ctypes._NamedFuncPointer:
-    function = getattr(library, name)
-    function.argtypes, function.restype = arguments, None
-    return function  # type: ignore[no-any-return]
+        layer, norm, heads = (ctypes.POINTER(t) for t in (LinearWeights, NormWeights, Heads))
+        self.linear = function("linear", layer, _P, _P, _I)
+        self.rms_norm = function("rms_norm", norm, _P, _P, _I, _I)
+        self.gated_mlp = function("gated_mlp", layer, layer, _P, _P, _I)
+        step = (_P, _I, _P)
+        self.attention = function(
+            "attention",
+            *[heads] * 3,
+            ctypes.POINTER(Pool),
+            _P,
+            *step,
+            ctypes.POINTER(AttentionShape),
+            _P,
+        )
+        self.decode = function("decode", ctypes.POINTER(LayerWeights), _I, *[_P] * 3, *step)
 
 
 def switch_off_kernels() -> None:
@@ -141,7 +147,8 @@ def _compiled(folder: Path) -> Path:
     ).stdout
     native = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
     flags = [*FLAGS, native]
-    made_of = [SOURCE.read_text(encoding="utf-8"), version, *flags, _cpu()]
+    sources = [file.read_text(encoding="utf-8") for file in sorted(NATIVE.iterdir())]
+    made_of = [*sources, version, *flags, _cpu()]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:20]
     target = folder / f"kernels-{digest}.so"
     if not target.exists():
@@ -149,7 +156,7 @@ def _compiled(folder: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / "kernels.so"
             subprocess.run(
-                [*compiler, *flags, "-o", str(made), str(SOURCE)],
+                [*compiler, *flags, "-o", str(made), str(NATIVE / "kernels.cpp")],
                 capture_output=True,
                 text=True,
                 check=True,

@@ -40,33 +40,24 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = packed.shape[1], out_features
         self.scale, self.bias = scale, bias
         self.kernels = kernels
-        self._kernel = kernels.linear[packed.dtype]
         self.hold(packed)
 
     def hold(self, packed: torch.Tensor) -> None:
         """Read the weights from here."""
         self.packed = packed
-        self._fixed = [None if t is None else t.data_ptr() for t in (packed, self.scale, self.bias)]
+        pointers = (None if t is None else t.data_ptr() for t in (packed, self.scale, self.bias))
+        sizes = self.in_features, self.out_features, TYPES.index(packed.dtype)
+        self.weights = LinearWeights(*pointers, *sizes)
+        """What the kernels need to know of it; valid as long as it lives and holds the same."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x @ weight.T + bias`."""
         if x.dtype != torch.float32 or not x.is_contiguous():
             x = x.float().contiguous()
         out = torch.empty(*x.shape[:-1], self.out_features)
-        self._kernel(
-            x.data_ptr(),
-            *self._fixed,
-            out.data_ptr(),
-            x.numel() // self.in_features,
-            self.in_features,
-            self.out_features,
-        )
+        rows = x.numel() // self.in_features
+        self.kernels.linear(self.weights, x.data_ptr(), out.data_ptr(), rows)
         return out
-
-    def weights(self) -> LinearWeights:
-        """What the kernels need to know of it; valid as long as it lives and holds the same."""
-        sizes = self.in_features, self.out_features, TYPES.index(self.packed.dtype)
-        return LinearWeights(*self._fixed, *sizes)
 
     def unpacked(self) -> torch.Tensor:
         """The weight as float32 `[out, in]`; what was packed, but for int8's rounding."""

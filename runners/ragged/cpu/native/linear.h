@@ -1,0 +1,97 @@
+// Linear layers: few rows against weights that are read once, from memory.
+
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int64_t DEPTH = 128;    // rows of a panel worked on at a time: half of L1 at most
+constexpr int64_t AHEAD = 16384;  // bytes between what is fetched into the cache and what is read
+
+// A weight [out][in], packed as panels [ceil(out / WIDTH)][in][WIDTH].
+struct Linear {
+  const void* weight;
+  const float *scale, *bias;  // per output, null: none
+  int64_t in, out, type;      // 0 float32, 1 bfloat16, 2 float16, 3 int8
+
+  int64_t panels() const { return (out + WIDTH - 1) / WIDTH; }
+
+  // acc[m][WIDTH] = x @ panel^T * scale + bias
+  void panel(const Rows& x, int64_t index, float* acc) const {
+    switch (type) {
+      case 0: sum(static_cast<const float*>(weight), x, index, acc); break;
+      case 1: sum(static_cast<const bf16*>(weight), x, index, acc); break;
+      case 2: sum(static_cast<const f16*>(weight), x, index, acc); break;
+      case 3: sum(static_cast<const int8_t*>(weight), x, index, acc); break;
+    }
+    if (!scale && !bias) return;
+    const int64_t first = index * WIDTH, columns = std::min<int64_t>(WIDTH, out - first);
+    float factor[WIDTH], shift[WIDTH];
+    for (int64_t c = 0; c < WIDTH; ++c) {
+      factor[c] = scale && c < columns ? scale[first + c] : 1.f;
+      shift[c] = bias && c < columns ? bias[first + c] : 0.f;
+    }
+    for (int64_t r = 0; r < x.m; ++r)
+      for (int64_t c = 0; c < WIDTH; ++c) acc[r * WIDTH + c] = acc[r * WIDTH + c] * factor[c] + shift[c];
+  }
+
+ private:
+  template <class W>
+  void sum(const W* weights, const Rows& x, int64_t index, float* acc) const {
+    const int64_t line = WIDTH * sizeof(W);
+    std::fill(acc, acc + x.m * WIDTH, 0.f);
+    for (int64_t k0 = 0; k0 < in; k0 += DEPTH) {
+      const int64_t depth = std::min(DEPTH, in - k0);
+      const W* piece = weights + (index * in + k0) * WIDTH;
+      for (int64_t t = 0; t < x.tiles; ++t) {
+        // One tile alone waits for its own weights, several share the fetching of what comes after.
+        const char* ahead = reinterpret_cast<const char*>(piece) + t * (line * depth / x.tiles);
+        ahead += x.tiles == 1 ? AHEAD / 4 : AHEAD;
+        rows_by_columns(x.height(t), x.piece(t, k0), piece, WIDTH, depth, acc + t * x.rows * WIDTH,
+                        WIDTH, ahead, std::max<int64_t>(1, line / x.tiles));
+      }
+    }
+  }
+};
+
+// The functions below share their work among the threads of the parallel region they are called in.
+
+// y[m][out] = x @ w^T; returns when all threads are through.
+void multiply(const Linear& w, const Rows& x, float* y) {
+  std::vector<float> acc(x.m * WIDTH);
+#pragma omp for schedule(static)
+  for (int64_t p = 0; p < w.panels(); ++p) {
+    w.panel(x, p, acc.data());
+    const int64_t columns = std::min<int64_t>(WIDTH, w.out - p * WIDTH);
+    for (int64_t r = 0; r < x.m; ++r)
+      std::copy_n(acc.data() + r * WIDTH, columns, y + r * w.out + p * WIDTH);
+  }
+}
+
+// Lays rows [m][k] out for the micro-kernel.
+void pack(const float* x, const Rows& to) {
+#pragma omp for schedule(static)
+  for (int64_t r = 0; r < to.m; ++r) {
+    float* row = to.at(r);
+    const int64_t step = to.step(r);
+    for (int64_t i = 0; i < to.k; ++i) row[i * step] = x[r * to.k + i];
+  }
+}
+
+// y[m][out] = x[m][in] @ w^T
+void linear(const Linear& w, const float* x, float* y, int64_t m) {
+  if (m == 0) return;
+  const std::unique_ptr<float[]> room(new float[m * w.in]);
+  const Rows rows(room.get(), m, w.in);
+#pragma omp parallel
+  {
+    pack(x, rows);
+    multiply(w, rows, y);
+  }
+}
+
+}  // namespace
