@@ -68,6 +68,8 @@ def _start(run_dir: Path, spec: RankSpec) -> PContext:
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": str(spec.num_threads),
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT),
+        # torch's large tensors in huge pages: weights are read some percent faster.
+        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
         "TOKENIZERS_PARALLELISM": "false",
     }
     return start_processes(

@@ -114,8 +114,11 @@ struct Rows {
   float* data;
   int64_t m, k, tiles, rows;  // `rows` of every tile but the last, which may have fewer
 
+  // Two small tiles are faster than a big one: while the second reads weights that the first brought
+  // into the cache, the next are on their way.
   Rows(float* data, int64_t m, int64_t k)
-      : data(data), m(m), k(k), tiles((m + ROWS - 1) / ROWS), rows(m ? (m + tiles - 1) / tiles : 0) {}
+      : data(data), m(m), k(k), tiles(m <= ROWS / 2 ? 1 : std::max<int64_t>(2, (m + ROWS - 1) / ROWS)),
+        rows((m + tiles - 1) / tiles) {}
 
   // Row by row, as tensors are.
   static Rows plain(float* data, int64_t m, int64_t k) {
