@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "crew.h"
 #include "vectors.h"
 
 namespace {
@@ -150,17 +151,16 @@ void store(const Plan& plan, int64_t row, const Heads& k, const Heads& v, const 
 }
 
 // Every row over its sequence, whose keys and values are stored; out is [rows][heads * value_size].
-// The threads of the parallel region share it.
-void attend_all(const Plan& plan, const Heads& q, const Pool& pool, const Rows& out, const Shape& shape,
-                const float* sinks) {
+// The threads that call it share it.
+void attend_all(Member& member, const Plan& plan, const Heads& q, const Pool& pool, const Rows& out,
+                const Shape& shape, const float* sinks) {
   std::vector<float> scratch(ROWS * (shape.key_size + shape.value_stride + BLOCK));
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t i = 0; i < static_cast<int64_t>(plan.tasks.size()); ++i) {
+  member.share(plan.tasks.size(), 1, [&](int64_t i, int64_t) {
     const Plan::Task& task = plan.tasks[i];
     const Segment& segment = plan.segments[task.segment];
     attend(q, pool, out, segment, plan.tables + segment.table, shape, sinks, task.kv_head, task.first,
            task.count, scratch.data());
-  }
+  });
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // A whole stack of decoder layers: pre-norm, rotary attention, gated SiLU MLP (Llama and its kin).
 //
-// One parallel region for all of them, in which threads meet eight times a layer: opening a region
-// for each operation takes longer than the operation, with one row.
+// One parallel region for all of them: opening one for each operation takes longer than the
+// operation, with one row.
 
 #pragma once
 
@@ -52,22 +52,25 @@ struct Layer {
   Pool pool;
 };
 
+// Rows that one thread takes at a time.
+constexpr int64_t FEW_ROWS = 4;
+
 // x += added, unless that is null, and its norm laid out for the micro-kernel.
-void add_and_norm(float* x, const float* added, const Norm& norm, const Rows& normed) {
-#pragma omp for schedule(static)
-  for (int64_t r = 0; r < normed.m; ++r) {
-    float* row = x + r * normed.k;
-    for (int64_t d = 0; added && d < normed.k; ++d) row[d] += added[r * normed.k + d];
-    norm(row, normed.at(r), normed.step(r), normed.k);
-  }
+void add_and_norm(Member& member, float* x, const float* added, const Norm& norm, const Rows& normed) {
+  member.share(normed.m, FEW_ROWS, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      float* row = x + r * normed.k;
+      for (int64_t d = 0; added && d < normed.k; ++d) row[d] += added[r * normed.k + d];
+      norm(row, normed.at(r), normed.step(r), normed.k);
+    }
+  });
 }
 
 // silu(gate) * up of every row, laid out for the micro-kernel: `inner` gates' panels, then the ups'.
-void gate(const Linear& gate_up, const Rows& x, const Rows& inner) {
+void gate(Member& member, const Linear& gate_up, const Rows& x, const Rows& inner) {
   const int64_t panels = inner.k / WIDTH;
   std::vector<float> gates(x.m * WIDTH), ups(x.m * WIDTH);
-#pragma omp for schedule(static)
-  for (int64_t p = 0; p < panels; ++p) {
+  member.share(panels, 1, [&](int64_t p, int64_t) {
     gate_up.panel(x, p, gates.data());
     gate_up.panel(x, panels + p, ups.data());
     for (int64_t r = 0; r < x.m; ++r) {
@@ -77,7 +80,7 @@ void gate(const Linear& gate_up, const Rows& x, const Rows& inner) {
         for (int i = 0; i < LANES; ++i) row[(c + i) * inner.step(r)] = made[i];
       }
     }
-  }
+  });
 }
 
 // In place on x [rows][hidden]; cos and sin are [rows][key_size].
@@ -92,26 +95,28 @@ void decode(const Layer* layers, int64_t count, float* x, const float* cos, cons
   float* qkv = added + m * hidden;
   const Rows attended(qkv + m * wide, m, attended_size), inner(attended.data + m * attended_size, m, inner_size);
   const Heads q{qkv, wide, size}, k{qkv + heads * size, wide, size}, v{qkv + (heads + kv_heads) * size, wide, size};
-#pragma omp parallel
-  for (const Layer* layer = layers; layer < layers + count; ++layer) {
-    add_and_norm(x, layer == layers ? nullptr : added, layer->before_attention, normed);
-    multiply(layer->qkv, normed, qkv);
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < m; ++r) {
-      for (int64_t h = 0; h < heads + kv_heads; ++h) {
-        float* head = qkv + r * wide + h * size;
-        const Norm& norm = h < heads ? layer->query : layer->key;
-        if (norm.weight) norm(head, head, 1, size);
-        rotate(head, cos + r * size, sin + r * size, size);
-      }
-      store(plan, r, k, v, layer->pool, layer->shape);
+  together([&](Member& member) {
+    for (const Layer* layer = layers; layer < layers + count; ++layer) {
+      add_and_norm(member, x, layer == layers ? nullptr : added, layer->before_attention, normed);
+      multiply(member, layer->qkv, normed, qkv);
+      member.share(m, FEW_ROWS, [&](int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r) {
+          for (int64_t h = 0; h < heads + kv_heads; ++h) {
+            float* head = qkv + r * wide + h * size;
+            const Norm& norm = h < heads ? layer->query : layer->key;
+            if (norm.weight) norm(head, head, 1, size);
+            rotate(head, cos + r * size, sin + r * size, size);
+          }
+          store(plan, r, k, v, layer->pool, layer->shape);
+        }
+      });
+      attend_all(member, plan, q, layer->pool, attended, layer->shape, nullptr);
+      multiply(member, layer->output, attended, added);
+      add_and_norm(member, x, added, layer->before_mlp, normed);
+      gate(member, layer->gate_up, normed, inner);
+      multiply(member, layer->down, inner, added);
     }
-    attend_all(plan, q, layer->pool, attended, layer->shape, nullptr);
-    multiply(layer->output, attended, added);
-    add_and_norm(x, added, layer->before_mlp, normed);
-    gate(layer->gate_up, normed, inner);
-    multiply(layer->down, inner, added);
-  }
+  });
   for (int64_t i = 0; i < m * hidden; ++i) x[i] += added[i];
 }
 

@@ -2,9 +2,9 @@
 
 #pragma once
 
-#include <memory>
 #include <vector>
 
+#include "crew.h"
 #include "vectors.h"
 
 namespace {
@@ -58,40 +58,28 @@ struct Linear {
   }
 };
 
-// The functions below share their work among the threads of the parallel region they are called in.
+// The functions below share their work with the other threads that call them.
 
-// y[m][out] = x @ w^T; returns when all threads are through.
-void multiply(const Linear& w, const Rows& x, float* y) {
+// y[m][out] = x @ w^T
+void multiply(Member& member, const Linear& w, const Rows& x, float* y) {
   std::vector<float> acc(x.m * WIDTH);
-#pragma omp for schedule(static)
-  for (int64_t p = 0; p < w.panels(); ++p) {
+  member.share(w.panels(), 1, [&](int64_t p, int64_t) {
     w.panel(x, p, acc.data());
     const int64_t columns = std::min<int64_t>(WIDTH, w.out - p * WIDTH);
     for (int64_t r = 0; r < x.m; ++r)
       std::copy_n(acc.data() + r * WIDTH, columns, y + r * w.out + p * WIDTH);
-  }
+  });
 }
 
 // Lays rows [m][k] out for the micro-kernel.
-void pack(const float* x, const Rows& to) {
-#pragma omp for schedule(static)
-  for (int64_t r = 0; r < to.m; ++r) {
-    float* row = to.at(r);
-    const int64_t step = to.step(r);
-    for (int64_t i = 0; i < to.k; ++i) row[i * step] = x[r * to.k + i];
-  }
-}
-
-// y[m][out] = x[m][in] @ w^T
-void linear(const Linear& w, const float* x, float* y, int64_t m) {
-  if (m == 0) return;
-  const std::unique_ptr<float[]> room(new float[m * w.in]);
-  const Rows rows(room.get(), m, w.in);
-#pragma omp parallel
-  {
-    pack(x, rows);
-    multiply(w, rows, y);
-  }
+void pack(Member& member, const float* x, const Rows& to) {
+  member.share(to.m, to.rows, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      float* row = to.at(r);
+      const int64_t step = to.step(r);
+      for (int64_t i = 0; i < to.k; ++i) row[i * step] = x[r * to.k + i];
+    }
+  });
 }
 
 }  // namespace
