@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,23 @@ def test_every_width_and_shape_is_right(kernels: Kernels, rows: int, out: int, d
     layer = pack_linear(weight, bias, kernels)
     assert layer.packed.dtype == torch.float32
     torch.testing.assert_close(layer(x), linear(x, weight, bias), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_any_number_of_threads_does_all_of_the_work(kernels: Kernels, threads: int) -> None:
+    """More than there are cores: some begin when the others have taken over their share."""
+    torch.manual_seed(0)
+    openmp = ctypes.CDLL("libgomp.so.1")
+    usual = openmp.omp_get_max_threads()
+    openmp.omp_set_num_threads(threads)
+    try:
+        for panels in (1, 2, 7, 64):
+            weight, x = torch.randn(panels * kernels.panel_width, 40), torch.randn(9, 40)
+            layer = pack_linear(weight, None, kernels)
+            for _ in range(50):
+                torch.testing.assert_close(layer(x), linear(x, weight), rtol=1e-4, atol=1e-4)
+    finally:
+        openmp.omp_set_num_threads(usual)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
