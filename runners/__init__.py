@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from runners.contracts import TextRunner
 
 # Where each engine's rank program lives; a rank imports it, the HTTP worker never does.
-TEXT_PROGRAMS = {"accelerate": "runners.accelerate_runner:load_program"}
+TEXT_PROGRAMS = {
+    "accelerate": "runners.accelerate_runner:load_program",
+    "deepspeed": "runners.deepspeed_runner:load_program",
+}
 
 
 def create_runner(config: BaseRunnerConfig) -> TextRunner:

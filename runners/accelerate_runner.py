@@ -16,13 +16,12 @@ from runners.config import AccelerateConfig
 from runners.contracts import RunnerState
 from runners.errors import ConfigError, IncompleteModel
 from runners.ragged.loading import choose_dtype, loading_of, stored_dtype, text_program
-from runners.ragged.program import TextProgram
-from runners.ranks.worker import RankContext
+from runners.ranks.worker import RankContext, RankProgram
 
 logger = logging.getLogger("triptych.accelerate")
 
 
-def load_program(context: RankContext) -> TextProgram:
+def load_program(context: RankContext) -> RankProgram:
     """The rank program of a text model on Accelerate. Raises: ConfigError."""
     config = context.config
     if not isinstance(config, AccelerateConfig):

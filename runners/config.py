@@ -20,9 +20,12 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
+from runners import deepspeed_config
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound
+from runners.torchserve_config import read_model_config
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
 Task = Literal["text-generation", "text-to-image"]
@@ -58,6 +61,8 @@ class BaseRunnerConfig(BaseModel):
     max_length: Annotated[int, Field(ge=1)] | None = None
     """Longest prompt in tokens, and the default of `max_new_tokens`, as TorchServe's Accelerate
     example used it. Default: what the model's context holds."""
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    """How many tokens a request gets that does not say. Default: `max_length`, else 256."""
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
     """Over how many ranks the model is split."""
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
@@ -135,6 +140,31 @@ class DeepSpeedConfig(BaseRunnerConfig):
 
     engine: Literal["deepspeed"]
     """Chooses this engine."""
+    deepspeed: dict[str, Any] = {}
+    """DeepSpeed's own inference config: `{"config": "ds-config.json"}` for a file beside
+    `setup_config.json`, or what such a file holds as `config`."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> DeepSpeedConfig:
+        try:
+            size = deepspeed_config.tp_size(self.deepspeed)
+            deepspeed_config.dtype(self.deepspeed)
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        if size is not None and size != self.tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel (or torchrun's nproc-per-node) is {self.tensor_parallel}, but "
+                f"ds-config.json's tensor_parallel.tp_size is {size}: they must be equal"
+            )
+        return self
+
+    def computed_in(self, *, on_cpu: bool) -> str:
+        """The dtype, `auto` if nobody says: what ds-config.json says of half precision is meant
+        for GPUs."""
+        if self.dtype != "auto":
+            return self.dtype
+        named = deepspeed_config.dtype(self.deepspeed) or "auto"
+        return "auto" if on_cpu and named != "float32" else named
 
 
 class MIIConfig(BaseRunnerConfig):
@@ -171,17 +201,33 @@ def load_setup_config(
     """
     if not folder.is_dir():
         raise ModelNotFound(f"model folder {folder} does not exist")
-    model_path = folder / "model" if (folder / "model").is_dir() else folder
-    if not any((model_path / f).is_file() for f in ("config.json", "model_index.json")):
-        raise IncompleteModel(
-            f"{model_path} is not a model folder: it has neither config.json (text) "
-            "nor model_index.json (image)"
-        )
     wanted = {k: v for k, v in (overrides or {}).items() if v is not None}
+    values, warnings = read_model_config(folder)
+    model_path = _model_path(folder, values.pop("model_path", None))
     # The engine decides which of the file's keys mean something.
     engine = {k: v for k, v in wanted.items() if k == "engine"}
-    values, warnings = parse_setup_config(read_json(folder / SETUP_CONFIG) | engine)
-    return validate(values | wanted | {"name": name, "model_path": model_path}), warnings
+    own, more = parse_setup_config(values | read_json(folder / SETUP_CONFIG) | engine)
+    warnings += more
+    if "deepspeed" in own:
+        config = deepspeed_config.read_section(own["deepspeed"], folder, read_json)
+        own["deepspeed"] = config
+        # One number is enough: that of the ranks, unless another is asked for.
+        own.setdefault("tensor_parallel", deepspeed_config.tp_size(config) or 1)
+        warnings += deepspeed_config.warnings(config)
+    return validate(own | wanted | {"name": name, "model_path": model_path}), warnings
+
+
+def _model_path(folder: Path, named: object) -> Path:
+    """Where the model itself lies. Raises: IncompleteModel."""
+    candidates = [folder / str(named)] if named is not None else []
+    candidates += [folder / "model", folder]
+    for path in candidates:
+        if any((path / f).is_file() for f in ("config.json", "model_index.json")):
+            return path
+    raise IncompleteModel(
+        f"{folder} is not a model folder: it has neither config.json (text) "
+        "nor model_index.json (image)"
+    )
 
 
 def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

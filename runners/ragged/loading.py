@@ -18,11 +18,14 @@ from runners.contracts import ModelInfo, RunnerState
 from runners.errors import ConfigError
 from runners.ragged.blocks import BLOCK_SIZE
 from runners.ragged.cpu import switch_off_kernels
-from runners.ragged.engine import Batching, RaggedEngine
+from runners.ragged.engine import RaggedEngine
+from runners.ragged.forward import Batching, Forward
+from runners.ragged.lockstep import Follower, Leader, Ranks
 from runners.ragged.program import TextProgram
-from runners.ragged.proof import prove_and_pack
+from runners.ragged.proof import Proof, prove_and_pack
 from runners.ragged.sampling import SamplingDefaults
 from runners.ragged.scheduler import Limits
+from runners.ragged.step import StepPlan
 from runners.ragged.tokenization import PromptTokenizer
 from runners.ranks.worker import RankContext
 
@@ -84,9 +87,16 @@ def stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype | None:
     return None
 
 
-def text_program(context: RankContext, model: PreTrainedModel) -> TextProgram:
+def text_program(
+    context: RankContext,
+    model: PreTrainedModel,
+    *,
+    proof: Proof | None = None,
+    ranks: Ranks | None = None,
+) -> TextProgram | Follower:
     """Wrap a placed model: prove its batching, measure its KV, read its tokenizer and defaults.
 
+    `ranks` hold the model together, of which `proof` was made before it was split.
     Raises: ConfigError if the model can not be served rightly.
     """
     config = context.config
@@ -94,19 +104,16 @@ def text_program(context: RankContext, model: PreTrainedModel) -> TextProgram:
         switch_off_kernels()
     parameters = sum(p.numel() for p in model.parameters())
     context.progress(RunnerState.WARMUP, "comparing batched steps with the model's own forward")
-    path = prove_and_pack(model, config.weight_quantization)
+    path = prove_and_pack(model, config.weight_quantization, proof)
     max_context = _max_context(model.config)
-    engine = RaggedEngine(
-        model,
-        path,
-        kv_tokens=config.max_kv_tokens
-        or _default_kv_tokens(model, path, config.max_batch_size * max_context),
-        prefix_caching=config.prefix_caching,
-    )
-    tokenizer = _load_tokenizer(config.model_path)
-    limits = Limits(config.max_batch_size, config.max_step_tokens)
+    useful = config.max_batch_size * max_context
+    kv_tokens = config.max_kv_tokens or _default_kv_tokens(model, path, useful)
+    if ranks is not None:
+        kv_tokens = ranks.smallest(kv_tokens)
+    blocks = max(1, kv_tokens // BLOCK_SIZE)
+    forward = Forward(model, path, blocks=blocks)
     defaults = _defaults(model)
-    _warn_of_ignored(model)
+    tokenizer = _load_tokenizer(config.model_path)
     info = ModelInfo(
         architecture=type(model).__name__,
         engine=config.engine,
@@ -114,19 +121,27 @@ def text_program(context: RankContext, model: PreTrainedModel) -> TextProgram:
         dtype=str(model.dtype).removeprefix("torch."),
         devices=_devices(model),
         max_context=max_context,
-        vocab_size=engine.vocab_size,
-        max_kv_tokens=engine.total_tokens,
+        vocab_size=forward.vocab_size,
+        max_kv_tokens=blocks * BLOCK_SIZE,
         has_chat_template=bool(tokenizer.chat_template),
         default_temperature=defaults.temperature or None,
     )
+    if ranks is not None and not ranks.leads:
+        return Follower(forward, ranks, info)
+    _warn_of_ignored(model)
     return TextProgram(
         info=info,
-        engine=engine,
-        tokenizer=PromptTokenizer(tokenizer, engine.vocab_size),
-        limits=limits,
-        eos_ids=_eos_ids(model, engine.vocab_size),
+        engine=RaggedEngine(
+            forward if ranks is None else Leader(forward, ranks),
+            blocks=blocks,
+            prefix_caching=config.prefix_caching,
+        ),
+        tokenizer=PromptTokenizer(tokenizer, forward.vocab_size),
+        limits=Limits(config.max_batch_size, config.max_step_tokens),
+        eos_ids=_eos_ids(model, forward.vocab_size),
         defaults=defaults,
         max_prompt_tokens=config.max_length,
+        default_new_tokens=config.max_new_tokens,
         emit=context.emit,
     )
 
@@ -211,11 +226,9 @@ def _defaults(model: PreTrainedModel) -> SamplingDefaults:
 
 def _default_kv_tokens(model: PreTrainedModel, path: Batching, useful: int) -> int:
     """As many tokens as the free memory of the tightest device holds, at most `useful`."""
-    engine = RaggedEngine(model, path, kv_tokens=BLOCK_SIZE)
-    engine.open(0, [0])
-    engine.extend(0, 1)
-    engine.put([0], [[0]])
-    per_token = engine.bytes_per_token()
+    forward = Forward(model, path, blocks=1)
+    forward.run(StepPlan([[0]], [0], [[0]]))
+    per_token = forward.bytes_per_token()
     room = [int(KV_SHARE * _free_bytes(d) / size) for d, size in per_token.items() if size]
     fits = min([useful, *room])
     if fits < BLOCK_SIZE:

@@ -57,6 +57,7 @@ class TextProgram:
         eos_ids: frozenset[int],
         defaults: SamplingDefaults,
         max_prompt_tokens: int | None,
+        default_new_tokens: int | None,
         emit: Callable[[RankMessage], None],
     ) -> None:
         self.info = info
@@ -65,6 +66,7 @@ class TextProgram:
         self._eos_ids = eos_ids
         self._defaults = defaults
         self._max_prompt_tokens = max_prompt_tokens
+        self._default_new_tokens = default_new_tokens or max_prompt_tokens or DEFAULT_NEW_TOKENS
         self._emit = emit
         self._scheduler = Scheduler(
             engine,
@@ -102,7 +104,10 @@ class TextProgram:
                 self._take(self._inbox.get_nowait())
         except queue.Empty:
             pass
-        self._scheduler.step()
+        if self._scheduler.busy:
+            self._scheduler.step()
+        else:
+            self._engine.idle()
 
     def occupancy(self) -> Occupancy:
         """How full the scheduler is."""
@@ -145,7 +150,7 @@ class TextProgram:
         room = self._room(len(ids))
         wanted = params.max_new_tokens
         if wanted is None:
-            default = params.default_new_tokens or self._max_prompt_tokens or DEFAULT_NEW_TOKENS
+            default = params.default_new_tokens or self._default_new_tokens
             wanted = min(room, max(default, params.min_new_tokens))
         if wanted > room:
             raise ContextLengthExceeded(

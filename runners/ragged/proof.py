@@ -7,6 +7,7 @@ prompts. A model that no batched forward serves rightly is refused; parts that c
 from __future__ import annotations
 
 import logging
+from copy import copy
 
 import torch
 from transformers import PreTrainedModel
@@ -18,12 +19,17 @@ from runners.ragged.cpu import load_kernels
 from runners.ragged.cpu.decoder import fuse_decoder, unfuse_decoder
 from runners.ragged.cpu.fusing import fuse_modules, unfuse_modules
 from runners.ragged.cpu.linear import Quantization, pack_linears, unpack_linears
-from runners.ragged.engine import Batching, RaggedEngine, input_device
+from runners.ragged.engine import RaggedEngine
+from runners.ragged.forward import Batching, Forward, input_device
+from runners.ragged.lockstep import Ranks
 from runners.ragged.windows import narrow_windows
 
 logger = logging.getLogger("triptych.ragged")
 
 _KV_TOKENS = 256
+
+PATIENCE_S = 60
+"""How long a rank whose forward failed waits for the others to say so too."""
 
 
 EXACT, HALF, QUANTIZED = 1e-3, 0.1, 0.5
@@ -32,14 +38,29 @@ its last bits between batch shapes, quantized weights by their rounding; wrong m
 
 
 class Proof:
-    """A model's own logits, as it was loaded, and whether batched steps give the same."""
+    """A model's own logits, as it was loaded, and whether batched steps give the same.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    With `ranks`, all of them agree in everything, and what is proved may be split among them.
+    """
+
+    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
         self._model = model
+        self._ranks = ranks
         self._tolerance = EXACT if model.dtype in (torch.float32, torch.float64) else HALF
-        # Windows wider than the probe would prove nothing about how a path treats them.
-        with narrow_windows(model):
-            self._reference = _reference(model)
+        if ranks is None or ranks.leads:
+            # Windows wider than the probe would prove nothing about how a path treats them.
+            with narrow_windows(model):
+                self._reference = _reference(model)
+        else:
+            self._reference = torch.empty(len(_probe(model)), _vocab_size(model))
+        if ranks is not None:
+            self._reference = ranks.share(self._reference)
+
+    def of(self, model: PreTrainedModel) -> Proof:
+        """The same proof for another copy of the model."""
+        proof = copy(self)
+        proof._model = model
+        return proof
 
     def choose(self) -> Batching:
         """The forward that is right; sets the model's attention. Raises: ConfigError."""
@@ -59,16 +80,52 @@ class Proof:
 
     def holds(self, path: Batching, *, tolerance: float | None = None) -> bool:
         """Whether the model, as it is now, still gives the logits it had."""
-        with narrow_windows(self._model):
-            return _matches(self._model, path, self._reference, tolerance or self._tolerance)
+        try:
+            with narrow_windows(self._model):
+                ours = _batched(self._model, path)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever an architecture trips over, this is not its path
+            logger.info("%s on the %s path: %s", type(self._model).__name__, path, error)
+            return self.agree(False, error)
+        spread = max(float(self._reference.std()), 1e-3)
+        most = (tolerance or self._tolerance) * spread
+        return self.agree(
+            bool(torch.isfinite(ours).all() and (ours - self._reference).abs().max() <= most)
+        )
+
+    def batches(self) -> bool:
+        """Whether some path gives the logits it had, whatever else may."""
+        try:
+            self.choose()
+        except ConfigError:
+            return False
+        return True
+
+    def agree(self, own: bool, error: Exception | None = None) -> bool:
+        """Whether it is so on every rank; `error` is why it is not on this one.
+
+        Raises: ConfigError if the others know of no error, and wait for this rank elsewhere.
+        """
+        if self._ranks is None:
+            return own
+        try:
+            return bool(self._ranks.smallest(own, patience=PATIENCE_S if error else None))
+        except TimeoutError:
+            raise ConfigError(
+                f"{type(self._model).__name__} can not be split: a rank fails alone: {error}"
+            ) from error
 
 
-def prove_and_pack(model: PreTrainedModel, quantization: Quantization | None) -> Batching:
+def prove_and_pack(
+    model: PreTrainedModel, quantization: Quantization | None, proof: Proof | None = None
+) -> Batching:
     """How the model is to be batched, with its linear layers packed where that is right.
 
+    `proof` is of the model as it was before anything was done to it; made here if it is as loaded.
     Raises: ConfigError if no batching is right, or for a quantization that can not be done here.
     """
-    proof = Proof(model)
+    proof = proof or Proof(model)
     path = proof.choose()
     kernels = load_kernels()
     if kernels is None:
@@ -103,8 +160,12 @@ def prove_and_pack(model: PreTrainedModel, quantization: Quantization | None) ->
     return path
 
 
+def _vocab_size(model: PreTrainedModel) -> int:
+    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+
+
 def _probe(model: PreTrainedModel) -> list[list[int]]:
-    vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    vocab_size = _vocab_size(model)
     # The first crosses into a second block of KV.
     return [
         [(7 * i + 3 + k) % vocab_size for i in range(n)] for k, n in enumerate((BLOCK_SIZE + 9, 9))
@@ -127,23 +188,14 @@ def _reference(model: PreTrainedModel) -> torch.Tensor:
     )
 
 
-def _matches(
-    model: PreTrainedModel, path: Batching, reference: torch.Tensor, tolerance: float
-) -> bool:
-    """Whether chunked, mixed steps over the probe end in the reference's logits."""
-    engine = RaggedEngine(model, path, kv_tokens=_KV_TOKENS)
+def _batched(model: PreTrainedModel, path: Batching) -> torch.Tensor:
+    """The reference's logits, but from chunked, mixed steps over the probe."""
+    blocks = _KV_TOKENS // BLOCK_SIZE
+    engine = RaggedEngine(Forward(model, path, blocks=blocks), blocks=blocks)
     first, second = _probe(model)
     for uid, ids in ((1, first), (2, second)):
         engine.open(uid, ids)
         engine.extend(uid, len(ids))
-    try:
-        engine.put([1], [first[:4]])
-        engine.put([1, 2], [first[4:-1], second[:-1]])
-        ours = engine.put([1, 2], [first[-1:], second[-1:]])
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever an architecture trips over, this is not its path
-        logger.info("%s on the %s path: %s", type(model).__name__, path, error)
-        return False
-    spread = max(float(reference.std()), 1e-3)
-    return bool(torch.isfinite(ours).all() and (ours - reference).abs().max() <= tolerance * spread)
+    engine.put([1], [first[:4]])
+    engine.put([1, 2], [first[4:-1], second[:-1]])
+    return engine.put([1, 2], [first[-1:], second[-1:]])

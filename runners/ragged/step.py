@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from runners.ragged.blocks import BLOCK_SIZE, SequenceBlocks
+from runners.ragged.blocks import BLOCK_SIZE
 from runners.ragged.kv import KVPool, LayerKV
 
 
@@ -18,24 +19,35 @@ from runners.ragged.kv import KVPool, LayerKV
 class Segment:
     """Rows `start : start + count` of a packed forward: the next tokens of one sequence."""
 
-    blocks: SequenceBlocks
     start: int
     count: int
-
-    @property
-    def past(self) -> int:
-        """Tokens before these rows."""
-        return self.blocks.length
+    past: int
+    """Tokens before these rows."""
+    table: list[int]
+    """The blocks that hold tokens up to `end`."""
 
     @property
     def end(self) -> int:
         """Tokens with these rows."""
-        return self.blocks.length + self.count
+        return self.past + self.count
 
-    @property
-    def table(self) -> list[int]:
-        """The blocks that hold tokens up to `end`."""
-        return self.blocks.blocks[: -(-self.end // BLOCK_SIZE)]
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All that a step's forward depends on: whoever has it computes the same."""
+
+    tokens: list[list[int]]
+    """Per sequence, the tokens it is fed."""
+    past: list[int]
+    """Per sequence, the tokens before them."""
+    tables: list[list[int]]
+    """Per sequence, the blocks that hold what comes before and what is fed."""
+
+    def segments(self) -> list[Segment]:
+        """The sequences' rows, packed one behind the other."""
+        starts = itertools.accumulate(map(len, self.tokens), initial=0)
+        rows = zip(starts, map(len, self.tokens), self.past, self.tables, strict=False)
+        return [Segment(*each) for each in rows]
 
 
 class Step:
@@ -124,7 +136,7 @@ class Step:
 
         def place(part: int) -> list[int]:
             return [
-                (s.blocks.blocks[t // BLOCK_SIZE], t % BLOCK_SIZE)[part]
+                (s.table[t // BLOCK_SIZE], t % BLOCK_SIZE)[part]
                 for s in self.segments
                 for t in range(s.past, s.end)
             ]

@@ -73,6 +73,14 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
         layer_types=["sliding_attention"] * LAYERS,
     ),
     "phi": lambda: tf.PhiConfig(**_COMMON, intermediate_size=2 * WIDTH),
+    "phi3": lambda: tf.Phi3Config(**_GATED),
+    "qwen3": lambda: tf.Qwen3Config(**_GATED, head_dim=16),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**_COMMON, intermediate_size=2 * WIDTH),
+    "gemma": lambda: tf.GemmaConfig(**_GATED, head_dim=16),
+    "gemma3": lambda: tf.Gemma3TextConfig(**_GATED, head_dim=16, sliding_window=16),
+    "starcoder2": lambda: tf.Starcoder2Config(**_GATED),
+    "mixtral": lambda: tf.MixtralConfig(**_GATED, num_local_experts=4),
+    "falcon_mq": lambda: tf.FalconConfig(**_COMMON, multi_query=True),
 }
 
 

@@ -9,9 +9,11 @@ from tempfile import TemporaryDirectory
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from runners.contracts import SamplingParams, TextDelta
+from runners.ragged.blocks import BLOCK_SIZE
 from runners.ragged.cpu.linear import Quantization
 from runners.ragged.detokenizer import Detokenizer
 from runners.ragged.engine import RaggedEngine
+from runners.ragged.forward import Forward
 from runners.ragged.proof import prove_and_pack
 from runners.ragged.sampling import SamplerState, SamplingDefaults
 from runners.ragged.scheduler import Generation, Limits, Scheduler
@@ -39,7 +41,15 @@ def load(
     """A model's engine, made as a rank makes it."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     path = prove_and_pack(model, quantization)
-    return RaggedEngine(model, path, kv_tokens=kv_tokens, prefix_caching=prefix_caching)
+    blocks = kv_tokens // BLOCK_SIZE
+    forward = Forward(model, path, blocks=blocks)
+    return RaggedEngine(forward, blocks=blocks, prefix_caching=prefix_caching)
+
+
+def forward_of(engine: RaggedEngine) -> Forward:
+    """What computes the engine's steps."""
+    assert isinstance(engine.model, Forward)
+    return engine.model
 
 
 def generation(

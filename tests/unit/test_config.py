@@ -105,10 +105,9 @@ def test_missing_and_incomplete_folders(tmp_path: Path) -> None:
         load_setup_config(tmp_path, name="m")
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "mii"])
-def test_engines_of_later_versions_are_refused_with_a_sentence(engine: str) -> None:
-    config = validate({"engine": engine, "name": "m", "model_path": "."})
-    with pytest.raises(EngineUnavailable, match="runs on: accelerate"):
+def test_engines_of_later_versions_are_refused_with_a_sentence() -> None:
+    config = validate({"engine": "mii", "name": "m", "model_path": "."})
+    with pytest.raises(EngineUnavailable, match="runs on: accelerate, deepspeed"):
         create_runner(config)
 
 

@@ -13,10 +13,10 @@ from runners.ragged import attention, proof
 from runners.ragged.cpu.linear import PackedLinear
 from runners.ragged.proof import Proof
 from tests.support.models import CONFIGS, greedy, write_model
-from tests.support.scheduling import COUNT, Run, generation, load
+from tests.support.scheduling import COUNT, Run, forward_of, generation, load
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
-PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon", "qwen2_moe"}
+PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon", "falcon_mq", "qwen2_moe"}
 
 
 @pytest.fixture(params=["kernels", "torch"])
@@ -32,8 +32,8 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_mixed_chunked_steps_equal_generate(kind: str, operators: str, tmp_path: Path) -> None:
     folder = write_model(kind, tmp_path / kind)
     engine = load(folder)
-    assert engine.path == ("padded" if kind in PADDED else "packed")
-    packed = any(isinstance(m, PackedLinear) for m in engine.model.modules())
+    assert forward_of(engine).path == ("padded" if kind in PADDED else "packed")
+    packed = any(isinstance(m, PackedLinear) for m in forward_of(engine).model.modules())
     assert packed == (operators == "kernels")
     run = Run(engine)
     for i, prompt in enumerate(PROMPTS):
@@ -48,8 +48,8 @@ def test_mixed_chunked_steps_equal_generate(kind: str, operators: str, tmp_path:
 def test_half_precision_is_served_too(kind: str, tmp_path: Path) -> None:
     folder = write_model(kind, tmp_path / kind, dtype=torch.bfloat16)
     engine = load(folder)
-    assert engine.path == ("padded" if kind in PADDED else "packed")
-    assert engine.model.dtype == torch.bfloat16
+    assert forward_of(engine).path == ("padded" if kind in PADDED else "packed")
+    assert forward_of(engine).model.dtype == torch.bfloat16
 
 
 def test_a_model_that_ignores_its_cache_is_refused(tmp_path: Path) -> None:
@@ -78,8 +78,9 @@ def test_a_model_whose_packed_layers_change_it_keeps_its_own(
     folder = write_model("llama", tmp_path / "llama")
     whole = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: whole(self, x) * 1.01)
-    run = Run(load(folder))
-    assert not any(isinstance(m, PackedLinear) for m in run.engine.model.modules())
+    engine = load(folder)
+    assert not any(isinstance(m, PackedLinear) for m in forward_of(engine).model.modules())
+    run = Run(engine)
     run.scheduler.add(generation("only", PROMPTS[1]))
     run.drain()
     assert run.tokens["only"] == greedy(folder, [PROMPTS[1]], COUNT)[0]
@@ -95,7 +96,7 @@ def test_one_sequence_that_overflows_ends_alone(kind: str, operators: str, tmp_p
     def overflow(_: object, inputs: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
         return out.masked_fill((inputs[0] == broken)[..., None], float("nan"))
 
-    engine.model.get_input_embeddings().register_forward_hook(overflow)
+    forward_of(engine).model.get_input_embeddings().register_forward_hook(overflow)
     run = Run(engine, max_step_tokens=64)
     run.scheduler.add(generation("bad", [broken] * 20))
     run.scheduler.add(generation("good", PROMPTS[0]))

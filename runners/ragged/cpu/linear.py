@@ -51,7 +51,9 @@ class PackedLinear(nn.Module):
         """What the kernels need to know of it; valid as long as it lives and holds the same."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x @ weight.T + bias`."""
+        """`x @ weight.T + bias`. Raises: ValueError for an x of another width."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.dtype != torch.float32 or not x.is_contiguous():
             x = x.float().contiguous()
         out = torch.empty(*x.shape[:-1], self.out_features)
@@ -112,8 +114,8 @@ def pack_linears(
 ) -> int:
     """Replace the linear layers that lie in float32 on the CPU; returns how many.
 
-    Layers that a hook brings in for their forward only (offload) and subclasses of Linear are left
-    alone. Whether the model is still the same is for the caller to prove.
+    Layers whose forward is wrapped (their weights brought in by a hook, or split over ranks) and
+    subclasses of Linear are left alone. Whether the model is the same is for the caller to prove.
     """
     replaced = 0
     for parent, name, layer in list(_linears(model)):
@@ -152,7 +154,7 @@ def unpack_linears(model: PreTrainedModel) -> None:
 def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:
     for parent in model.modules():
         for name, layer in parent.named_children():
-            if type(layer) not in (nn.Linear, Conv1D) or hasattr(layer, "_hf_hook"):
+            if type(layer) not in (nn.Linear, Conv1D) or "forward" in vars(layer):
                 continue
             if layer._forward_hooks or layer._forward_pre_hooks:
                 continue

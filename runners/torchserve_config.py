@@ -1,0 +1,116 @@
+"""TorchServe's `model-config.yaml`, as its large-model examples were published, in today's words.
+
+The format is TorchServe's (its documentation of `model-archiver` and of large-model inference).
+What ranks with continuous batching have no use for is named in a warning that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runners.errors import ConfigError
+
+MODEL_CONFIG = "model-config.yaml"
+
+TOP = {
+    "batchSize": "max_batch_size",
+    "responseTimeout": "step_timeout",
+}
+HANDLER = {
+    "max_length": "max_length",
+    "max_new_tokens": "max_new_tokens",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "model_path": "model_path",
+}
+"""TorchServe's keys and ours."""
+
+NO_USE = {
+    "maxBatchDelay": "no request waits for a batch to fill: it joins the running one at once",
+    "minWorkers": "one group of ranks holds the model; for more, run more servers",
+    "maxWorkers": "one group of ranks holds the model; for more, run more servers",
+    "deviceType": "the model goes to the GPUs if there are any, else to the CPU",
+    "deviceIds": "set CUDA_VISIBLE_DEVICES",
+    "startupTimeout": "set start_timeout in setup_config.json",
+    "handler.manual_seed": "each request has its own seed",
+    "handler.model_name": "the model is the one in its folder",
+}
+
+
+def read_model_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """`model-config.yaml` of a folder as fields of a RunnerConfig, and its warnings.
+
+    Empty if there is no such file. Raises: ConfigError.
+    """
+    path = folder / MODEL_CONFIG
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, []
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} can not be read as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold keys and values")
+    return _values(content)
+
+
+def _values(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    left = {k: v for k, v in content.items() if v is not None}
+    values: dict[str, Any] = {}
+    warnings: list[str] = []
+    handler = _section(left, "handler")
+    for key, field in TOP.items():
+        if key in left:
+            values[field] = left.pop(key)
+    for key, field in HANDLER.items():
+        if key in handler:
+            values.setdefault(field, handler.pop(key))
+    if isinstance(dtype := values.get("dtype"), str):
+        values["dtype"] = dtype.removeprefix("torch.")
+    values |= _parallel(left)
+    left |= {f"handler.{key}": value for key, value in handler.items()}
+    for key in left:
+        why = NO_USE.get(key)
+        warnings.append(
+            f"{MODEL_CONFIG}: {key} is ignored: {why}"
+            if why
+            else f"{MODEL_CONFIG}: unknown key {key} is ignored"
+        )
+    return values, warnings
+
+
+def _parallel(left: dict[str, Any]) -> dict[str, Any]:
+    """How the model is split; takes what it understands out of `left`."""
+    kind = left.pop("parallelType", None)
+    torchrun = _section(left, "torchrun")
+    per_node = torchrun.pop("nproc-per-node", None)
+    left |= {f"torchrun.{key}": value for key, value in torchrun.items()}
+    values: dict[str, Any] = {}
+    if "deepspeed" in left:
+        values |= {"engine": "deepspeed", "deepspeed": left.pop("deepspeed")}
+    if kind not in (None, "tp", "custom"):
+        raise ConfigError(
+            f"{MODEL_CONFIG}: parallelType {kind} is not offered: only tp is; engine accelerate "
+            "places whole layers on several GPUs"
+        )
+    if kind == "tp" and "deepspeed" not in values:
+        raise ConfigError(
+            f"{MODEL_CONFIG}: parallelType tp needs a deepspeed section with the name of its "
+            "config, such as ds-config.json"
+        )
+    if per_node is not None and "deepspeed" in values:
+        values["tensor_parallel"] = per_node
+    elif per_node is not None:
+        left["torchrun.nproc-per-node"] = per_node
+    return values
+
+
+def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+    section = content.pop(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{MODEL_CONFIG}: {name} must hold keys and values")
+    return {k: v for k, v in section.items() if v is not None}
