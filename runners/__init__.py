@@ -1,4 +1,5 @@
-"""Runners: a model in rank processes behind an async facade. `create_runner` is the only door.
+"""Runners: a model in rank processes behind an async facade. `create_runner` and
+`create_image_runner` are the only doors.
 
 Imports run one way: facade -> ranks; the engines (`*_runner`, `ragged`) are imported in rank
 processes only, so that the HTTP worker never loads torch.
@@ -12,7 +13,7 @@ from runners.errors import EngineUnavailable
 
 if TYPE_CHECKING:
     from runners.config import BaseRunnerConfig
-    from runners.contracts import TextRunner
+    from runners.contracts import ImageRunner, TextRunner
 
 # Where each engine's rank program lives; a rank imports it, the HTTP worker never does.
 TEXT_PROGRAMS = {
@@ -21,19 +22,38 @@ TEXT_PROGRAMS = {
 }
 
 
+IMAGE_PROGRAMS = {
+    "accelerate": "runners.image_programs:load_program",
+    "deepspeed": "runners.image_programs:load_deepspeed_program",
+    "mii": "runners.image_programs:load_program",
+}
+
+
 def create_runner(config: BaseRunnerConfig) -> TextRunner:
-    """A runner for `config`, not yet started.
+    """A runner for a text model, not yet started.
 
     Raises: EngineUnavailable if this build holds no such engine for the task.
     """
     from runners.text_runner import RankedTextRunner
 
-    engine = getattr(config, "engine", None)
-    program = TEXT_PROGRAMS.get(str(engine))
-    if config.task != "text-generation" or program is None:
-        allowed = ", ".join(sorted(TEXT_PROGRAMS))
+    return RankedTextRunner(config, program=_program(config, "text-generation", TEXT_PROGRAMS))
+
+
+def create_image_runner(config: BaseRunnerConfig) -> ImageRunner:
+    """A runner for an image model, not yet started.
+
+    Raises: EngineUnavailable if this build holds no such engine for the task.
+    """
+    from runners.image_runner import RankedImageRunner
+
+    return RankedImageRunner(config, program=_program(config, "text-to-image", IMAGE_PROGRAMS))
+
+
+def _program(config: BaseRunnerConfig, task: str, programs: dict[str, str]) -> str:
+    engine = str(getattr(config, "engine", None))
+    if config.task != task or engine not in programs:
         raise EngineUnavailable(
             f"engine {engine} for {config.task} is not part of this version of Triptych; "
-            f"text-generation runs on: {allowed}"
+            f"{task} runs on: {', '.join(sorted(programs))}"
         )
-    return RankedTextRunner(config, program=program)
+    return programs[engine]

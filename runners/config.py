@@ -25,6 +25,7 @@ from pydantic import (
 
 from runners import deepspeed_config
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound
+from runners.image_config import ImageFields
 from runners.torchserve_config import read_model_config
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
@@ -94,7 +95,7 @@ class BaseRunnerConfig(BaseModel):
         return self.tensor_parallel
 
 
-class AccelerateConfig(BaseRunnerConfig):
+class AccelerateConfig(ImageFields, BaseRunnerConfig):
     """Accelerate: `device_map` placement over GPUs, CPU and disk, in one rank."""
 
     engine: Literal["accelerate"] = "accelerate"
@@ -135,7 +136,7 @@ class AccelerateConfig(BaseRunnerConfig):
         return value
 
 
-class DeepSpeedConfig(BaseRunnerConfig):
+class DeepSpeedConfig(ImageFields, BaseRunnerConfig):
     """DeepSpeed: `init_inference` tensor parallelism over `tensor_parallel` ranks."""
 
     engine: Literal["deepspeed"]
@@ -167,7 +168,7 @@ class DeepSpeedConfig(BaseRunnerConfig):
         return "auto" if on_cpu and named != "float32" else named
 
 
-class MIIConfig(BaseRunnerConfig):
+class MIIConfig(ImageFields, BaseRunnerConfig):
     """MII: DeepSpeed-MII."""
 
     engine: Literal["mii"]
@@ -206,6 +207,8 @@ def load_setup_config(
     model_path = _model_path(folder, values.pop("model_path", None))
     # The engine decides which of the file's keys mean something.
     engine = {k: v for k, v in wanted.items() if k == "engine"}
+    if (model_path / "model_index.json").is_file():
+        values["task"] = "text-to-image"
     own, more = parse_setup_config(values | read_json(folder / SETUP_CONFIG) | engine)
     warnings += more
     if "deepspeed" in own:

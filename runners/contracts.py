@@ -194,17 +194,12 @@ class ModelInfo:
         return min(self.max_context, self.max_kv_tokens + 1)
 
 
-class TextRunner(Protocol):
-    """A text model, held by one of the engines. All methods belong to one event loop."""
+class Runner(Protocol):
+    """What all runners have in common. All methods belong to one event loop."""
 
     @property
     def name(self) -> str:
         """The name clients call the model by."""
-        ...
-
-    @property
-    def info(self) -> ModelInfo | None:
-        """What the ranks loaded; None until they were ready once."""
         ...
 
     def health(self) -> RunnerHealth:
@@ -217,6 +212,15 @@ class TextRunner(Protocol):
 
     async def stop(self) -> None:
         """End all ranks; nothing of the runner's is left running afterwards."""
+        ...
+
+
+class TextRunner(Runner, Protocol):
+    """A text model, held by one of the engines."""
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What the ranks loaded; None until they were ready once."""
         ...
 
     async def generate(self, request: GenerationRequest) -> TextStream:
@@ -232,4 +236,111 @@ class TextRunner(Protocol):
 
     async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """The text of token ids. Raises: InvalidRequest for ids outside the vocabulary."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """One picture to paint. `None` means the model's own default."""
+
+    request_id: str
+    prompt: str
+    negative_prompt: str | None = None
+    """What the picture shall not show; takes part only where there is guidance."""
+    height: int | None = None
+    """In pixels."""
+    width: int | None = None
+    """In pixels."""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    """How closely the picture follows the prompt (classifier-free guidance, arXiv:2207.12598)."""
+    scheduler: str | None = None
+    """One of `ImageModelInfo.schedulers`."""
+    seed: int = 0
+    """Same seed, same request, same pixels, whatever else is painted beside it."""
+    previews: int = 0
+    """How many unfinished pictures to show, evenly spread over the steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """Pixels of 3 bytes, red green blue, row by row from the top left."""
+
+    width: int
+    height: int
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageEvent:
+    """One denoising step of a picture, or, with `picture`, its end."""
+
+    request_id: str
+    step: int
+    """How many steps are done."""
+    steps: int
+    """How many steps there are; some schedulers take more than were asked for."""
+    preview: Picture | None = None
+    """What the picture is going to look like, as far as the model can tell by now."""
+    picture: Picture | None = None
+    """The finished picture, on the last event only."""
+
+
+class ImageStream(Protocol):
+    """A picture being painted. Leaving the `async with` block, or `aclose`, ends what still runs."""
+
+    def __aiter__(self) -> AsyncIterator[ImageEvent]:
+        """Yield an event for each step; the last one carries the picture.
+
+        Raises: RunnerUnavailable, EngineFailure.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Abort if unfinished; the engine paints no step of it after the current one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageModelInfo:
+    """What the loaded pipeline is, as the rank reports it when ready."""
+
+    architecture: str
+    engine: str
+    parameters: int
+    dtype: str
+    devices: list[str]
+    height: int
+    """Of a picture whose request names none, in pixels."""
+    width: int
+    """As `height`."""
+    num_inference_steps: int
+    """Of a request that names none."""
+    guidance_scale: float
+    """Of a request that names none."""
+    scheduler: str
+    """Of a request that names none; empty if the pipeline's own is none of the named ones."""
+    schedulers: list[str]
+    """Those that a request may name."""
+    takes_negative_prompt: bool
+    size_multiple: int
+    """What height and width must be multiples of."""
+    max_pixels: int
+    """Most pixels of a picture, height times width."""
+    max_inference_steps: int
+
+
+class ImageRunner(Runner, Protocol):
+    """A text-to-image model, held by one of the engines."""
+
+    @property
+    def info(self) -> ImageModelInfo | None:
+        """What the ranks loaded; None until they were ready once."""
+        ...
+
+    async def paint(self, request: ImageRequest) -> ImageStream:
+        """Hand a request to the engine and return once it was accepted.
+
+        Raises: InvalidRequest (nothing was computed), RunnerUnavailable.
+        """
         ...

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from runners.contracts import ModelInfo, RunnerState
+from runners.dtypes import dtype_in
 from runners.errors import ConfigError
 from runners.ragged.blocks import BLOCK_SIZE
 from runners.ragged.cpu import switch_off_kernels
@@ -33,13 +33,6 @@ logger = logging.getLogger("triptych.ragged")
 
 # Nobody watches a bar in a server's log; `Progress` messages tell what is going on.
 disable_progress_bar()  # type: ignore[no-untyped-call]
-
-_STORED = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 IGNORED_GENERATION_KEYS = (
     "no_repeat_ngram_size",
@@ -61,30 +54,12 @@ KV_SHARE = 0.6
 """Share of the free memory that KV may take by default; the rest is for activations and others."""
 
 
-def choose_dtype(wanted: str, stored: torch.dtype | None, *, on_cpu: bool) -> torch.dtype | str:
-    """The dtype to load in. On a CPU `auto` is float32 unless it computes half precision natively:
-    elsewhere torch's half-precision matmul is two orders of magnitude slower."""
-    if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
-        return dtype
-    instruction = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
-    if not on_cpu or stored not in instruction:
-        return "auto"
-    native = torch.cpu.get_capabilities().get(instruction[stored])
-    return "auto" if native else torch.float32
-
-
 def stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype | None:
     """The dtype of the weights: as the config says, else that of the first floating tensor."""
     if isinstance(said := getattr(config, "dtype", None), torch.dtype):
         return said
-    for file in sorted(folder.glob("*.safetensors"))[:1]:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safetensors file, not a dict
-                found = _STORED.get(tensors.get_slice(name).get_dtype())
-                if found is not None:
-                    return found
-    return None
+    files = sorted(folder.glob("*.safetensors"))
+    return dtype_in(files[0]) if files else None
 
 
 def text_program(

@@ -14,10 +14,10 @@ import os
 from collections.abc import Callable
 
 from runners.config import BaseRunnerConfig
-from runners.contracts import ModelInfo, RunnerHealth, RunnerState
+from runners.contracts import ImageModelInfo, ModelInfo, RunnerHealth, RunnerState
 from runners.errors import RunnerUnavailable
 from runners.ranks.life import End, Life
-from runners.ranks.messages import Fatal, HostMessage, Progress, RankMessage, Ready
+from runners.ranks.messages import Fatal, HostMessage, ImageReady, Progress, RankMessage, Ready
 from runners.ranks.spec import RankSpec
 
 logger = logging.getLogger("triptych.ranks")
@@ -53,7 +53,7 @@ class RankGroup:
         self._restarts = 0
         self._was_ready = False
         self._why: str | None = None
-        self.info: ModelInfo | None = None
+        self.info: ModelInfo | ImageModelInfo | None = None
 
     def health(self) -> RunnerHealth:
         """The state right now; never blocks."""
@@ -81,13 +81,13 @@ class RankGroup:
                 await self._supervisor
         self._enter(RunnerState.STOPPED, "stopped")
 
-    def send(self, message: HostMessage) -> None:
-        """Hand rank 0 a message. Raises: RunnerUnavailable unless the group is ready."""
+    def send(self, message: HostMessage, rank: int = 0) -> None:
+        """Hand a rank a message. Raises: RunnerUnavailable unless the group is ready."""
         if self._state is not RunnerState.READY or self._life is None:
             raise RunnerUnavailable(
                 f"model {self._config.name} is not ready ({self._state}): {self._detail}"
             )
-        self._life.send(message)
+        self._life.send(message, rank)
 
     async def _supervise(self) -> None:
         failed_starts = 0
@@ -130,7 +130,7 @@ class RankGroup:
                 # During a restart `/readyz` goes on saying why, beside how far it is.
                 why = f"; restarting because {self._why}" if self._why else ""
                 self._enter(state, detail + why)
-            case Ready(info):
+            case Ready(info) | ImageReady(info):
                 self.info = info
                 self._was_ready = True
                 self._why = None

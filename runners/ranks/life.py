@@ -54,6 +54,7 @@ class Life:
         self._end: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self._began = time.monotonic()
         self._beats: dict[int, float] = {}
+        self._step_ages: dict[int, float] = {}
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._readers: set[asyncio.Task[None]] = set()
         self._rank_left = False
@@ -105,9 +106,9 @@ class Life:
             task.cancel()
         await asyncio.gather(*self._readers, return_exceptions=True)
 
-    def send(self, message: HostMessage) -> None:
-        """Write to rank 0."""
-        self._writers[0].write(encode_frame(message))
+    def send(self, message: HostMessage, rank: int = 0) -> None:
+        """Write to a rank."""
+        self._writers[rank].write(encode_frame(message))
 
     def end(self, reason: str, *, final: bool = False) -> None:
         """Declare this life over; only the first reason counts."""
@@ -145,8 +146,9 @@ class Life:
         for rank, beat in self._beats.items():
             if now - beat > config.heartbeat_timeout:
                 return f"rank {rank} hangs: no sign of life for {config.heartbeat_timeout:g} s"
-        if self.last_beat is not None and self.last_beat.step_age > config.step_timeout:
-            return f"rank 0 hangs: one step takes longer than {config.step_timeout:g} s"
+        for rank, age in sorted(self._step_ages.items()):
+            if age > config.step_timeout:
+                return f"rank {rank} hangs: one step takes longer than {config.step_timeout:g} s"
         return None
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -161,6 +163,7 @@ class Life:
             while (message := await read_rank_message(reader)) is not None:
                 if isinstance(message, Heartbeat):
                     self._beats[message.rank] = time.monotonic()
+                    self._step_ages[message.rank] = message.step_age
                     self.last_beat = message if message.rank == 0 else self.last_beat
                 else:
                     self._handle(message)

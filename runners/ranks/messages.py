@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import msgspec
 
-from runners.contracts import GenerationRequest, ModelInfo, Prompt, RunnerState, TextDelta
+from runners.contracts import (
+    GenerationRequest,
+    ImageEvent,
+    ImageModelInfo,
+    ImageRequest,
+    ModelInfo,
+    Prompt,
+    RunnerState,
+    TextDelta,
+)
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """Host: generate this. Answered by `Accepted` then `Deltas`, or by `Failed`."""
 
     request: GenerationRequest
+
+
+class Paint(msgspec.Struct, frozen=True, tag=True):
+    """Host: paint this. Answered by `Accepted` then `Painted`, or by `Failed`."""
+
+    request: ImageRequest
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -63,6 +78,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     info: ModelInfo
 
 
+class ImageReady(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0: the image model serves."""
+
+    info: ImageModelInfo
+
+
 class Fatal(msgspec.Struct, frozen=True, tag=True):
     """Rank: the start can not succeed, however often it is tried; `kind` names the error class."""
 
@@ -85,13 +106,19 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     """Rank 0: the request is valid and queued."""
 
     request_id: str
-    prompt_tokens: int
+    prompt_tokens: int = 0
 
 
 class Deltas(msgspec.Struct, frozen=True, tag=True):
     """Rank 0: what one step added, for all sequences at once."""
 
     deltas: list[TextDelta]
+
+
+class Painted(msgspec.Struct, frozen=True, tag=True):
+    """Rank: what one step did, for all pictures at once."""
+
+    events: list[ImageEvent]
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -126,15 +153,17 @@ class CallFailed(msgspec.Struct, frozen=True, tag=True):
     param: str | None = None
 
 
-HostMessage = Submit | Abort | Tokenize | Detokenize | Shutdown
+HostMessage = Submit | Paint | Abort | Tokenize | Detokenize | Shutdown
 RankMessage = (
     Hello
     | Progress
     | Ready
+    | ImageReady
     | Fatal
     | Heartbeat
     | Accepted
     | Deltas
+    | Painted
     | Failed
     | Tokens
     | Text

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from runners.config import AccelerateConfig, DeepSpeedConfig, MIIConfig, runner_config_adapter
-from runners.contracts import ModelInfo, RunnerState
+from runners.contracts import ImageModelInfo, ModelInfo, RunnerState
 from runners.errors import ConfigError
 from runners.ranks.channel import RankChannel
 from runners.ranks.lifeline import die_with_parent, outlive_signals
@@ -29,6 +29,7 @@ from runners.ranks.messages import (
     Heartbeat,
     Hello,
     HostMessage,
+    ImageReady,
     Progress,
     RankMessage,
     Ready,
@@ -53,7 +54,7 @@ class RankProgram(Protocol):
     """A loaded model that works step by step."""
 
     @property
-    def info(self) -> ModelInfo:
+    def info(self) -> ModelInfo | ImageModelInfo:
         """What was loaded."""
         ...
 
@@ -130,7 +131,8 @@ def main() -> None:
     _start_thread(_read, channel, program)
     _start_thread(_beat, channel, program, clock, rank)
     if rank == 0:
-        channel.send(Ready(program.info))
+        info = program.info
+        channel.send(Ready(info) if isinstance(info, ModelInfo) else ImageReady(info))
     while True:
         with clock:
             program.step()

@@ -39,7 +39,9 @@ def imports(path: Path) -> set[str]:
     [
         ("api", ("api", "runners.contracts", "runners.errors")),
         ("runners/ragged", ("runners.ragged", "runners.ranks", "runners.config",
-                            "runners.contracts", "runners.errors")),
+                            "runners.contracts", "runners.dtypes", "runners.errors")),
+        ("runners/imaging", ("runners.imaging", "runners.ranks", "runners.config",
+                             "runners.contracts", "runners.dtypes", "runners.errors")),
         ("runners/ranks", ("runners.ranks", "runners.config", "runners.contracts",
                            "runners.errors")),
         ("model_store_scripts", ("model_store_scripts", "runners.config", "runners.errors")),

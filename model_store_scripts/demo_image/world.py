@@ -1,0 +1,93 @@
+"""The world of the demo image model: one or two flat shapes, and the many ways to ask for them."""
+
+import random
+from dataclasses import dataclass
+
+COLOURS = {
+    "red": (220, 30, 30),
+    "orange": (255, 140, 0),
+    "yellow": (250, 220, 20),
+    "green": (30, 160, 50),
+    "blue": (30, 70, 220),
+    "purple": (130, 30, 170),
+    "pink": (255, 150, 190),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
+"""Names of colours, as RGB."""
+SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
+SIZES = {"small": 6.0, "": 10.0, "large": 14.0}
+"""Half the width in pixels; the empty word is the size of a shape of which none is named."""
+PLACES = {
+    (0, 0): ("in the top left corner", "at the top left", "in the upper left"),
+    (1, 0): ("at the top", "on top"),
+    (2, 0): ("in the top right corner", "at the top right", "in the upper right"),
+    (0, 1): ("on the left", "on the left side", "at the left"),
+    (1, 1): ("", "", "in the middle", "in the center", "in the centre"),
+    (2, 1): ("on the right", "on the right side", "at the right"),
+    (0, 2): ("in the bottom left corner", "at the bottom left", "in the lower left"),
+    (1, 2): ("at the bottom", "below"),
+    (2, 2): ("in the bottom right corner", "at the bottom right", "in the lower right"),
+}
+"""Column and row of the picture's thirds, as words; a shape of which none is named is central."""
+PAIRS = (((0, 1), (2, 1)), ((1, 0), (1, 2)), ((0, 0), (2, 2)), ((2, 0), (0, 2)))
+"""Where two shapes stand, in either order."""
+BACKGROUND = "white"
+"""The background of which none is named."""
+
+_OPENINGS = ("", "", "", "a picture of ", "an image of ", "a painting of ", "draw ", "paint ")
+_GROUNDS = ("on a {} background", "on {}", "in front of a {} background")
+_TWO_SHAPES = 0.3
+_NAMED_GROUND = 0.4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape: words of `SHAPES`, `COLOURS` and `SIZES`, and a place of `PLACES`."""
+
+    kind: str
+    colour: str
+    size: str = ""
+    place: tuple[int, int] = (1, 1)
+
+    def phrase(self, rng: random.Random) -> str:
+        """The shape in words."""
+        size = rng.choice(("large", "big")) if self.size == "large" else self.size
+        words = [word for word in (size, self.colour, self.kind) if word]
+        article = "an" if words[0][0] in "aeiou" else "a"
+        where = rng.choice(PLACES[self.place])
+        return " ".join([article, *words, *([where] if where else [])])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows."""
+
+    shapes: tuple[Shape, ...]
+    background: str = BACKGROUND
+
+    def prompt(self, rng: random.Random) -> str:
+        """The scene in words, one of many ways."""
+        text = " and ".join(shape.phrase(rng) for shape in self.shapes)
+        if self.background != BACKGROUND or rng.random() < 0.2:
+            text = f"{text} {rng.choice(_GROUNDS).format(self.background)}"
+        text = rng.choice(_OPENINGS) + text
+        return rng.choice((text, text, text.capitalize(), text + "."))
+
+
+def scene(rng: random.Random) -> Scene:
+    """Any scene; every shape differs in colour from the background."""
+    background = BACKGROUND
+    if rng.random() < _NAMED_GROUND:
+        background = rng.choice(list(COLOURS))
+    colours = [name for name in COLOURS if name != background]
+    if rng.random() < _TWO_SHAPES:
+        places = list(rng.choice(PAIRS))
+        rng.shuffle(places)
+    else:
+        places = [rng.choice(list(PLACES))]
+    sizes = ("", "", *SIZES)
+    shapes = (
+        Shape(rng.choice(SHAPES), rng.choice(colours), rng.choice(sizes), place) for place in places
+    )
+    return Scene(tuple(shapes), background)

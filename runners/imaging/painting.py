@@ -1,0 +1,143 @@
+"""One picture: the pipeline's own `__call__`, with each step told and previews on the way."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from runners.contracts import ImageEvent, ImageRequest, Picture
+from runners.errors import EngineFailure
+from runners.imaging.pipeline import parameters_of
+from runners.imaging.schedulers import Schedulers
+
+
+class Painter:
+    """Paints with one pipeline, whose models are gated (see `easel`)."""
+
+    def __init__(self, pipeline: Any, schedulers: Schedulers) -> None:
+        self._pipeline = pipeline
+        self._schedulers = schedulers
+        self._parameters = parameters_of(type(pipeline))
+
+    def paint(self, request: ImageRequest, tell: Callable[[ImageEvent], None]) -> None:
+        """Paint one picture whose `height` and `width` are given; `tell` gets its events.
+
+        Raises: EngineFailure, and what the pipeline does.
+        """
+        own = self._own_pipeline(request)
+        progress = _Progress(own, request, tell)
+        # Always of the CPU: the same seed gives the same noise on every device.
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+        wishes = {
+            "negative_prompt": request.negative_prompt,
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+        }
+        output = own(
+            prompt=request.prompt,
+            height=request.height,
+            width=request.width,
+            generator=generator,
+            output_type="np",
+            callback_on_step_end=progress.step_done,
+            **{k: v for k, v in wishes.items() if v is not None and k in self._parameters},
+        )
+        tell(progress.event(picture=_picture(output.images[0])))
+
+    def _own_pipeline(self, request: ImageRequest) -> Any:
+        """The pipeline with a scheduler and a state of its own; the models are the same ones."""
+        own = copy.copy(self._pipeline)
+        own.scheduler = self._schedulers.make(request.scheduler)
+        # It would take the models off the GPU under other pictures' hands; each makes room for the
+        # next by itself.
+        own.maybe_free_model_hooks = lambda: None
+        return own
+
+
+class _Progress:
+    """What has been done of a picture."""
+
+    def __init__(
+        self, pipeline: Any, request: ImageRequest, tell: Callable[[ImageEvent], None]
+    ) -> None:
+        self._pipeline = pipeline
+        self._request = request
+        self._tell = tell
+        self._done = 0
+        self._estimate: torch.Tensor | None = None
+        if request.previews:
+            # Pipelines look at the step's parameters to know whether it draws random numbers.
+            pipeline.scheduler.step = self._watched(pipeline.scheduler.step)
+
+    def step_done(self, _: Any, index: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's `callback_on_step_end`."""
+        self._done = index + 1
+        preview = None
+        if self._done in self._preview_steps():
+            preview = self._preview(tensors["latents"])
+        self._tell(self.event(preview=preview))
+        return tensors
+
+    def event(
+        self, *, preview: Picture | None = None, picture: Picture | None = None
+    ) -> ImageEvent:
+        """Where the picture is."""
+        return ImageEvent(
+            request_id=self._request.request_id,
+            step=self._done,
+            steps=self._steps,
+            preview=preview,
+            picture=picture,
+        )
+
+    @property
+    def _steps(self) -> int:
+        return int(getattr(self._pipeline, "_num_timesteps", self._done))
+
+    def _preview_steps(self) -> set[int]:
+        wanted = self._request.previews
+        return {round(self._steps * i / (wanted + 1)) for i in range(1, wanted + 1)}
+
+    def _watched(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The scheduler's `step`; most schedulers tell in it what the picture is going to be."""
+
+        @functools.wraps(step)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            told = isinstance(result, tuple) and len(result) > 1 and torch.is_tensor(result[1])
+            self._estimate = result[1] if told else None
+            return result
+
+        return watched
+
+    def _preview(self, latents: torch.Tensor) -> Picture | None:
+        """None where only the pipeline itself knows how to decode its latents."""
+        pipeline, estimate = self._pipeline, self._estimate
+        if estimate is not None and estimate.shape == latents.shape:
+            latents = estimate
+        if hasattr(pipeline, "_unpack_latents"):  # Flux keeps them as patches
+            height, width = self._request.height, self._request.width
+            latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+        config = getattr(getattr(pipeline, "vae", None), "config", {})
+        if latents.ndim != 4 or getattr(config, "latents_mean", None) is not None:
+            return None
+        scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
+        latents = (latents / scale + shift).to(pipeline.vae.dtype)
+        pixels = pipeline.vae.decode(latents, return_dict=False)[0]
+        return _picture(pipeline.image_processor.postprocess(pixels, output_type="np")[0])
+
+
+def _picture(pixels: Any) -> Picture:
+    """(height, width, 3) from 0 to 1, as bytes. Raises: EngineFailure if it is none."""
+    if not np.isfinite(pixels).all():
+        raise EngineFailure(
+            "the model computed no numbers for some pixels; its dtype may be too narrow for it"
+        )
+    data = (pixels * 255).round().astype(np.uint8)
+    height, width, _ = data.shape
+    return Picture(width=width, height=height, data=data.tobytes())

@@ -1,0 +1,231 @@
+"""ImageProgram: what a rank runs for an image model: messages in, denoising steps, events out."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from runners.contracts import ImageEvent, ImageModelInfo, ImageRequest, RunnerState
+from runners.errors import ConfigError, EngineFailure, InvalidRequest, TriptychError
+from runners.imaging.easel import Studio, gated
+from runners.imaging.painting import Painter
+from runners.imaging.pipeline import denoiser_of, models_of, parameters_of
+from runners.imaging.schedulers import Schedulers
+from runners.ranks.messages import Abort, Accepted, Failed, HostMessage, Paint, Painted, RankMessage
+from runners.ranks.worker import Occupancy, RankContext
+
+logger = logging.getLogger("triptych.imaging")
+
+IDLE_S = 0.5
+
+
+class ImageProgram:
+    """See `ranks.worker.RankProgram`."""
+
+    def __init__(
+        self,
+        *,
+        info: ImageModelInfo,
+        painter: Painter,
+        max_batch: int,
+        emit: Callable[[RankMessage], None],
+    ) -> None:
+        self.info = info
+        self._painter = painter
+        self._max_batch = max_batch
+        self._emit = emit
+        self._studio = Studio()
+        self._waiting: deque[ImageRequest] = deque()
+        self._inbox: queue.SimpleQueue[ImageRequest | Abort] = queue.SimpleQueue()
+        self._events: list[ImageEvent] = []
+
+    def receive(self, message: HostMessage) -> None:
+        """Take a message of the host; called by the reader thread."""
+        match message:
+            case Paint(request):
+                try:
+                    request = self._checked(request)
+                except InvalidRequest as error:
+                    self._emit(_failed(request.request_id, error))
+                    return
+                self._emit(Accepted(request.request_id))
+                self._inbox.put(request)
+            case Abort():
+                self._inbox.put(message)
+            case _:
+                raise ValueError(f"unexpected {type(message).__name__}")
+
+    def step(self) -> None:
+        """Take in what arrived, waiting for it if there is nothing to do, and run one step."""
+        try:
+            self._take(self._inbox.get(block=not len(self._studio), timeout=IDLE_S))
+            while True:
+                self._take(self._inbox.get_nowait())
+        except queue.Empty:
+            pass
+        # Pictures are computed without gradients, in this thread and nowhere else.
+        torch.set_grad_enabled(False)
+        while self._waiting and len(self._studio) < self._max_batch:
+            self._begin(self._waiting.popleft())
+        self._studio.step()
+        if self._events:
+            self._emit(Painted(self._events))
+            self._events = []
+
+    def occupancy(self) -> Occupancy:
+        """How many pictures are painted and wait."""
+        return Occupancy(running=len(self._studio), waiting=len(self._waiting))
+
+    def _take(self, item: ImageRequest | Abort) -> None:
+        if isinstance(item, ImageRequest):
+            self._waiting.append(item)
+            return
+        self._studio.stop(item.request_id)
+        self._waiting = deque(r for r in self._waiting if r.request_id != item.request_id)
+
+    def _begin(self, request: ImageRequest) -> None:
+        def work() -> None:
+            try:
+                self._painter.paint(request, lambda event: self._events.append(event))
+            except Exception as error:  # one picture's trouble must not end the rank
+                self._emit(_failed(request.request_id, error))
+
+        self._studio.begin(request.request_id, work)
+
+    def _checked(self, request: ImageRequest) -> ImageRequest:
+        """The request with its size filled in. Raises: InvalidRequest."""
+        info = self.info
+        height, width = request.height or info.height, request.width or info.width
+        for name, side in (("height", height), ("width", width)):
+            if side < 1 or side % info.size_multiple:
+                raise InvalidRequest(
+                    f"{name} must be a multiple of {info.size_multiple} pixels", param=name
+                )
+        if height * width > info.max_pixels:
+            raise InvalidRequest(
+                f"height times width may be {info.max_pixels} pixels at most", param="height"
+            )
+        steps = request.num_inference_steps
+        if steps is not None and not 1 <= steps <= info.max_inference_steps:
+            raise InvalidRequest(
+                f"num_inference_steps must be from 1 to {info.max_inference_steps}",
+                param="num_inference_steps",
+            )
+        if request.scheduler is not None and request.scheduler not in info.schedulers:
+            allowed = ", ".join(info.schedulers) or "none to choose from"
+            raise InvalidRequest(
+                f"scheduler must be one of those that fit this model: {allowed}", param="scheduler"
+            )
+        if request.negative_prompt and not info.takes_negative_prompt:
+            raise InvalidRequest("this model takes no negative_prompt", param="negative_prompt")
+        return replace(request, height=height, width=width)
+
+
+def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
+    """Wrap a placed pipeline: gate its models and measure what it can do. Raises: ConfigError."""
+    config = context.config
+    if config.attention_slicing:
+        pipeline.enable_attention_slicing()
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None and config.vae_slicing:
+        vae.enable_slicing()
+    if vae is not None and config.vae_tiling:
+        vae.enable_tiling()
+    schedulers = Schedulers(pipeline.scheduler)
+    info = _info(context, pipeline, schedulers)
+    _gate(pipeline)
+    context.progress(RunnerState.WARMUP, "painting a first picture")
+    painter = Painter(pipeline, schedulers)
+    _warm_up(painter, info)
+    return ImageProgram(
+        info=info, painter=painter, max_batch=config.max_batch_images, emit=context.emit
+    )
+
+
+def _gate(pipeline: Any) -> None:
+    """Have every call of the pipeline's models wait for the studio."""
+    for name, model in models_of(pipeline).items():
+        if name != "safety_checker":  # which is called with lists of its own
+            model.forward = gated(model.forward)
+        if hasattr(model, "decode"):
+            # Its decoding draws no random numbers, though it takes a generator.
+            unused = {"generator"} if isinstance(model, AutoencoderKL) else ()
+            model.decode = gated(model.decode, but=frozenset(unused))  # type: ignore[method-assign]
+
+
+def _warm_up(painter: Painter, info: ImageModelInfo) -> None:
+    """A short picture before the first client's: a pipeline that can not paint says so now.
+
+    Raises: ConfigError.
+    """
+    request = ImageRequest(
+        request_id="warm-up",
+        prompt="warm-up",
+        height=info.height,
+        width=info.width,
+        num_inference_steps=min(2, info.max_inference_steps),
+    )
+    try:
+        with torch.no_grad():
+            painter.paint(request, lambda event: None)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ConfigError(f"{info.architecture} can not paint: {reason}") from error
+
+
+def _info(context: RankContext, pipeline: Any, schedulers: Schedulers) -> ImageModelInfo:
+    config = context.config
+    denoiser = denoiser_of(pipeline)
+    parameters = parameters_of(type(pipeline))
+    height, width, multiple = _sizes(pipeline, denoiser)
+    models = models_of(pipeline).values()
+    return ImageModelInfo(
+        architecture=type(pipeline).__name__,
+        engine=config.engine,
+        parameters=sum(p.numel() for model in models for p in model.parameters()),
+        dtype=str(denoiser.dtype).removeprefix("torch."),
+        devices=sorted({str(p.device) for model in models for p in model.parameters()}),
+        height=height,
+        width=width,
+        num_inference_steps=min(
+            parameters["num_inference_steps"].default, config.max_inference_steps
+        ),
+        guidance_scale=float(getattr(parameters.get("guidance_scale"), "default", None) or 0.0),
+        scheduler=schedulers.default,
+        schedulers=schedulers.names,
+        # Where it has a scale of its own, it does nothing without that.
+        takes_negative_prompt="negative_prompt" in parameters
+        and "true_cfg_scale" not in parameters,
+        size_multiple=multiple,
+        max_pixels=config.max_pixels or 4 * height * width,
+        max_inference_steps=config.max_inference_steps,
+    )
+
+
+def _sizes(pipeline: Any, denoiser: Any) -> tuple[int, int, int]:
+    """The pipeline's own height and width, and what both must be multiples of, in pixels."""
+    scale = getattr(pipeline, "vae_scale_factor", 8)
+    latent = getattr(pipeline, "default_sample_size", None) or denoiser.config.sample_size
+    height, width = latent if isinstance(latent, (list, tuple)) else (latent, latent)
+    # Transformers take latents by patches of at least two by two.
+    patch = (
+        max(2, getattr(denoiser.config, "patch_size", 2)) if hasattr(pipeline, "transformer") else 1
+    )
+    return height * scale, width * scale, max(8, scale * patch)
+
+
+def _failed(request_id: str, error: Exception) -> Failed:
+    if isinstance(error, TriptychError):
+        return Failed(request_id, type(error).__name__, error.message, error.param)
+    logger.error("a picture failed with %s", type(error).__name__)
+    message = f"the engine failed on this request: {type(error).__name__}"
+    return Failed(request_id, EngineFailure.__name__, message)
