@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import bentoml
 from bentoml.exceptions import BentoMLException
 
-from runners import create_runner
+from runners import create_image_runner, create_runner
 from runners.config import SETUP_CONFIG, BaseRunnerConfig, load_setup_config
-from runners.contracts import TextRunner
+from runners.contracts import ImageRunner, TextRunner
 from runners.errors import ConfigError, ModelNotFound
 from settings import PREFIX, Settings, variable
 
@@ -30,33 +31,57 @@ OVERRIDES = {
 """Field of the runner's config to the setting that overrides it."""
 
 
+IMAGE_OVERRIDES = {
+    "engine": "image_engine",
+    "start_timeout": "start_timeout",
+    "num_threads": "num_threads",
+}
+"""The same for an image model: the others speak of text."""
+
+
 def is_folder(choice: str) -> bool:
     """Whether a choice names a folder; else it is a store tag."""
     # os.path's, unlike pathlib's, take a user or a name that can not exist for an ordinary no.
     return os.path.isdir(os.path.expanduser(choice))
 
 
-def text_config(choice: str, settings: Settings) -> BaseRunnerConfig:
-    """How to run the chosen text model. Raises: ConfigError, one sentence for the operator."""
-    if not choice:
+@dataclass(frozen=True)
+class Runners:
+    """What was chosen, not yet started; at least one of the two."""
+
+    text: TextRunner | None
+    image: ImageRunner | None
+
+
+def chosen_runners(text: str, image: str, settings: Settings) -> Runners:
+    """Runners for the chosen models, empty for none. Raises: ConfigError for the operator."""
+    if not (text or image):
         raise ConfigError(
-            f"no model is chosen: set {PREFIX}TEXT_MODEL to a folder or a tag of the model store; "
-            + _text_models_in_store()
+            f"no model is chosen: set {PREFIX}TEXT_MODEL or {PREFIX}IMAGE_MODEL to a folder or a "
+            f"tag of the model store; {_models_in_store()}"
         )
+    return Runners(
+        create_runner(model_config(text, settings, OVERRIDES)) if text else None,
+        create_image_runner(model_config(image, settings, IMAGE_OVERRIDES)) if image else None,
+    )
+
+
+def model_config(
+    choice: str, settings: Settings, settable: Mapping[str, str] = OVERRIDES
+) -> BaseRunnerConfig:
+    """How to run the chosen model. Raises: ConfigError, one sentence for the operator.
+
+    `settable`: field of the config to the setting that overrides it.
+    """
     name, folder = _locate(choice)
-    overrides = {field: getattr(settings, setting) for field, setting in OVERRIDES.items()}
+    overrides = {field: getattr(settings, setting) for field, setting in settable.items()}
     try:
         config, warnings = load_setup_config(folder, name=name, overrides=overrides)
     except ConfigError as error:
-        raise _blamed(error, folder, overrides) from None
+        raise _blamed(error, folder, overrides, settable) from None
     for warning in warnings:
         logger.warning("%s", warning)
     return config
-
-
-def text_runner(choice: str, settings: Settings) -> TextRunner:
-    """A runner for the chosen text model, not yet started. Raises: ConfigError."""
-    return create_runner(text_config(choice, settings))
 
 
 def _locate(choice: str) -> tuple[str, Path]:
@@ -68,12 +93,14 @@ def _locate(choice: str) -> tuple[str, Path]:
         model = bentoml.models.get(choice)
     except (BentoMLException, ValueError):  # not in the store, or not even a tag
         raise ModelNotFound(
-            f"{choice} is neither a folder nor a tag of the model store; " + _text_models_in_store()
+            f"{choice} is neither a folder nor a tag of the model store; " + _models_in_store()
         ) from None
     return model.tag.name, Path(model.path)
 
 
-def _blamed(error: ConfigError, folder: Path, overrides: Mapping[str, object]) -> ConfigError:
+def _blamed(
+    error: ConfigError, folder: Path, overrides: Mapping[str, object], settable: Mapping[str, str]
+) -> ConfigError:
     """The error in terms of the variable without which it would not be; else as it is."""
     # The engine last: what it allows is said of the others.
     for field in reversed([field for field, value in overrides.items() if value is not None]):
@@ -81,19 +108,22 @@ def _blamed(error: ConfigError, folder: Path, overrides: Mapping[str, object]) -
             config, _ = load_setup_config(folder, name="", overrides={**overrides, field: None})
         except ConfigError:
             continue
-        setting = f"{variable(OVERRIDES[field])}={overrides[field]}"
+        setting = f"{variable(settable[field])}={overrides[field]}"
         problem = error.message.removeprefix(f"{SETUP_CONFIG}: ")
         meaning = type(config).model_fields[field].description if field != "engine" else None
         return ConfigError(f"{setting} does not fit this model: {meaning or problem}")
     return error
 
 
-def _text_models_in_store() -> str:
-    tags = sorted(str(m.tag) for m in bentoml.models.list() if _is_text_model(Path(m.path)))
-    if not tags:
-        return "the store holds no text models"
-    return f"text models in the store: {', '.join(tags)}"
+def _models_in_store() -> str:
+    told = []
+    for kind, head in (("text", "config.json"), ("image", "model_index.json")):
+        tags = sorted(
+            str(model.tag) for model in bentoml.models.list() if _has(Path(model.path), head)
+        )
+        told.append(f"{kind} models in the store: {', '.join(tags) or 'none'}")
+    return "; ".join(told)
 
 
-def _is_text_model(folder: Path) -> bool:
-    return any((base / "config.json").is_file() for base in (folder, folder / "model"))
+def _has(folder: Path, head: str) -> bool:
+    return any((base / head).is_file() for base in (folder, folder / "model"))

@@ -6,17 +6,19 @@ Importing this module loads no model and neither torch nor transformers: the ran
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bentoml
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from api.admission import Admission
+from api.context import current_request
 from api.generation import TextModel
 from api.metrics import RunnerMetrics, remove_files
 from api.middleware import (
@@ -25,7 +27,8 @@ from api.middleware import (
     RequestContextMiddleware,
     UnknownRouteMiddleware,
 )
-from api.native import routes
+from api.native import images, routes
+from api.native.images import GenerateImageRequest, GenerateImageResponse
 from api.native.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -35,10 +38,12 @@ from api.native.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from api.openai.app import create_app, serve_model
-from model_choice import is_folder, text_runner
-from runners.contracts import RunnerState
-from runners.errors import ConfigError, EngineUnavailable
+from api.openai.app import create_app, serve_models
+from api.painting import ImageModel
+from api.served import Served
+from model_choice import chosen_runners, is_folder
+from runners.contracts import Runner, RunnerHealth, RunnerState
+from runners.errors import ConfigError
 from settings import Settings, get_settings, unknown_variables
 
 logger = logging.getLogger("triptych")
@@ -88,16 +93,27 @@ openai_app = create_app()
 class Triptych:
     """Large Hugging Face models behind one typed API."""
 
+    # Records the models in the bento, which is then built and pushed with them.
     if arguments.text_model and not is_folder(arguments.text_model):
-        # Records the model in the bento, which is then built and pushed with it.
         text_model_in_bento = bentoml.models.BentoModel(arguments.text_model)
+    if arguments.image_model and not is_folder(arguments.image_model):
+        image_model_in_bento = bentoml.models.BentoModel(arguments.image_model)
 
     def __init__(self) -> None:
-        admission = Admission(settings.max_queue)
-        self.runner = text_runner(_chosen_text_model(), settings)
-        self.text = TextModel(self.runner, admission)
-        self.metrics = RunnerMetrics(self.runner, admission)
-        serve_model(openai_app, self.text)
+        runners = chosen_runners(_chosen("text"), _chosen("image"), settings)
+        self.runners: list[tuple[Runner, Admission]] = []
+        text = image = None
+        if runners.text is not None:
+            admission = Admission(settings.max_queue)
+            text = TextModel(runners.text, admission)
+            self.runners.append((runners.text, admission))
+        if runners.image is not None:
+            admission = Admission(settings.max_image_queue, "pictures")
+            image = ImageModel(runners.image, admission)
+            self.runners.append((runners.image, admission))
+        self.served = Served(text, image)
+        self.metrics = RunnerMetrics(self.runners)
+        serve_models(openai_app, self.served)
 
     @bentoml.on_deployment
     @staticmethod
@@ -106,76 +122,99 @@ class Triptych:
         if (ignored := unknown_variables()) is not None:
             logger.warning("%s", ignored)
         try:
-            if settings.image_model or arguments.image_model:
-                raise EngineUnavailable("image models are not part of this version of Triptych")
-            text_runner(_chosen_text_model(), settings)
+            chosen_runners(_chosen("text"), _chosen("image"), settings)
         except ConfigError as error:
             raise SystemExit(f"triptych: {error}") from None
 
     @bentoml.on_startup
     async def start(self) -> None:
-        """Begin loading the model; `/readyz` tells when it is there."""
-        await self.runner.start()
+        """Begin loading the models; `/readyz` tells when they are there."""
+        for runner, _ in self.runners:
+            await runner.start()
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """End the ranks."""
-        await self.runner.stop()
+        await asyncio.gather(*(runner.stop() for runner, _ in self.runners))
         remove_files()
 
     async def __is_alive__(self) -> bool:
-        """503 on `/livez` once the runner has given up for good: only a new process can help."""
-        health = self.runner.health()
-        if health.state is RunnerState.FAILED:
-            raise HTTPException(503, f"{health.state}: {health.detail}")
+        """503 on `/livez` once a runner has given up for good: only a new process can help."""
+        self._refuse(lambda health: health.state is RunnerState.FAILED)
         return True
 
     async def __is_ready__(self) -> bool:
-        """503 on `/readyz`, with what the runner is doing, until it serves."""
-        health = self.runner.health()
-        if not health.ready:
-            raise HTTPException(503, f"{health.state}: {health.detail}")
+        """503 on `/readyz`, with what the runners are doing, until all of them serve."""
+        self._refuse(lambda health: not health.ready)
         return True
 
+    def _refuse(self, bad: Callable[[RunnerHealth], bool]) -> None:
+        """503 that names the state of each runner whose health is bad."""
+        told = [
+            (runner.name, health) for runner, _ in self.runners if bad(health := runner.health())
+        ]
+        if told:
+            # The name says something only where there is more than one.
+            several = len(self.runners) > 1
+            said = (f"{name}: " * several + f"{h.state}: {h.detail}" for name, h in told)
+            raise HTTPException(503, "; ".join(said))
+
     async def __metrics__(self, collected: str) -> str:
-        """The runner's state, appended to what BentoML collects for `/metrics`."""
+        """The runners' state, appended to what BentoML collects for `/metrics`."""
         return collected + self.metrics.text()
 
     @bentoml.api
     @routes.answers
     async def generate(self, body: GenerateRequest, /) -> GenerateResponse:
         """Continue one prompt or several."""
-        return await routes.generate(self.text, body)
+        return await routes.generate(self.served.text, body)
 
     @bentoml.api
     async def generate_stream(
         self, body: StreamRequest, /, ctx: bentoml.Context
     ) -> AsyncGenerator[str, None]:
         """Continue one prompt and send the text as it grows, as server-sent events."""
-        async for event in routes.generate_stream(self.text, body, ctx.response):
+        async for event in routes.generate_stream(self.served, body, ctx.response):
             yield event
 
     @bentoml.api
     @routes.answers
     async def tokenize(self, body: TokenizeRequest, /) -> TokenizeResponse:
         """Token ids of a text or a conversation."""
-        return await routes.tokenize(self.text, body)
+        return await routes.tokenize(self.served.text, body)
 
     @bentoml.api
     @routes.answers
     async def detokenize(self, body: DetokenizeRequest, /) -> DetokenizeResponse:
         """The text of token ids."""
-        return await routes.detokenize(self.text, body)
+        return await routes.detokenize(self.served.text, body)
+
+    @bentoml.api
+    @routes.answers
+    async def generate_image(self, body: GenerateImageRequest, /) -> GenerateImageResponse:
+        """Paint what a prompt says: a picture's file, or several pictures in JSON."""
+        answer: GenerateImageResponse = await images.generate_image(self.served, body)
+        return answer
+
+    @bentoml.task
+    @routes.answers
+    async def generate_image_task(self, body: GenerateImageRequest, /) -> GenerateImageResponse:
+        """As `/generate_image`, for work that outlasts a connection: submit, ask, fetch."""
+        current_request().timeout = settings.task_timeout
+        answer: GenerateImageResponse = await images.generate_image(self.served, body)
+        return answer
 
 
-def _chosen_text_model() -> str:
+def _chosen(kind: Literal["text", "image"]) -> str:
     """The environment's choice, else the one made at build time, in the version of that time."""
+    chosen: str = getattr(settings, f"{kind}_model")
+    built: str = getattr(arguments, f"{kind}_model")
     bento = _service().bento
-    if settings.text_model or bento is None:
-        return settings.text_model or arguments.text_model
-    name = arguments.text_model.partition(":")[0]
+    if chosen or bento is None:
+        return chosen or built
+    name = built.partition(":")[0]
     frozen = (str(model.tag) for model in bento.info.all_models if model.tag.name == name)
-    return next(frozen, arguments.text_model)
+    return next(frozen, built)
 
 
 def _service() -> Any:

@@ -47,6 +47,8 @@ class Settings(BaseSettings):
     """Over how many ranks the model is split; overrides the model's own."""
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Sequences in the house at once, running and waiting; one more gets 429 with Retry-After."""
+    max_image_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 64
+    """Pictures in the house at once, being painted and waiting; one more gets 429."""
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Sequences generated together in one step; overrides the model's own."""
     max_kv_tokens: Annotated[int, Field(ge=32)] | None = None
@@ -55,6 +57,8 @@ class Settings(BaseSettings):
     """Largest request body in bytes; a larger one gets 413."""
     request_timeout: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Seconds a request may take in all, queue included, before it is aborted with 504."""
+    task_timeout: Annotated[float, Field(gt=0, le=604_800)] = 3600.0
+    """Seconds a submitted task (`/generate_image_task/submit`) may take in all."""
     start_timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """Seconds a model may take from start to ready; overrides the model's own."""
     cpu_kernels: bool | None = None

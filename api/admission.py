@@ -9,10 +9,14 @@ from runners.errors import InvalidRequest, Overloaded
 
 
 class Admission:
-    """Counts sequences in; `limit` of them, running and waiting together, fill the house."""
+    """Counts sequences in; `limit` of them, running and waiting together, fill the house.
 
-    def __init__(self, limit: int) -> None:
+    `what` they are called: sequences, pictures.
+    """
+
+    def __init__(self, limit: int, what: str = "sequences") -> None:
         self.limit = limit
+        self.what = what
         self.inside = 0
 
     @contextmanager
@@ -23,11 +27,11 @@ class Admission:
         """
         if count > self.limit:
             raise InvalidRequest(
-                f"the request asks for {count} sequences; this server holds {self.limit} at most"
+                f"the request asks for {count} {self.what}; this server holds {self.limit} at most"
             )
         if self.inside + count > self.limit:
             raise Overloaded(
-                f"the server is full: {self.inside} of {self.limit} sequences are in work; "
+                f"the server is full: {self.inside} of {self.limit} {self.what} are in work; "
                 "try again shortly"
             )
         self.inside += count

@@ -13,6 +13,7 @@ from itertools import count
 
 from api import metrics
 from api.admission import Admission
+from api.arrivals import Arrivals, cut_short, open_all
 from api.context import RequestContext, current_request
 from runners.contracts import (
     FinishReason,
@@ -25,7 +26,7 @@ from runners.contracts import (
     TextStream,
     TokenLogprob,
 )
-from runners.errors import EngineFailure, ModelNotServed
+from runners.errors import ModelNotServed
 
 MAX_SEQUENCES = 128
 """Sequences one request may ask for: prompts times `n`."""
@@ -91,7 +92,7 @@ class TextModel:
             for i in range(n)
         ]
         async with request.within_deadline():
-            streams = await _open_all(self._runner, requests)
+            streams = await open_all([self._runner.generate(each) for each in requests])
         generation = Generation(request, streams, n)
         request.resources.push_async_callback(generation.aclose)
         return generation
@@ -120,8 +121,7 @@ class Generation:
         self._request = request
         self._streams = streams
         self._clocks = [_Clock(request) for _ in streams]
-        self._queue: asyncio.Queue[tuple[int, TextDelta] | Exception] = asyncio.Queue()
-        self._pumps: list[asyncio.Task[None]] = []
+        self._arrivals = Arrivals(streams, lambda delta: delta.finish_reason is not None)
         self.prompt_tokens = [stream.prompt_tokens for stream in streams]
         """Per sequence."""
         self.usage_prompt_tokens = sum(self.prompt_tokens[::n])
@@ -142,12 +142,12 @@ class Generation:
         Raises: RunnerUnavailable, DeadlineExceeded, EngineFailure.
         """
         unfinished = len(self._streams)
-        arrivals = self._arrivals()
+        arrivals = aiter(self._arrivals)
         while unfinished:
             async with self._request.within_deadline():
                 arrival = await anext(arrivals, None)
             if arrival is None:
-                raise _cut_short()
+                raise cut_short()
             index, delta = arrival
             self._clocks[index].saw(delta)
             unfinished -= delta.finish_reason is not None
@@ -170,37 +170,9 @@ class Generation:
 
     async def aclose(self) -> None:
         """Abort what still runs."""
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-        for stream, clock in zip(self._streams, self._clocks, strict=True):
-            await stream.aclose()
+        await self._arrivals.aclose()
+        for clock in self._clocks:
             clock.stop()
-
-    async def _arrivals(self) -> AsyncIterator[tuple[int, TextDelta]]:
-        if len(self._streams) == 1:  # no task and no queue for the common case
-            async for delta in self._streams[0]:
-                yield 0, delta
-            return
-        self._pumps = [
-            asyncio.create_task(self._pump(index, stream))
-            for index, stream in enumerate(self._streams)
-        ]
-        while True:
-            item = await self._queue.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-
-    async def _pump(self, index: int, stream: TextStream) -> None:
-        try:
-            async for delta in stream:
-                self._queue.put_nowait((index, delta))
-                if delta.finish_reason is not None:
-                    return
-            raise _cut_short()
-        except Exception as error:
-            self._queue.put_nowait(error)
 
 
 class _Clock:
@@ -235,27 +207,7 @@ class _Clock:
             metrics.PER_TOKEN.labels(route).observe(mean)
 
 
-async def _open_all(runner: TextRunner, requests: list[GenerationRequest]) -> list[TextStream]:
-    """Submit all requests at once; if one is refused, none stays open."""
-    if len(requests) == 1:
-        return [await runner.generate(requests[0])]
-    opening = [asyncio.ensure_future(runner.generate(request)) for request in requests]
-    try:
-        return await asyncio.gather(*opening)
-    except BaseException:
-        for task in opening:
-            task.cancel()
-        for result in await asyncio.gather(*opening, return_exceptions=True):
-            if not isinstance(result, BaseException):
-                await result.aclose()
-        raise
-
-
 def _with_own_seed(sampling: SamplingParams, i: int) -> SamplingParams:
     if sampling.seed is None or i == 0:
         return sampling
     return replace(sampling, seed=(sampling.seed + i) % 2**63)
-
-
-def _cut_short() -> EngineFailure:
-    return EngineFailure("the engine ended a sequence without a finish reason")

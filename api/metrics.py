@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from api.admission import Admission
-from runners.contracts import TextRunner
+from runners.contracts import Runner
 
 FILES = "PROMETHEUS_MULTIPROC_DIR"
 if FILES in os.environ:
@@ -36,8 +37,11 @@ ROUTES = frozenset(
         "/generate_stream",
         "/tokenize",
         "/detokenize",
+        "/generate_image",
+        "/generate_image_task/submit",
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/images/generations",
         "/v1/models",
     }
 )
@@ -69,40 +73,47 @@ PER_TOKEN = Histogram(
 )
 
 
+PICTURES = Counter("triptych_pictures", "Pictures by how they ended", ["route", "outcome"])
+DENOISING_STEPS = Counter("triptych_denoising_steps", "Denoising steps of pictures", ["route"])
+
+
 def route_label(path: str) -> str:
     """The path if it is one of ours."""
     return path if path in ROUTES else "other"
 
 
 class RunnerMetrics:
-    """The runner's state as gauges; a prometheus_client collector."""
+    """The runners' state as gauges; a prometheus_client collector. A picture is a sequence, too."""
 
-    def __init__(self, runner: TextRunner, admission: Admission) -> None:
-        self._runner = runner
-        self._admission = admission
+    def __init__(self, runners: Sequence[tuple[Runner, Admission]]) -> None:
+        self._runners = runners
 
     def collect(self) -> list[Metric]:
         """The gauges as they are right now."""
-        health = self._runner.health()
-        values = {
-            "ready": ("1 while requests are served", health.ready),
-            "restarts": ("Times the rank group was started again", health.restarts),
-            "admitted_sequences": ("Sequences in the house", self._admission.inside),
-            "admission_limit": ("Sequences that may be in the house", self._admission.limit),
-            "running_sequences": ("Sequences being generated", health.running),
-            "waiting_sequences": ("Sequences that wait for room", health.waiting),
-            "kv_tokens_used": ("KV cache in use, in tokens", health.kv_tokens_used),
-            "kv_tokens_total": ("KV cache there is, in tokens", health.kv_tokens_total),
-        }
-        gauges: list[Metric] = []
-        for name, (meaning, value) in values.items():
-            gauge = GaugeMetricFamily(f"triptych_{name}", meaning, labels=["model"])
-            gauge.add_metric([self._runner.name], value)
-            gauges.append(gauge)
-        return gauges
+        gauges: dict[str, GaugeMetricFamily] = {}
+        for runner, admission in self._runners:
+            for name, (meaning, value) in _state(runner, admission).items():
+                if name not in gauges:
+                    gauges[name] = GaugeMetricFamily(f"triptych_{name}", meaning, labels=["model"])
+                gauges[name].add_metric([runner.name], value)
+        return list(gauges.values())
 
     def text(self) -> str:
         """The gauges in Prometheus' text format."""
         registry = CollectorRegistry()
         registry.register(self)
         return generate_latest(registry).decode()
+
+
+def _state(runner: Runner, admission: Admission) -> dict[str, tuple[str, float]]:
+    health = runner.health()
+    return {
+        "ready": ("1 while requests are served", health.ready),
+        "restarts": ("Times the rank group was started again", health.restarts),
+        "admitted_sequences": ("Sequences in the house", admission.inside),
+        "admission_limit": ("Sequences that may be in the house", admission.limit),
+        "running_sequences": ("Sequences being generated", health.running),
+        "waiting_sequences": ("Sequences that wait for room", health.waiting),
+        "kv_tokens_used": ("KV cache in use, in tokens", health.kv_tokens_used),
+        "kv_tokens_total": ("KV cache there is, in tokens", health.kv_tokens_total),
+    }

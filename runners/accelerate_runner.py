@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from runners.config import AccelerateConfig
 from runners.contracts import RunnerState
-from runners.errors import ConfigError, IncompleteModel
 from runners.dtypes import choose_dtype
+from runners.errors import ConfigError, IncompleteModel
 from runners.ragged.loading import loading_of, stored_dtype, text_program
 from runners.ranks.worker import RankContext, RankProgram
 

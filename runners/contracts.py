@@ -287,7 +287,7 @@ class ImageEvent:
 
 
 class ImageStream(Protocol):
-    """A picture being painted. Leaving the `async with` block, or `aclose`, ends what still runs."""
+    """A picture being painted; `aclose` ends it."""
 
     def __aiter__(self) -> AsyncIterator[ImageEvent]:
         """Yield an event for each step; the last one carries the picture.

@@ -20,8 +20,8 @@ from runners.config import DeepSpeedConfig
 from runners.contracts import RunnerState
 from runners.deepspeed_config import for_init_inference
 from runners.deepspeed_layers import plain_splits
-from runners.errors import ConfigError, IncompleteModel
 from runners.dtypes import choose_dtype
+from runners.errors import ConfigError, IncompleteModel
 from runners.ragged.loading import loading_of, stored_dtype, text_program
 from runners.ragged.lockstep import Ranks
 from runners.ragged.proof import Proof

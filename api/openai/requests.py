@@ -28,7 +28,9 @@ DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 
 
-def _unsupported(*neutral: object) -> BeforeValidator:
+def unsupported(*neutral: object) -> BeforeValidator:
+    """A field that this server can not honour, but for values that ask for nothing."""
+
     def check(value: object) -> None:
         if value is not None and value not in neutral:
             raise PydanticCustomError("unsupported", "is not supported by this server")
@@ -40,9 +42,9 @@ def _ignored(value: object) -> None:
     """Take whatever a client notes for OpenAI's bookkeeping."""
 
 
-Unsupported = Annotated[None, _unsupported()]
-UnsupportedList = Annotated[None, _unsupported([], {})]
-UnsupportedFlag = Annotated[None, _unsupported(False)]
+Unsupported = Annotated[None, unsupported()]
+UnsupportedList = Annotated[None, unsupported([], {})]
+UnsupportedFlag = Annotated[None, unsupported(False)]
 Ignored = Annotated[None, BeforeValidator(_ignored, json_schema_input_type=Any)]
 
 
@@ -146,7 +148,7 @@ class CompletionRequest(OpenAIRequest):
     """Begin each text with its prompt."""
     logprobs: LogprobCount | None = None
     """Report each token's log-probability, and this many of the likeliest beside it."""
-    suffix: Annotated[None, _unsupported("")] = None
+    suffix: Annotated[None, unsupported("")] = None
 
     def check(self) -> None:
         """Rules over several fields. Raises: InvalidRequest."""
@@ -193,12 +195,12 @@ class ChatRequest(OpenAIRequest):
     top_logprobs: LogprobCount | None = None
     """With `logprobs`: this many of the likeliest tokens beside each."""
     response_format: ResponseFormat | None = None
-    modalities: Annotated[None, _unsupported(["text"])] = None
+    modalities: Annotated[None, unsupported(["text"])] = None
     tools: UnsupportedList = None
-    tool_choice: Annotated[None, _unsupported("none")] = None
+    tool_choice: Annotated[None, unsupported("none")] = None
     parallel_tool_calls: Ignored = None
     functions: UnsupportedList = None
-    function_call: Annotated[None, _unsupported("none")] = None
+    function_call: Annotated[None, unsupported("none")] = None
     audio: Unsupported = None
     prediction: Unsupported = None
     reasoning_effort: Unsupported = None

@@ -131,7 +131,8 @@ class Model(BaseModel):
     created: int
     owned_by: Literal["triptych"] = "triptych"
     max_model_len: int | None = None
-    """How many tokens prompt and output may have together; null until it was ready once."""
+    """How many tokens prompt and output may have together; null until it was ready once, and for
+    images."""
 
 
 class ModelList(BaseModel):

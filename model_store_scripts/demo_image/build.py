@@ -15,7 +15,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 def assemble(autoencoder: Any, unet: Any, text_encoder: Any, tokenizer: Any) -> Any:
     """The parts as one `StableDiffusionPipeline`."""
-    return StableDiffusionPipeline(
+    return StableDiffusionPipeline(  # type: ignore[no-untyped-call]
         vae=autoencoder,
         unet=unet,
         text_encoder=text_encoder,

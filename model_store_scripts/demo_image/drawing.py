@@ -33,7 +33,7 @@ def draw(scene: Scene, rng: random.Random) -> Pixels:
 
 
 def _rgb(colour: str) -> Pixels:
-    return np.array(COLOURS[colour], np.float32) / 255
+    return np.array(COLOURS[colour], np.float32) / np.float32(255)
 
 
 def _distance(shape: Shape, rng: random.Random) -> Pixels:
@@ -59,4 +59,5 @@ def _distance(shape: Shape, rng: random.Random) -> Pixels:
             distance = np.maximum(side, y - r)
         case unknown:
             raise ValueError(f"unknown shape {unknown}")
-    return distance.astype(np.float32)
+    smooth: Pixels = distance.astype(np.float32)
+    return smooth

@@ -36,8 +36,8 @@ def train_tokenizer(prompts: Iterable[str], folder: Path) -> Any:
     words += ["".join(pair) for pair in merges]
     vocabulary = {word: number for number, word in enumerate([*dict.fromkeys(words), BEGIN, END])}
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = CLIPTokenizer(
+    clip: Any = CLIPTokenizer
+    clip(
         vocab=vocabulary, merges=merges, model_max_length=CONTEXT_LENGTH, pad_token=END
-    )
-    tokenizer.save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder)
+    ).save_pretrained(folder)
+    return clip.from_pretrained(folder)

@@ -38,7 +38,7 @@ UNPROMPTED = 0.1
 """Share of pictures learnt without their prompt, which classifier-free guidance needs
 (arXiv:2207.12598)."""
 EMA_DECAY = 0.998
-_SCENES = 48_000
+_SCENES = 16_000
 _TOKENIZER_PROMPTS = 5000
 _SAVE_EVERY = 200
 
@@ -128,7 +128,8 @@ def fit_autoencoder(work: Path, rng: random.Random) -> Any:
         loss = l1_loss(restored, pixels) + 2 * mse_loss(restored, pixels)
         run.learn(loss + KL_WEIGHT * latents.kl().mean())
         progress.set_postfix(loss=f"{loss.item():.4f}")
-    autoencoder = run.average.module.eval()
+    autoencoder: Any = run.average.module
+    autoencoder.eval()
     sample = pictures([scene(rng) for _ in range(512)], rng)
     scale = 1 / _latents(autoencoder, sample).std().item()
     autoencoder.register_to_config(scaling_factor=scale)
@@ -137,7 +138,8 @@ def fit_autoencoder(work: Path, rng: random.Random) -> Any:
 
 def _latents(autoencoder: Any, pixels: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([autoencoder.encode(part).latent_dist.mode() for part in pixels.split(64)])
+        parts = torch.split(pixels, 64)
+        return torch.cat([autoencoder.encode(part).latent_dist.mode() for part in parts])
 
 
 def fit_denoiser(autoencoder: Any, tokenizer: Any, work: Path, rng: random.Random) -> Any:

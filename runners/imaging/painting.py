@@ -123,8 +123,8 @@ class _Progress:
         if hasattr(pipeline, "_unpack_latents"):  # Flux keeps them as patches
             height, width = self._request.height, self._request.width
             latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
-        config = getattr(getattr(pipeline, "vae", None), "config", {})
-        if latents.ndim != 4 or getattr(config, "latents_mean", None) is not None:
+        config: Any = getattr(getattr(pipeline, "vae", None), "config", None)
+        if config is None or latents.ndim != 4 or getattr(config, "latents_mean", None):
             return None
         scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
         latents = (latents / scale + shift).to(pipeline.vae.dtype)

@@ -105,7 +105,8 @@ def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
     """Raises: UnsafeModel that names what would be run."""
     for path in sorted(folder.rglob("*.py")):
         raise UnsafeModel(
-            f"{path.relative_to(folder)} is code: Triptych serves models that need none of their own"
+            f"{path.relative_to(folder)} is code: Triptych serves models that need none of "
+            "their own"
         )
     for name, value in index.items():
         if isinstance(value, list) and value != [None, None]:
@@ -134,16 +135,17 @@ def _text_encoders(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -
 
     Raises: IncompleteModel.
     """
-    loaded = {}
+    loaded: dict[str, Any] = {}
     for name, value in index.items():
         if not (isinstance(value, list) and len(value) == 2 and value[0] == "transformers"):
             continue
-        kind = getattr(transformers, str(value[1]), None)
+        kind: Any = getattr(transformers, str(value[1]), None)
         if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)):
             continue
         if not os.path.isdir(folder / name):
             raise IncompleteModel(f"{name} is missing, which {INDEX} names")
-        loaded[name], report = kind.from_pretrained(
+        load: Any = kind.from_pretrained
+        loaded[name], report = load(
             folder / name, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         if missing := sorted(report["missing_keys"]):

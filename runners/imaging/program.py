@@ -154,10 +154,10 @@ def _gate(pipeline: Any) -> None:
     for name, model in models_of(pipeline).items():
         if name != "safety_checker":  # which is called with lists of its own
             model.forward = gated(model.forward)
-        if hasattr(model, "decode"):
+        if callable(decode := getattr(model, "decode", None)):
             # Its decoding draws no random numbers, though it takes a generator.
             unused = {"generator"} if isinstance(model, AutoencoderKL) else ()
-            model.decode = gated(model.decode, but=frozenset(unused))  # type: ignore[method-assign]
+            model.decode = gated(decode, but=frozenset(unused))
 
 
 def _warm_up(painter: Painter, info: ImageModelInfo) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model_choice import text_config
+from model_choice import model_config
 from runners.errors import ConfigError, ModelNotFound
 from settings import Settings, get_settings, unknown_variables
 
@@ -58,12 +58,12 @@ def test_misspelt_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("choice", ["~nobodyhere/x", "x" * 5000, "not a tag"])
 def test_a_choice_that_can_not_exist_is_not_found(choice: str) -> None:
     with pytest.raises(ModelNotFound, match="neither a folder nor a tag"):
-        text_config(choice, Settings())
+        model_config(choice, Settings())
 
 
 def test_the_variable_at_fault_is_named_with_the_reason(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        text_config(str(folder), Settings(tensor_parallel=2, max_batch_size=4))
+        model_config(str(folder), Settings(tensor_parallel=2, max_batch_size=4))
     assert "TRIPTYCH_TENSOR_PARALLEL=2" in caught.value.message
     assert "Accelerate places layers, it does not split them" in caught.value.message
     assert "setup_config.json" not in caught.value.message
@@ -73,7 +73,7 @@ def test_an_engine_that_the_file_does_not_suit_is_named(folder: Path) -> None:
     setup = {"engine": "deepspeed", "tensor_parallel": 2}
     (folder / "setup_config.json").write_text(json.dumps(setup))
     with pytest.raises(ConfigError) as caught:
-        text_config(str(folder), Settings(text_engine="accelerate", num_threads=1))
+        model_config(str(folder), Settings(text_engine="accelerate", num_threads=1))
     assert caught.value.message.startswith("TRIPTYCH_TEXT_ENGINE=accelerate does not fit")
     assert "tensor_parallel: Input should be 1" in caught.value.message
 
@@ -81,4 +81,4 @@ def test_an_engine_that_the_file_does_not_suit_is_named(folder: Path) -> None:
 def test_a_fault_of_the_file_is_the_files(folder: Path) -> None:
     (folder / "setup_config.json").write_text(json.dumps({"tensor_parallel": 2}))
     with pytest.raises(ConfigError, match=r"^setup_config\.json: tensor_parallel"):
-        text_config(str(folder), Settings(max_batch_size=4))
+        model_config(str(folder), Settings(max_batch_size=4))

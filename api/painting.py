@@ -1,0 +1,124 @@
+"""From prompts to pictures: one or several of one request, whole or step by step.
+
+As `generation` for text: all routes come through here, and what a request starts is closed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from itertools import count
+from random import SystemRandom
+
+from api import metrics
+from api.admission import Admission
+from api.arrivals import Arrivals, cut_short, open_all
+from api.context import RequestContext, current_request
+from runners.contracts import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, Picture
+from runners.errors import ModelNotServed
+
+_picture_numbers = count(1)
+_random = SystemRandom()
+
+
+@dataclass(frozen=True, slots=True)
+class Painted:
+    """A finished picture, and the seed that makes it again."""
+
+    picture: Picture
+    seed: int
+
+
+class ImageModel:
+    """An image model as the routes see it."""
+
+    def __init__(self, runner: ImageRunner, admission: Admission) -> None:
+        self._runner = runner
+        self._admission = admission
+
+    @property
+    def name(self) -> str:
+        """The name clients call the model by."""
+        return self._runner.name
+
+    @property
+    def info(self) -> ImageModelInfo | None:
+        """What the ranks loaded; None until they were ready once."""
+        return self._runner.info
+
+    def require(self, name: str | None) -> None:
+        """Check that this is the model a request names. Raises: ModelNotServed."""
+        if name is not None and name != self.name:
+            raise ModelNotServed(
+                f"this server does not paint with that model; it paints with {self.name}",
+                param="model",
+            )
+
+    async def paint(self, wish: ImageRequest, *, seed: int | None, n: int = 1) -> Painting:
+        """Start `n` pictures; picture i has the seed `seed` + i, one of ours without.
+
+        Raises: Overloaded, DeadlineExceeded and what `ImageRunner.paint` does.
+        """
+        request = current_request()
+        request.resources.enter_context(self._admission.admit(n))
+        first = _random.getrandbits(31) if seed is None else seed
+        wishes = [
+            replace(
+                wish,
+                request_id=f"{request.request_id}-{next(_picture_numbers)}",
+                seed=(first + i) % 2**63,
+            )
+            for i in range(n)
+        ]
+        async with request.within_deadline():
+            streams = await open_all([self._runner.paint(each) for each in wishes])
+        painting = Painting(
+            request, wishes, Arrivals(streams, lambda event: event.picture is not None)
+        )
+        request.resources.push_async_callback(painting.aclose)
+        return painting
+
+
+class Painting:
+    """The pictures of one request in the making; iterate it, or `collect` it, once."""
+
+    def __init__(
+        self, request: RequestContext, wishes: list[ImageRequest], arrivals: Arrivals[ImageEvent]
+    ) -> None:
+        self._request = request
+        self._wishes = wishes
+        self._arrivals = arrivals
+        self._unfinished = len(wishes)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, ImageEvent]]:
+        """Yield what happens, with the index of its picture, until all are finished.
+
+        Raises: RunnerUnavailable, DeadlineExceeded, EngineFailure.
+        """
+        arrivals = aiter(self._arrivals)
+        while self._unfinished:
+            async with self._request.within_deadline():
+                arrival = await anext(arrivals, None)
+            if arrival is None:
+                raise cut_short()
+            finished = arrival[1].picture is not None
+            self._unfinished -= finished
+            if finished:
+                metrics.PICTURES.labels(self._request.route, "finished").inc()
+            else:
+                metrics.DENOISING_STEPS.labels(self._request.route).inc()
+            yield arrival
+
+    async def collect(self) -> list[Painted]:
+        """Wait for all pictures. Raises: as iteration."""
+        pictures = {i: event.picture async for i, event in self if event.picture is not None}
+        return [Painted(pictures[i], self.seed_of(i)) for i in range(len(self._wishes))]
+
+    def seed_of(self, index: int) -> int:
+        """What makes a picture again."""
+        return self._wishes[index].seed
+
+    async def aclose(self) -> None:
+        """Abort what still runs."""
+        await self._arrivals.aclose()
+        metrics.PICTURES.labels(self._request.route, "aborted").inc(self._unfinished)
