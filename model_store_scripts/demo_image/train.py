@@ -32,13 +32,13 @@ from model_store_scripts.demo_image.tokenizer import train_tokenizer
 from model_store_scripts.demo_image.world import Scene, scene
 
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_RATE = 1800, 16, 2e-3
-DENOISER_STEPS, DENOISER_BATCH, DENOISER_RATE = 4000, 32, 1.2e-3
+DENOISER_STEPS, DENOISER_BATCH, DENOISER_RATE = 5000, 32, 1.2e-3
 KL_WEIGHT = 1e-6
 UNPROMPTED = 0.1
 """Share of pictures learnt without their prompt, which classifier-free guidance needs
 (arXiv:2207.12598)."""
 EMA_DECAY = 0.998
-_SCENES = 16_000
+_SCENES = 12_000
 _TOKENIZER_PROMPTS = 5000
 _SAVE_EVERY = 200
 

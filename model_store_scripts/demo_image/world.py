@@ -37,8 +37,8 @@ BACKGROUND = "white"
 
 _OPENINGS = ("", "", "", "a picture of ", "an image of ", "a painting of ", "draw ", "paint ")
 _GROUNDS = ("on a {} background", "on {}", "in front of a {} background")
-_TWO_SHAPES = 0.3
-_NAMED_GROUND = 0.4
+_TWO_SHAPES = 0.1
+_NAMED_GROUND = 0.3
 
 
 @dataclass(frozen=True)
