@@ -44,7 +44,6 @@ class Painter:
             width=request.width,
             generator=generator,
             output_type="np",
-            callback_on_step_end=progress.step_done,
             **{k: v for k, v in wishes.items() if v is not None and k in self._parameters},
         )
         tell(progress.event(picture=_picture(output.images[0])))
@@ -69,19 +68,21 @@ class _Progress:
         self._request = request
         self._tell = tell
         self._done = 0
-        self._estimate: torch.Tensor | None = None
-        if request.previews:
-            # Pipelines look at the step's parameters to know whether it draws random numbers.
-            pipeline.scheduler.step = self._watched(pipeline.scheduler.step)
+        pipeline.scheduler.step = self._watched(pipeline.scheduler.step)
 
-    def step_done(self, _: Any, index: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's `callback_on_step_end`."""
-        self._done = index + 1
-        preview = None
-        if self._done in self._preview_steps():
-            preview = self._preview(tensors["latents"])
-        self._tell(self.event(preview=preview))
-        return tensors
+    def _watched(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The scheduler's `step`, with which every pipeline ends each of its steps."""
+
+        # Pipelines look at its parameters to know whether it draws random numbers.
+        @functools.wraps(step)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self._done += 1
+            shown = self._done in self._preview_steps()
+            self._tell(self.event(preview=self._preview(result) if shown else None))
+            return result
+
+        return watched
 
     def event(
         self, *, preview: Picture | None = None, picture: Picture | None = None
@@ -97,29 +98,21 @@ class _Progress:
 
     @property
     def _steps(self) -> int:
-        return int(getattr(self._pipeline, "_num_timesteps", self._done))
+        return len(self._pipeline.scheduler.timesteps)
 
     def _preview_steps(self) -> set[int]:
         wanted = self._request.previews
         return {round(self._steps * i / (wanted + 1)) for i in range(1, wanted + 1)}
 
-    def _watched(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The scheduler's `step`; most schedulers tell in it what the picture is going to be."""
+    def _preview(self, result: Any) -> Picture | None:
+        """None where only the pipeline itself knows how to decode its latents.
 
-        @functools.wraps(step)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            told = isinstance(result, tuple) and len(result) > 1 and torch.is_tensor(result[1])
-            self._estimate = result[1] if told else None
-            return result
-
-        return watched
-
-    def _preview(self, latents: torch.Tensor) -> Picture | None:
-        """None where only the pipeline itself knows how to decode its latents."""
-        pipeline, estimate = self._pipeline, self._estimate
-        if estimate is not None and estimate.shape == latents.shape:
-            latents = estimate
+        Most schedulers tell, beside the next latents, what the picture is going to be.
+        """
+        latents, *more = result if isinstance(result, tuple) else result.to_tuple()
+        if more and torch.is_tensor(more[0]) and more[0].shape == latents.shape:
+            latents = more[0]
+        pipeline = self._pipeline
         if hasattr(pipeline, "_unpack_latents"):  # Flux keeps them as patches
             height, width = self._request.height, self._request.width
             latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)

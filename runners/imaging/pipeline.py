@@ -28,7 +28,7 @@ transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-cal
 
 INDEX = "model_index.json"
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-NEEDED = frozenset({"prompt", "num_inference_steps", "generator", "callback_on_step_end"})
+NEEDED = frozenset({"prompt", "height", "width", "num_inference_steps", "generator"})
 """Parameters without which a pipeline can not be served."""
 
 
