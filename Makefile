@@ -1,4 +1,4 @@
-# Two commands: `make serve` sets everything up and serves the demo model; `make test` sets
+# Two commands: `make serve` sets everything up and serves the demo models; `make test` sets
 # everything up and runs the whole suite. Both work on a fresh clone and are quick the second time.
 
 PYTHON ?= python3
@@ -16,6 +16,7 @@ serve: setup
 	@$(BIN)/python -m model_store_scripts.make_demo_models
 	@echo "serving on http://$(HOST):$(PORT) (Ctrl-C stops it)"
 	@TRIPTYCH_TEXT_MODEL=$${TRIPTYCH_TEXT_MODEL-demo-text} \
+		TRIPTYCH_IMAGE_MODEL=$${TRIPTYCH_IMAGE_MODEL-demo-image} \
 		exec $(BIN)/bentoml serve . --host $(HOST) --port $(PORT) --timeout-graceful-shutdown 30
 
 test: setup
@@ -54,9 +55,10 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --editable '.[dev,bench]'
 	@touch $@
 
-# A bento with a chosen model: make bento TEXT_MODEL=tag
+# A bento with chosen models: make bento TEXT_MODEL=tag IMAGE_MODEL=tag
 bento: setup
-	@$(BIN)/bentoml build . $(if $(TEXT_MODEL),--arg text_model=$(TEXT_MODEL))
+	@$(BIN)/bentoml build . $(if $(TEXT_MODEL),--arg text_model=$(TEXT_MODEL)) \
+		$(if $(IMAGE_MODEL),--arg image_model=$(IMAGE_MODEL))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

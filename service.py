@@ -41,6 +41,7 @@ from api.native.schemas import (
 from api.openai.app import create_app, serve_models
 from api.painting import ImageModel
 from api.served import Served
+from api.task_results import choose_file, make_folder
 from model_choice import chosen_runners, is_folder
 from runners.contracts import Runner, RunnerHealth, RunnerState
 from runners.errors import ConfigError
@@ -80,6 +81,7 @@ def _tracing() -> dict[str, Any]:
 settings = _settings()
 arguments = bentoml.use_arguments(BuildArguments)
 openai_app = create_app()
+choose_file()
 
 
 @bentoml.service(
@@ -125,6 +127,7 @@ class Triptych:
             chosen_runners(_chosen("text"), _chosen("image"), settings)
         except ConfigError as error:
             raise SystemExit(f"triptych: {error}") from None
+        make_folder()
 
     @bentoml.on_startup
     async def start(self) -> None:

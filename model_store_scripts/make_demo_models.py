@@ -38,7 +38,16 @@ def _write_text(target: Path) -> object:
     return write_demo_text_model(target)
 
 
-DEMOS = (Demo("text", "demo-text", "demo_text", ("build.py", "weights"), _write_text),)
+def _write_image(target: Path) -> object:
+    from model_store_scripts.demo_image.build import write_demo_image_model
+
+    return write_demo_image_model(target)
+
+
+DEMOS = (
+    Demo("text", "demo-text", "demo_text", ("build.py", "weights"), _write_text),
+    Demo("image", "demo-image", "demo_image", ("build.py", "parts.py", "weights"), _write_image),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

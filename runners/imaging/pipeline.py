@@ -12,7 +12,6 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
 from runners.config import BaseRunnerConfig, read_json
 from runners.dtypes import choose_dtype, dtype_in
@@ -85,6 +84,9 @@ def parameters_of(kind: Any) -> Mapping[str, inspect.Parameter]:
 
 def _pipeline_class(index: Mapping[str, Any], config: BaseRunnerConfig) -> Any:
     """Raises: UnsafeModel, ConfigError."""
+    # Not at the top: its own import would warn of packages that nothing here needs.
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+
     name = index.get("_class_name")
     if not isinstance(name, str):
         raise UnsafeModel(f"{INDEX} names a pipeline class of its own, which would be code")

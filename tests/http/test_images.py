@@ -1,0 +1,268 @@
+"""Pictures over HTTP: the native route, OpenAI's, tasks; refusals, leaving, beside a text model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from tests.support.painting import Pixels, difference, plain, wish
+from tests.support.processes import ranks_below, wait_until
+from tests.support.server import Server
+
+ASK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 4, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support.image_models import write_image_model  # loads torch
+
+    folder = tmp_path_factory.mktemp("images") / "tiny-sd"
+    return write_image_model("stable-diffusion", folder)
+
+
+@pytest.fixture(scope="module")
+def images(image_model: Path, bentoml_home: Path) -> Iterator[Server]:
+    """A server with an image model alone."""
+    variables = {"TRIPTYCH_IMAGE_MODEL": str(image_model), "TRIPTYCH_MAX_IMAGE_QUEUE": "6"}
+    with Server(bentoml_home, variables) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def right(image_model: Path) -> list[Pixels]:
+    """What diffusers alone paints for `ASK` and the two seeds after it."""
+    return [plain(image_model, wish(ASK["prompt"], seed=seed)) for seed in (3, 4, 5)]
+
+
+def opened(content: bytes) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def from_base64(text: str) -> Pixels:
+    return opened(base64.b64decode(text))
+
+
+def test_one_picture_is_its_file(images: Server, right: list[Pixels]) -> None:
+    answer = images.post("/generate_image", ASK)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+    assert answer.headers["x-seed"] == "3"
+    assert difference(opened(answer.content), right[0]) <= 1
+    for file in ("jpeg", "webp"):
+        answer = images.post("/generate_image", ASK | {"format": file})
+        assert answer.headers["content-type"] == f"image/{file}"
+        assert Image.open(io.BytesIO(answer.content)).format == file.upper()
+        assert np.abs(opened(answer.content).astype(int) - right[0]).mean() < 24
+
+
+def test_a_seed_of_ours_makes_the_picture_again(images: Server) -> None:
+    first = images.post("/generate_image", {k: v for k, v in ASK.items() if k != "seed"})
+    again = images.post("/generate_image", ASK | {"seed": int(first.headers["x-seed"])})
+    assert difference(opened(first.content), opened(again.content)) <= 1
+
+
+def test_several_pictures_have_seeds_in_a_row(images: Server, right: list[Pixels]) -> None:
+    answer = images.post("/generate_image", ASK | {"num_images": 3}).json()
+    assert answer["seeds"] == [3, 4, 5] == [each["seed"] for each in answer["images"]]
+    for each, picture in zip(answer["images"], right, strict=True):
+        assert difference(from_base64(each["b64_json"]), picture) <= 1
+    assert difference(right[0], right[1]) > 1
+
+
+def test_pictures_as_an_array(images: Server, right: list[Pixels]) -> None:
+    answer = images.post("/generate_image", ASK | {"num_images": 3, "response_format": "numpy"})
+    array = answer.json()["array"]
+    data = np.frombuffer(base64.b64decode(array["data"]), array["dtype"])
+    pictures = data.reshape(array["shape"])
+    assert pictures.shape == (3, 32, 32, 3)
+    for picture, expected in zip(pictures, right, strict=True):
+        assert difference(picture, expected) <= 1
+
+
+def test_a_size_of_ones_own(images: Server) -> None:
+    answer = images.post("/generate_image", ASK | {"height": 24, "width": 64})
+    assert opened(answer.content).shape == (24, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"height": 10_000, "width": 10_000}, "height", "4096 pixels at most"),
+        ({"height": 20_000}, "height", "less than or equal to 16384"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
+        ({"num_inference_steps": 900}, "num_inference_steps", "from 1 to 200"),
+        ({"num_images": 11}, "num_images", "less than or equal to 10"),
+        ({"num_images": 2, "response_format": "image"}, "response_format", "one picture"),
+        ({"width": 33}, "width", "multiple of 8"),
+        ({"scheduler": "steam"}, "scheduler", "ddim"),
+        ({"guidance_scale": -1}, "guidance_scale", "greater than or equal to 0"),
+        ({"prompt": ""}, "prompt", "at least 1 character"),
+        ({"format": "gif"}, "format", "'png', 'jpeg' or 'webp'"),
+        ({"steps": 3}, "steps", "is not a known field"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+    ],
+)
+def test_a_bad_request_is_told_and_costs_nothing(
+    images: Server, change: dict[str, Any], param: str, said: str
+) -> None:
+    painted = steps_painted(images)
+    answer = images.post("/generate_image", ASK | change)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert said in error["message"]
+    assert steps_painted(images) == painted
+    assert images.gauge("admitted_sequences") == 0
+
+
+def steps_painted(server: Server) -> float:
+    lines = [x for x in server.metrics().splitlines() if x.startswith("triptych_denoising_steps_t")]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+def test_more_pictures_than_fit_are_too_many(images: Server) -> None:
+    answer = images.post("/generate_image", ASK | {"num_images": 7})
+    assert answer.status_code == 400
+    assert "holds 6 at most" in answer.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_frees_its_place_within_a_step(images: Server) -> None:
+    [rank] = ranks_below(images.pid)
+    body = ASK | {"num_inference_steps": 200, "num_images": 6}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(images.url + "/generate_image", json=body, timeout=0.5)
+    wait_until(lambda: images.gauge("admitted_sequences") == 0, 5, "the place is free")
+    assert images.post("/generate_image", ASK).status_code == 200
+    before = rank.cpu_times().user
+    time.sleep(1.0)
+    assert rank.cpu_times().user - before < 0.3
+
+
+@pytest.fixture(scope="module")
+def client(images: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{images.url}/v1", api_key="-", max_retries=0) as made:
+        yield made
+
+
+EXTRA = {"num_inference_steps": 4, "seed": 3}
+
+
+def test_the_openai_client_gets_its_pictures(client: openai.OpenAI, right: list[Pixels]) -> None:
+    answer = client.images.generate(
+        model="tiny-sd", prompt=ASK["prompt"], n=2, size="32x32", extra_body=EXTRA
+    )
+    assert answer.data is not None
+    assert (answer.size, answer.output_format) == ("32x32", "png")
+    for each, picture in zip(answer.data, right, strict=False):
+        assert difference(from_base64(each.b64_json or ""), picture) <= 1
+    wide = client.images.generate(prompt="a", size="64x24", extra_body=EXTRA).data or []
+    assert from_base64(wide[0].b64_json or "").shape == (24, 64, 3)
+
+
+def test_the_openai_client_sees_the_steps(client: openai.OpenAI, right: list[Pixels]) -> None:
+    events: list[Any] = list(
+        client.images.generate(
+            prompt=ASK["prompt"], stream=True, partial_images=1, extra_body=EXTRA
+        )
+    )
+    kinds = [event.type.removeprefix("image_generation.") for event in events]
+    # This scheduler takes one step more than it is asked for.
+    assert kinds == [*["progress"] * 2, "partial_image", *["progress"] * 3, "completed"]
+    assert [(e.step, e.steps) for e in events if hasattr(e, "step")][-1] == (5, 5)
+    assert events[2].partial_image_index == 0
+    assert from_base64(events[2].b64_json).shape == (32, 32, 3)
+    assert difference(from_base64(events[-1].b64_json), right[0]) <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"size": "10000x10000"}, "size"),
+        ({"size": "large"}, "size"),
+        ({"extra_body": {"num_inference_steps": 0}}, "num_inference_steps"),
+        ({"n": 0}, "n"),
+        ({"response_format": "url"}, "response_format"),
+        ({"background": "transparent"}, "background"),
+        ({"partial_images": 2}, "partial_images"),
+    ],
+)
+def test_the_openai_client_is_told_what_is_wrong(
+    client: openai.OpenAI, change: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a", **change)
+    assert caught.value.param == param
+
+
+def test_other_models_are_not_served(images: Server, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny-sd"]
+    with pytest.raises(openai.NotFoundError, match="paints with tiny-sd"):
+        client.images.generate(prompt="a", model="dall-e-3")
+    for route in ("/generate", "/generate_stream", "/v1/completions"):
+        answer = images.post(route, {"prompt": "a"})
+        assert answer.status_code == 404
+        assert "no text model" in answer.json()["error"]["message"]
+
+
+def test_a_picture_as_a_task(images: Server, right: list[Pixels]) -> None:
+    route = "/generate_image_task"
+    task = {"task_id": images.post(f"{route}/submit", ASK).json()["task_id"]}
+
+    def status() -> str:
+        answer = httpx.get(f"{images.url}{route}/status", params=task).json()
+        return str(answer["status"])
+
+    wait_until(lambda: status() != "in_progress", 30, "the task is done")
+    assert status() == "completed"
+    answer = httpx.get(f"{images.url}{route}/get", params=task)
+    assert difference(opened(answer.content), right[0]) <= 1
+    assert images.gauge("admitted_sequences") == 0
+
+
+def test_a_dead_rank_fails_its_pictures_and_comes_back(images: Server) -> None:
+    [rank] = ranks_below(images.pid)
+    body = {"prompt": "a", "stream": True, "num_inference_steps": 200}
+    url = images.url + "/v1/images/generations"
+    with httpx.stream("POST", url, json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        assert next(lines) == "event: image_generation.progress"
+        os.kill(rank.pid, signal.SIGKILL)
+        rest = [line for line in lines if line]
+    assert rest[-2] == "event: error"
+    error = json.loads(rest[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "model_not_ready"
+    images.wait_ready()
+    assert images.post("/generate_image", ASK).status_code == 200
+
+
+def test_beside_a_text_model(
+    image_model: Path, text_model: Path, bentoml_home: Path, right: list[Pixels]
+) -> None:
+    variables = {
+        "TRIPTYCH_TEXT_MODEL": str(text_model),
+        "TRIPTYCH_IMAGE_MODEL": str(image_model),
+        "TRIPTYCH_API_KEY": "key",
+    }
+    with Server(bentoml_home, variables) as server:
+        assert server.post("/generate_image", ASK).status_code == 401
+        key = {"Authorization": "Bearer key"}
+        answer = server.post("/generate_image", ASK, **key)
+        assert difference(opened(answer.content), right[0]) <= 1
+        text = server.post("/generate", {"prompt": "hello", "max_new_tokens": 3}, **key).json()
+        assert text["outputs"][0]["generated_length"] == 3
+        models = httpx.get(server.url + "/v1/models", headers=key).json()["data"]
+        assert [model["id"] for model in models] == ["tiny-llama", "tiny-sd"]
+        assert (
+            server.post("/generate", {"prompt": "a", "model": "tiny-sd"}, **key).status_code == 404
+        )

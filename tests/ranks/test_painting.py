@@ -1,0 +1,236 @@
+"""Pictures of real rank processes: what diffusers alone paints, alone and together, on all engines;
+steps, cancellation, refusals, and ranks that die."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from safetensors.torch import load_file, save_file
+
+from runners import create_image_runner, create_runner
+from runners.config import load_setup_config
+from runners.contracts import ImageRequest, ImageRunner, RunnerState
+from runners.errors import (
+    ConfigError,
+    EngineUnavailable,
+    IncompleteModel,
+    InvalidRequest,
+    RunnerUnavailable,
+)
+from runners.imaging.pipeline import load_pipeline
+from tests.support.generating import wait_ready
+from tests.support.image_models import KINDS, PROMPTS, write_image_model
+from tests.support.painting import difference, events_of, paint, painting, pixels_of, plain, wish
+from tests.support.processes import alive, own_ranks
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+# Other prompts, seeds, guidance, schedulers and numbers of steps, all of which fit into one batch.
+MIXED = (
+    {"prompt": PROMPTS[0], "seed": 1},
+    {"prompt": PROMPTS[1], "seed": 2, "guidance_scale": 3.0, "num_inference_steps": 7},
+    {"prompt": PROMPTS[2], "seed": 3, "guidance_scale": 1.0},
+    {"prompt": PROMPTS[0], "seed": 4, "negative_prompt": "blue", "num_inference_steps": 5},
+    {"prompt": PROMPTS[1], "seed": 5, "scheduler": "euler_ancestral"},
+    {"prompt": PROMPTS[2], "seed": 6, "scheduler": "heun", "previews": 2},
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_model("stable-diffusion", tmp_path_factory.mktemp("images") / "tiny-sd")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def runner(folder: Path) -> AsyncIterator[ImageRunner]:
+    async with painting(folder) as ready:
+        yield ready
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_family_paints_as_diffusers_does(kind: str, tmp_path: Path) -> None:
+    folder = write_image_model(kind, tmp_path / kind)
+    size = {"height": 64, "width": 64}
+    wishes = [wish(prompt, seed=7 + i, **size) for i, prompt in enumerate(PROMPTS)]
+    async with painting(folder) as runner:
+        assert runner.info is not None
+        assert runner.info.architecture.lower().startswith(kind.replace("-", ""))
+        pictures = await asyncio.gather(*(paint(runner, each) for each in wishes))
+    for each, picture in zip(wishes, pictures, strict=True):
+        assert picture.std() > 1
+        assert difference(picture, plain(folder, each)) <= 1
+    assert difference(pictures[0], pictures[1]) > 1
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"engine": "accelerate", "attention_slicing": True, "vae_slicing": True},
+        {"engine": "deepspeed", "tensor_parallel": 2},
+        {"engine": "mii"},
+    ],
+    ids=lambda engine: engine["engine"],
+)
+async def test_a_seed_gives_the_same_pixels_alone_together_and_on_every_engine(
+    folder: Path, engine: dict[str, object]
+) -> None:
+    expected = [plain(folder, wish(**fields)) for fields in MIXED]
+    async with painting(folder, **engine) as runner:
+        alone = [await paint(runner, wish(**fields)) for fields in MIXED]
+        batched = await asyncio.gather(*(paint(runner, wish(**fields)) for fields in MIXED))
+    for one, other, right in zip(alone, batched, expected, strict=True):
+        assert difference(one, right) <= 1
+        assert difference(other, right) <= 1
+
+
+async def test_steps_are_told_and_previews_shown(runner: ImageRunner) -> None:
+    events = await events_of(runner, wish(num_inference_steps=6, previews=2, scheduler="ddim"))
+    assert [(e.step, e.steps) for e in events] == [(i, 6) for i in (1, 2, 3, 4, 5, 6, 6)]
+    assert [e.step for e in events if e.preview is not None] == [2, 4]
+    last = events[-1].picture
+    assert last is not None
+    previews = [pixels_of(e.preview) for e in events if e.preview is not None]
+    assert all(p.shape == pixels_of(last).shape and p.std() > 1 for p in previews)
+
+
+async def test_requests_join_at_any_step_and_share_the_rest(runner: ImageRunner) -> None:
+    order: list[str] = []
+
+    async def watch(request: ImageRequest) -> None:
+        stream = await runner.paint(request)
+        async for event in stream:
+            order.append(f"{request.request_id}:{event.step}")
+
+    long, short = wish(num_inference_steps=60), wish(num_inference_steps=5)
+    first = asyncio.create_task(watch(long))
+    while len(order) < 3:
+        await asyncio.sleep(0.001)
+    await watch(short)
+    began, ended = order.index(f"{short.request_id}:1"), order.index(f"{short.request_id}:5")
+    between = [each for each in order[began:ended] if each.startswith(f"{long.request_id}:")]
+    # The short one did not wait for the long one's end, nor the long one for the short one's.
+    assert 3 <= len(between) <= 5
+    assert not first.done()
+    await first
+
+
+async def test_leaving_ends_the_painting_within_a_step(runner: ImageRunner) -> None:
+    stream = await runner.paint(wish(num_inference_steps=200))
+    async for event in stream:
+        if event.step == 2:
+            break
+    await stream.aclose()
+    # The next picture is alone from its first step on: nothing else arrives from the rank.
+    assert runner.health().running == runner.health().waiting == 0
+    [rank] = own_ranks()
+    await events_of(runner, wish(num_inference_steps=2))
+    before = rank.cpu_times().user
+    await asyncio.sleep(1.0)
+    assert rank.cpu_times().user - before < 0.3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"height": 10_000, "width": 10_000}, "height", "4096 pixels at most"),
+        ({"height": 40, "width": 44}, "width", "multiple of 8"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 200"),
+        ({"num_inference_steps": 201}, "num_inference_steps", "from 1 to 200"),
+        ({"scheduler": "steam"}, "scheduler", "euler"),
+        ({"scheduler": "flow_match_euler"}, "scheduler", "fit this model"),
+    ],
+)
+async def test_what_can_not_be_painted_is_refused(
+    runner: ImageRunner, fields: dict[str, object], param: str, said: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=said) as caught:
+        await runner.paint(wish(**fields))
+    assert caught.value.param == param
+    assert runner.health().waiting == 0
+
+
+async def test_a_killed_rank_fails_its_pictures_and_comes_back(folder: Path) -> None:
+    before = own_ranks()
+    async with painting(folder, engine="deepspeed", tensor_parallel=2) as runner:
+        ours = [p for p in own_ranks() if p not in before]
+        streams = [await runner.paint(wish(num_inference_steps=200)) for _ in range(4)]
+        for stream in streams:
+            await anext(aiter(stream))
+        assert runner.health().running == 4
+        assert len(ours) == 2
+        os.kill(ours[1].pid, signal.SIGKILL)
+        async with asyncio.timeout(2):
+            for stream in streams:
+                with pytest.raises(RunnerUnavailable, match="went down"):
+                    async for _ in stream:
+                        pass
+        await wait_ready(runner)
+        assert runner.health().restarts == 1
+        assert (await paint(runner, wish())).shape == (32, 32, 3)
+        ours += [p for p in own_ranks() if p not in before]
+    assert alive(ours) == []
+
+
+@pytest.mark.parametrize(
+    ("index", "file", "said"),
+    [
+        ({}, "unet/pipeline.py", "is code"),
+        ({"_class_name": ["pipeline", "Mine"]}, None, "would be code"),
+        ({"unet": ["os", "system"]}, None, "neither diffusers nor"),
+        ({"_class_name": "StableDiffusionInpaintPipeline"}, None, "from a prompt alone"),
+        ({"_class_name": "NoSuchPipeline"}, None, "lacks"),
+    ],
+)
+async def test_what_is_no_pipeline_of_diffusers_is_refused(
+    folder: Path, tmp_path: Path, index: dict[str, object], file: str | None, said: str
+) -> None:
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    content = json.loads((odd / "model_index.json").read_text()) | index
+    (odd / "model_index.json").write_text(json.dumps(content))
+    if file is not None:
+        (odd / file).write_text("raise SystemExit")
+    config, _ = load_setup_config(odd, name="odd")
+    with pytest.raises(ConfigError, match=said):
+        load_pipeline(config, on_cpu=True)
+
+
+async def test_missing_weights_are_not_made_up(folder: Path, tmp_path: Path) -> None:
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    file = odd / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    del weights[next(name for name in weights if name.endswith("q_proj.weight"))]
+    save_file(weights, file)
+    config, _ = load_setup_config(odd, name="odd")
+    with pytest.raises(IncompleteModel, match="text_encoder lacks 1 of the weights"):
+        load_pipeline(config, on_cpu=True)
+
+
+async def test_a_start_that_can_not_succeed_says_why(folder: Path, tmp_path: Path) -> None:
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    (odd / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    config, _ = load_setup_config(odd, name="odd", overrides={"num_threads": 1})
+    runner = create_image_runner(config)
+    await runner.start()
+    try:
+        async with asyncio.timeout(60):
+            while runner.health().state is not RunnerState.FAILED:
+                await asyncio.sleep(0.02)
+        assert "odd can not be loaded" in runner.health().detail
+    finally:
+        await runner.stop()
+
+
+async def test_an_image_model_is_no_text_model(folder: Path) -> None:
+    config, _ = load_setup_config(folder, name="tiny-sd")
+    with pytest.raises(EngineUnavailable, match="text-to-image"):
+        create_runner(config)
+    with pytest.raises(ConfigError):
+        load_setup_config(folder, name="tiny-sd", overrides={"max_batch_images": 0})
