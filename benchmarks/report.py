@@ -210,6 +210,8 @@ def _others(results: Results) -> Iterable[str]:
         yield _memory(memory)
     if quality := results.get("quality"):
         yield _quality(quality)
+    if images := results.get("images"):
+        yield _images(images)
 
 
 def _gap(gap: dict[str, Any]) -> str:
@@ -233,6 +235,36 @@ def _quality(quality: dict[str, Any]) -> str:
         f"same likeliest token in **{quality['agreement']:.2%}** of them, mean divergence "
         f"{quality['divergence']:.1e} nats, perplexity {quality['perplexity']:.4f} in float32 and "
         f"{quality['perplexity_int8']:.4f} in int8."
+    )
+
+
+def _images(entries: Sequence[dict[str, Any]]) -> str:
+    def of(server: str, clients: int, field: str = "rate") -> list[float]:
+        return [e[field] for e in entries if (e["server"], e["concurrency"]) == (server, clients)]
+
+    counts = sorted({e["concurrency"] for e in entries})
+    rows: list[list[object]] = [
+        [name, *(_spread(of(name, count), 2) for count in counts)]
+        for name in dict.fromkeys(e["server"] for e in entries)
+    ]
+    ratios = [
+        [a / b for a, b in zip(of("triptych", n), of("diffusers", n), strict=True)] for n in counts
+    ]
+    rows.append(["*triptych / diffusers*", *(_spread(ratio, 2) for ratio in ratios)])
+    batch = [
+        four / one
+        for four, one in zip(
+            of("triptych", counts[-1], "seconds_per_batch"),
+            of("triptych", counts[0], "seconds_per_batch"),
+            strict=True,
+        )
+    ]
+    failed = sum(e["failed"] for e in entries)
+    return (
+        "## Pictures per second, by concurrent clients\n\n"
+        + _table(["server", *counts], rows)
+        + f"\n\nFour pictures at once take **{_spread(batch, 2)}** of the time of four one after "
+        f"another. {failed} failed."
     )
 
 

@@ -53,7 +53,7 @@ class Triptych:
         """The defaults, but for the number of threads and of sequences in a batch."""
         return Launch(
             [executable("bentoml"), "serve", ".", "--host", "127.0.0.1"],
-            _store(self._home)
+            store_at(self._home)
             | {
                 "PORT": str(port),
                 "TRIPTYCH_TEXT_MODEL": MODEL,
@@ -68,8 +68,9 @@ class Triptych:
         setup.write_text(json.dumps(self._settings))
         command = [executable("python"), "-m", "model_store_scripts.import_model"]
         command += [str(self._model()), "--name", MODEL, "--setup-config", str(setup)]
-        run(command, cwd=ROOT, env=os.environ | _store(home))
+        run(command, cwd=ROOT, env=os.environ | store_at(home))
 
 
-def _store(home: Path) -> dict[str, str]:
+def store_at(home: Path) -> dict[str, str]:
+    """The environment of a model store in a folder."""
     return {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save
 
 from model_store_scripts.demo_image.parts import new_scheduler
 
@@ -30,15 +29,16 @@ def assemble(autoencoder: Any, unet: Any, text_encoder: Any, tokenizer: Any) -> 
 def write_demo_image_model(target: Path) -> Path:
     """Writes the pipeline to the folder `target`, creating it, and returns the folder.
 
-    The repository holds the weights in half precision; the model itself is a float32 one, so that
-    every engine computes with the same numbers.
+    The weights are stored in half precision, which is enough to tell them apart, and computed in
+    float32, as diffusers does by default, so that every engine computes with the same numbers.
     """
+    # `copyfile`, since the weights in the repository may be readable by their owner alone.
     shutil.copytree(WEIGHTS, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    for path in target.glob("*/*.safetensors"):
-        weights = {name: half.float() for name, half in load_file(path).items()}
-        # Not `save_file`, which makes a file that its owner alone may read.
-        path.write_bytes(save(weights, metadata={"format": "pt"}))
-    path = target / "text_encoder" / "config.json"
-    config = json.loads(path.read_text()) | {"dtype": "float32"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
+    text_encoder = json.loads((target / "text_encoder/config.json").read_text())
+    _write(target / "text_encoder/config.json", text_encoder | {"dtype": "float32"})
+    _write(target / "setup_config.json", {"task": "text-to-image", "dtype": "float32"})
     return target
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    path.write_text(json.dumps(config, indent=2) + "\n")

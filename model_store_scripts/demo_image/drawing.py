@@ -22,8 +22,8 @@ def place_centre(place: tuple[int, int]) -> tuple[float, float]:
     return SIDE * (0.24 + 0.26 * column), SIDE * (0.24 + 0.26 * row)
 
 
-def draw(scene: Scene, rng: random.Random) -> Pixels:
-    """The picture as (SIDE, SIDE, 3) from 0 to 1. Positions vary a little."""
+def draw(scene: Scene, rng: random.Random | None = None) -> Pixels:
+    """The picture as (SIDE, SIDE, 3) from 0 to 1. Positions vary a little, but without `rng`."""
     picture = np.empty((SIDE, SIDE, 3), np.float32)
     picture[:] = _rgb(scene.background)
     for shape in scene.shapes:
@@ -36,11 +36,12 @@ def _rgb(colour: str) -> Pixels:
     return np.array(COLOURS[colour], np.float32) / np.float32(255)
 
 
-def _distance(shape: Shape, rng: random.Random) -> Pixels:
+def _distance(shape: Shape, rng: random.Random | None) -> Pixels:
     """About how far each pixel is outside of the shape; negative inside."""
     centre_x, centre_y = place_centre(shape.place)
-    x = _X - centre_x - rng.uniform(-JITTER, JITTER)
-    y = _Y - centre_y - rng.uniform(-JITTER, JITTER)
+    x, y = _X - centre_x, _Y - centre_y
+    if rng is not None:
+        x, y = x - rng.uniform(-JITTER, JITTER), y - rng.uniform(-JITTER, JITTER)
     r = SIZES[shape.size]
     match shape.kind:
         case "circle":

@@ -1,6 +1,6 @@
 """Looks at the pixels of a picture: which colours are where, and does it show a scene?"""
 
-import random
+import itertools
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from model_store_scripts.demo_image.world import COLOURS, SHAPES, Scene, Shape
 NEAR = 9.0
 """How far the middle of a shape may be from where it was asked for, in pixels."""
 _FEWEST_PIXELS = 20
+_SHIFT = 3
 _NAMES = list(COLOURS)
 _PALETTE = np.array([COLOURS[name] for name in _NAMES], np.float32)
 
@@ -47,10 +48,10 @@ def likeliest_kind(picture: NDArray[np.uint8], scene: Scene, shape: Shape) -> st
     seen = _around(shape) & (nearest_colours(picture) == _NAMES.index(shape.colour))
 
     def likeness(kind: str) -> float:
-        return max(
-            _overlap(seen, _silhouette(Shape(kind, shape.colour, shape.size, shape.place), number))
-            for number in range(6)
-        )
+        alone = Shape(kind, "black", shape.size, shape.place)
+        dark = draw(Scene((alone,)))[..., 0] < 0.5
+        shifts = itertools.product(range(-_SHIFT, _SHIFT + 1), repeat=2)
+        return max(_overlap(seen, np.roll(dark, shift, axis=(0, 1))) for shift in shifts)
 
     return max(SHAPES, key=likeness)
 
@@ -61,13 +62,6 @@ def _around(shape: Shape) -> NDArray[np.bool_]:
     centre_x, centre_y = place_centre(shape.place)
     near: NDArray[np.bool_] = np.hypot(x - centre_x, y - centre_y) < SIDE / 3
     return near
-
-
-def _silhouette(shape: Shape, number: int) -> NDArray[np.bool_]:
-    alone = Shape(shape.kind, "black", shape.size, shape.place)
-    drawn = draw(Scene((alone,)), random.Random(number))  # noqa: S311 (a picture is no secret)
-    dark: NDArray[np.bool_] = drawn[..., 0] < 0.5
-    return dark
 
 
 def _overlap(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:

@@ -15,12 +15,10 @@ from tests.support.models import write_model
 from tests.support.readme import README, Example, examples, with_tables
 from tests.support.server import ROOT, Server, environment
 
-MODEL = "demo-text"
-
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo model, served as `make serve` does."""
+    """The demo models, served as `make serve` does."""
     home = tmp_path_factory.mktemp("readme")
     subprocess.run(
         [sys.executable, "-m", "model_store_scripts.make_demo_models"],
@@ -28,7 +26,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         env=environment(home),
         check=True,
     )
-    with Server(home, {"TRIPTYCH_TEXT_MODEL": MODEL}) as running:
+    models = {"TRIPTYCH_TEXT_MODEL": "demo-text", "TRIPTYCH_IMAGE_MODEL": "demo-image"}
+    with Server(home, models) as running:
         yield running
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -34,7 +35,7 @@ from tests.support.processes import alive, own_ranks
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 # Other prompts, seeds, guidance, schedulers and numbers of steps, all of which fit into one batch.
-MIXED = (
+MIXED: tuple[dict[str, Any], ...] = (
     {"prompt": PROMPTS[0], "seed": 1},
     {"prompt": PROMPTS[1], "seed": 2, "guidance_scale": 3.0, "num_inference_steps": 7},
     {"prompt": PROMPTS[2], "seed": 3, "guidance_scale": 1.0},
@@ -149,7 +150,7 @@ async def test_leaving_ends_the_painting_within_a_step(runner: ImageRunner) -> N
     ],
 )
 async def test_what_can_not_be_painted_is_refused(
-    runner: ImageRunner, fields: dict[str, object], param: str, said: str
+    runner: ImageRunner, fields: dict[str, Any], param: str, said: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=said) as caught:
         await runner.paint(wish(**fields))

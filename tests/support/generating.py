@@ -14,6 +14,7 @@ from runners.config import load_setup_config
 from runners.contracts import (
     GenerationRequest,
     Prompt,
+    Runner,
     RunnerState,
     SamplingParams,
     TextDelta,
@@ -46,7 +47,7 @@ def text_of(deltas: list[TextDelta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
-async def wait_ready(runner: TextRunner, timeout: float = 120) -> None:
+async def wait_ready(runner: Runner, timeout: float = 120) -> None:
     """Until the runner serves. Raises: AssertionError if it fails or takes longer."""
     async with asyncio.timeout(timeout):
         while not runner.health().ready:

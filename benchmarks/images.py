@@ -1,0 +1,157 @@
+"""Pictures a second: Triptych against plain diffusers behind FastAPI, and four at once against four
+alone. The demo image model, the same prompts, seeds, steps and guidance for both."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from benchmarks.cache import cached
+from benchmarks.client import Dialect, RequestFailed, run_closed_loop
+from benchmarks.metrics import Record, summarise
+from benchmarks.servers.base import Launch, Server, executable, running
+from benchmarks.servers.triptych import store_at
+from benchmarks.workload import Request
+
+STEPS = 20
+GUIDANCE = 4.0
+CONCURRENCIES = (1, 4)
+PER_CLIENT = 6
+"""Pictures of each client in one round."""
+BATCH = 4
+_PNG = b"\x89PNG"
+_SHAPES = ("circle", "square", "triangle", "ring")
+_COLOURS = ("red", "green", "blue", "yellow", "purple")
+
+
+class Painting:
+    """`POST /generate_image`; a picture counts as one token, so that all else is as for text."""
+
+    async def send(
+        self, session: aiohttp.ClientSession, url: str, request: Request, record: Record
+    ) -> None:
+        """See `client.Dialect`."""
+        body = {
+            "prompt": request.prompt,
+            "num_inference_steps": STEPS,
+            "guidance_scale": GUIDANCE,
+            "seed": request.prompt_tokens,
+        }
+        async with session.post(f"{url}/generate_image", json=body) as answer:
+            content = await answer.read()
+            if answer.status != 200:
+                raise RequestFailed(f"{answer.status}: {content[:300]!r}")
+            record.tokens = int(content.startswith(_PNG))
+
+
+class TriptychImages:
+    """This working tree with its defaults, but for the number of threads."""
+
+    name = "triptych"
+    ready_path = "/readyz"
+
+    def dialect(self) -> Dialect:
+        """The native route."""
+        return Painting()
+
+    def prepare(self) -> str:
+        """Nothing but the model."""
+        model_folder()
+        return version("triptych")
+
+    def launch(self, port: int, *, threads: int, concurrency: int) -> Launch:
+        """From the folder, with a model store of its own, which stays empty."""
+        variables = {
+            "PORT": str(port),
+            "TRIPTYCH_IMAGE_MODEL": str(model_folder()),
+            "TRIPTYCH_NUM_THREADS": str(threads),
+        }
+        home = cached("stores/images", lambda folder: None)
+        command = [executable("bentoml"), "serve", ".", "--host", "127.0.0.1"]
+        return Launch(command, store_at(home) | variables)
+
+
+class PlainDiffusers:
+    """See `servers/diffusers_server.py`."""
+
+    name = "diffusers"
+    ready_path = "/ready"
+
+    def dialect(self) -> Dialect:
+        """The same body."""
+        return Painting()
+
+    def prepare(self) -> str:
+        """Nothing to install."""
+        return version("diffusers")
+
+    def launch(self, port: int, *, threads: int, concurrency: int) -> Launch:
+        """In this Python environment."""
+        command = [executable("python"), "-m", "benchmarks.servers.diffusers_server"]
+        command += [str(model_folder()), str(port), str(threads)]
+        return Launch(command, {"OMP_NUM_THREADS": str(threads)})
+
+
+def model_folder() -> Path:
+    """The demo image model, written the first time."""
+
+    def write(folder: Path) -> None:
+        from model_store_scripts.demo_image.build import write_demo_image_model
+
+        write_demo_image_model(folder)
+
+    return cached("image-model", write)
+
+
+def requests(count: int, first: int = 0) -> list[Request]:
+    """Prompts and, in place of their length, seeds."""
+    return [
+        Request(f"a {_COLOURS[i % len(_COLOURS)]} {_SHAPES[i % len(_SHAPES)]}", i, output_tokens=1)
+        for i in range(first, first + count)
+    ]
+
+
+def measure(threads: int, rounds: int, *, per_client: int = PER_CLIENT) -> list[dict[str, Any]]:
+    """One entry per server, concurrency and round: pictures a second. Raises: Unavailable."""
+    servers: Sequence[Server] = (TriptychImages(), PlainDiffusers())
+    entries = []
+    for number in range(1, rounds + 1):
+        for server in servers:
+            server.prepare()
+            for found in asyncio.run(_rates(server, threads, per_client)):
+                entry = {"round": number, "server": server.name} | found
+                print(f"images {server.name:9} {found['concurrency']}: {found['rate']:.2f}/s")
+                entries.append(entry)
+    return entries
+
+
+async def _rates(server: Server, threads: int, per_client: int) -> list[dict[str, Any]]:
+    found = []
+    probe = requests(1)[0]
+    async with running(server, probe, threads=threads, concurrency=max(CONCURRENCIES)) as up:
+        await run_closed_loop(up.url, up.dialect, requests(BATCH), concurrency=BATCH, tree=up.tree)
+        for clients in CONCURRENCIES:
+            records, window = await run_closed_loop(
+                up.url,
+                up.dialect,
+                requests(clients * per_client, first=100),
+                concurrency=clients,
+                tree=up.tree,
+            )
+            summary = summarise(records, window)
+            whole = max(r.end for r in records) - min(r.sent for r in records)
+            found.append(
+                {
+                    "concurrency": clients,
+                    # All are begun and ended together: there is no tail to leave out.
+                    "rate": len(records) / whole,
+                    "failed": summary.failed,
+                    "seconds_per_batch": BATCH * whole / len(records),
+                }
+            )
+    return found
