@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class ImageFields(BaseModel):
     """Fields that mean something where `task` is `text-to-image`."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     max_batch_images: Annotated[int, Field(ge=1, le=256)] = 8
     """Pictures that a rank paints together in one step (image models)."""

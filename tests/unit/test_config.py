@@ -145,3 +145,18 @@ def test_documentation_is_generated_from_the_types(module: str) -> None:
     for field in set(wanted[module].model_fields) - GIVEN:
         assert f"{field}`" in out.lower(), field
     assert all(line.split("|")[3].strip() for line in out.splitlines() if line.startswith("| `"))
+
+
+@pytest.mark.parametrize("engine", [{}, {"engine": "mii"}])
+def test_miis_published_image_config_is_taken(tmp_path: Path, engine: dict[str, str]) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    published = {"model_name": "stabilityai/stable-diffusion-2-1", "task": "text-to-image"}
+    (tmp_path / "setup_config.json").write_text(json.dumps(published | engine))
+    config, _ = load_setup_config(tmp_path, name="painter")
+    assert (config.task, config.engine) == ("text-to-image", engine.get("engine", "accelerate"))
+
+
+def test_a_pipelines_folder_alone_is_an_image_model(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    config, warnings = load_setup_config(tmp_path, name="painter")
+    assert (config.task, config.max_batch_images, warnings) == ("text-to-image", 8, [])
