@@ -21,6 +21,9 @@ logger = logging.getLogger("triptych")
 OVERRIDES = {
     "engine": "text_engine",
     "tensor_parallel": "tensor_parallel",
+    "nnodes": "nnodes",
+    "node_rank": "node_rank",
+    "rdzv_endpoint": "rdzv_endpoint",
     "max_batch_size": "max_batch_size",
     "max_kv_tokens": "max_kv_tokens",
     "start_timeout": "start_timeout",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runners.errors import EngineUnavailable
+from runners.errors import ConfigError, EngineUnavailable
 
 if TYPE_CHECKING:
     from runners.config import BaseRunnerConfig
@@ -24,10 +24,21 @@ TEXT_PROGRAMS = {
 def create_runner(config: BaseRunnerConfig) -> TextRunner:
     """A runner for `config`, not yet started.
 
-    Raises: EngineUnavailable if this build holds no such engine for the task.
+    Raises: EngineUnavailable if this build holds no such engine for the task, ConfigError if the
+    config is that of another node.
     """
     from runners.text_runner import RankedTextRunner
 
+    program = rank_program(config)
+    if config.first_rank:
+        raise ConfigError(
+            "node_rank must be 0 where the service runs; here, run: python -m runners.ranks.join"
+        )
+    return RankedTextRunner(config, program=program)
+
+
+def rank_program(config: BaseRunnerConfig) -> str:
+    """`module:function` that loads the model in its ranks. Raises: EngineUnavailable."""
     engine = getattr(config, "engine", None)
     program = TEXT_PROGRAMS.get(str(engine))
     if config.task != "text-generation" or program is None:
@@ -36,4 +47,4 @@ def create_runner(config: BaseRunnerConfig) -> TextRunner:
             f"engine {engine} for {config.task} is not part of this version of Triptych; "
             f"text-generation runs on: {allowed}"
         )
-    return RankedTextRunner(config, program=program)
+    return program

@@ -93,6 +93,21 @@ class BaseRunnerConfig(BaseModel):
         """How many rank processes hold the model."""
         return self.tensor_parallel
 
+    @property
+    def local_world_size(self) -> int:
+        """How many of them run on this machine."""
+        return self.world_size
+
+    @property
+    def first_rank(self) -> int:
+        """The first of them."""
+        return 0
+
+    @property
+    def rendezvous(self) -> str | None:
+        """`host:port` where the ranks of several machines meet; None if all are on this one."""
+        return None
+
 
 class AccelerateConfig(BaseRunnerConfig):
     """Accelerate: `device_map` placement over GPUs, CPU and disk, in one rank."""
@@ -143,6 +158,43 @@ class DeepSpeedConfig(BaseRunnerConfig):
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own inference config: `{"config": "ds-config.json"}` for a file beside
     `setup_config.json`, or what such a file holds as `config`."""
+    nnodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Over how many machines the ranks are spread, evenly."""
+    node_rank: Annotated[int, Field(ge=0)] = 0
+    """Which of the machines this is. The service runs on 0; the others run
+    `python -m runners.ranks.join`."""
+    rdzv_endpoint: (
+        Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")] | None
+    ) = None
+    """`host:port` of machine 0 where the machines meet, on a network that only they are on."""
+
+    @property
+    def local_world_size(self) -> int:
+        """How many ranks run on this machine."""
+        return self.world_size // self.nnodes
+
+    @property
+    def first_rank(self) -> int:
+        """The first of them."""
+        return self.node_rank * self.local_world_size
+
+    @property
+    def rendezvous(self) -> str | None:
+        """Where the ranks of several machines meet; None if all are on this one."""
+        return self.rdzv_endpoint if self.nnodes > 1 else None
+
+    @model_validator(mode="after")
+    def _nodes_agree(self) -> DeepSpeedConfig:
+        if self.tensor_parallel % self.nnodes:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} can not be spread evenly over "
+                f"{self.nnodes} nodes"
+            )
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank must be below nnodes, which is {self.nnodes}")
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise ValueError("rdzv_endpoint is needed for several nodes: host:port of node 0")
+        return self
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> DeepSpeedConfig:

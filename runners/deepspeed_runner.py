@@ -36,7 +36,7 @@ def load_program(context: RankContext) -> RankProgram:
     if not isinstance(config, DeepSpeedConfig):
         raise ConfigError(f"the DeepSpeed engine was given a config for {config.engine}")
     torch.set_num_threads(context.num_threads)
-    groups = connect(timeout=max(config.start_timeout, config.step_timeout))
+    groups = connect(context)
     ranks = Ranks(groups.control)
     with loading_of(config.name):
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
@@ -151,8 +151,6 @@ def _auto_tp(
 def _deepspeed(groups: RankGroups) -> Any:  # carries no types
     """DeepSpeed, connected to the group that exists."""
     os.environ.setdefault("DS_ACCELERATOR", groups.device.type)
-    # Its launcher would set it; without, a CPU counts its NUMA nodes as devices.
-    os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
     import deepspeed
 
     # Built at the first start for a minute, and a build that is killed leaves a lock behind on

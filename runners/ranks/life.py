@@ -144,7 +144,8 @@ class Life:
             return None
         for rank, beat in self._beats.items():
             if now - beat > config.heartbeat_timeout:
-                return f"rank {rank} hangs: no sign of life for {config.heartbeat_timeout:g} s"
+                what = "hangs" if rank in self._writers else "on another node hangs or is cut off"
+                return f"rank {rank} {what}: no sign of life for {config.heartbeat_timeout:g} s"
         if self.last_beat is not None and self.last_beat.step_age > config.step_timeout:
             return f"rank 0 hangs: one step takes longer than {config.step_timeout:g} s"
         return None

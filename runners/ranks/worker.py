@@ -34,7 +34,7 @@ from runners.ranks.messages import (
     Ready,
     Shutdown,
 )
-from runners.ranks.spec import SOCKET, WORK, read_spec
+from runners.ranks.spec import SOCKET, WORK, RankSpec, read_spec
 
 HEARTBEAT_S = 1.0
 
@@ -82,10 +82,12 @@ class RankContext:
     """A private folder that goes with the rank group."""
     emit: Callable[[RankMessage], None]
     """Sends a message to the host; callable from any thread."""
+    rendezvous: str | None = None
+    """`host:port` where the ranks of several machines meet."""
 
     def progress(self, state: RunnerState, detail: str) -> None:
         """Tell the host what the start-up is doing."""
-        if self.rank == 0:
+        if int(os.environ["LOCAL_RANK"]) == 0:
             self.emit(Progress(state, detail))
 
 
@@ -123,13 +125,10 @@ def main() -> None:
     except ConfigError as error:
         channel.send(Fatal(type(error).__name__, error.message))
         sys.exit(2)
-    # What was loaded stays for good: no collection needs to walk over it while streams wait.
-    gc.collect()
-    gc.freeze()
     clock = _StepClock()
     _start_thread(_read, channel, program)
     _start_thread(_beat, channel, program, clock, rank)
-    if rank == 0:
+    if int(os.environ["LOCAL_RANK"]) == 0:
         channel.send(Ready(program.info))
     while True:
         with clock:
@@ -137,21 +136,32 @@ def main() -> None:
 
 
 def _load(run_dir: Path, rank: int, channel: RankChannel) -> RankProgram:
-    spec = read_spec(run_dir)
     work_dir = run_dir / WORK
     work_dir.mkdir(mode=0o700, exist_ok=True)
+    program = load(read_spec(run_dir), rank, work_dir, channel.send)
+    # What was loaded stays for good: no collection needs to walk over it while streams wait.
+    gc.collect()
+    gc.freeze()
+    return program
+
+
+def load(
+    spec: RankSpec, rank: int, work_dir: Path, emit: Callable[[RankMessage], None]
+) -> RankProgram:
+    """The program of one rank. Raises: ConfigError."""
     context = RankContext(
         config=runner_config_adapter.validate_json(spec.config),
         rank=rank,
         world_size=spec.world_size,
         num_threads=spec.num_threads,
         work_dir=work_dir,
-        emit=channel.send,
+        emit=emit,
+        rendezvous=spec.rendezvous,
     )
     context.progress(RunnerState.LOADING, "importing the engine")
     module, _, function = spec.program.partition(":")
-    load = cast(LoadProgram, getattr(importlib.import_module(module), function))
-    return load(context)
+    load_program = cast(LoadProgram, getattr(importlib.import_module(module), function))
+    return load_program(context)
 
 
 def _read(channel: RankChannel, program: RankProgram) -> None:

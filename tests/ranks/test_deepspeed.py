@@ -151,3 +151,10 @@ async def test_a_lost_rank_fails_what_is_in_flight_and_the_group_comes_back(
         await wait_ready(runner)
         deltas = await collect(runner, "hello", max_new_tokens=8, ignore_eos=True)
         assert [ids_of(deltas)] == greedy(folder, ["hello"], 8)
+
+
+async def test_ranks_of_one_machine_are_not_reached_from_outside(tmp_path: Path) -> None:
+    folder = write_model("llama", tmp_path / "llama")
+    async with serving(folder, **TWO):
+        used = {c.laddr.ip for rank in own_ranks() for c in rank.net_connections("tcp")}
+    assert {address.removeprefix("::ffff:") for address in used} == {"127.0.0.1"}
