@@ -18,7 +18,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runners import rank_program
 from runners.config import BaseRunnerConfig
 from runners.contracts import RunnerState
 from runners.errors import ConfigError
@@ -35,11 +34,11 @@ def main() -> None:
     """Run until SIGTERM or Ctrl-C, or until it is clear that this can not work."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     try:
-        config = _config(_arguments())
+        config, program = _chosen(_arguments())
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            _be_a_rank(config)
+            _be_a_rank(config, program)
         else:
-            asyncio.run(_hold(config))
+            asyncio.run(_hold(config, program))
     except ConfigError as error:
         sys.exit(f"error: {error.message}")
 
@@ -58,9 +57,11 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _config(arguments: argparse.Namespace) -> BaseRunnerConfig:
-    # Not above: they are the service's, and load BentoML.
+def _chosen(arguments: argparse.Namespace) -> tuple[BaseRunnerConfig, str]:
+    """The config of the model, and the program that loads it. Raises: ConfigError."""
+    # Not above: all else here is below them.
     from model_choice import text_config
+    from runners import rank_program
     from settings import get_settings
 
     given = {k: v for k, v in vars(arguments).items() if v is not None}
@@ -71,18 +72,18 @@ def _config(arguments: argparse.Namespace) -> BaseRunnerConfig:
             "a node that joins needs engine deepspeed, nnodes from 2, node_rank from 1 and "
             "rdzv_endpoint; node_rank 0 is the service"
         )
-    return config
+    return config, rank_program(config)
 
 
-async def _hold(config: BaseRunnerConfig) -> None:
+async def _hold(config: BaseRunnerConfig, program: str) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     group = RankGroup(
         config,
-        program=rank_program(config),
+        program=program,
         on_message=lambda _: None,
-        on_down=lambda reason: None,
+        on_down=lambda _: None,
     )
     await group.start()
     try:
@@ -96,8 +97,8 @@ async def _hold(config: BaseRunnerConfig) -> None:
         raise ConfigError(health.detail)
 
 
-def _be_a_rank(config: BaseRunnerConfig) -> None:
-    spec = spec_of(config, rank_program(config))
+def _be_a_rank(config: BaseRunnerConfig, program: str) -> None:
+    spec = spec_of(config, program)
     if os.environ["LOCAL_WORLD_SIZE"] != str(spec.local_world_size):
         raise ConfigError(f"torchrun's nproc-per-node must be {spec.local_world_size}")
     rank = spec.first_rank + int(os.environ["LOCAL_RANK"])
@@ -106,10 +107,10 @@ def _be_a_rank(config: BaseRunnerConfig) -> None:
     from runners.ranks.worker import load
 
     with tempfile.TemporaryDirectory(prefix="triptych-rank-") as folder:
-        program = load(spec, rank, Path(folder), lambda _: None)
+        loaded = load(spec, rank, Path(folder), lambda _: None)
         logger.info("rank %d is ready", rank)
         while True:
-            program.step()
+            loaded.step()
 
 
 if __name__ == "__main__":
