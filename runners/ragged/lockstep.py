@@ -9,6 +9,7 @@ pickled.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -96,6 +97,22 @@ def _take(numbers: Iterator[int], count: int) -> list[int]:
     return [next(numbers) for _ in range(count)]
 
 
+class RankLost(Exception):
+    """Another rank of the group ended or can not be reached."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Tell what a lost rank does to a collective from other errors. Raises: RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no type of their own.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RankLost(f"another rank of the group is lost: {error}") from error
+        raise
+
+
 class Leader:
     """Rank 0's share of the model: has the others run what it runs."""
 
@@ -104,13 +121,15 @@ class Leader:
         self._ranks = ranks
 
     def run(self, plan: StepPlan) -> torch.Tensor:
-        """See `engine.Runs`."""
-        self._ranks.send(plan)
-        return self._model.run(plan)
+        """See `engine.Runs`. Raises: RankLost."""
+        with _together():
+            self._ranks.send(plan)
+            return self._model.run(plan)
 
     def idle(self) -> None:
-        """Let no rank wait so long that it takes this one for lost."""
-        self._ranks.send(None)
+        """Let no rank wait so long that it takes this one for lost. Raises: RankLost."""
+        with _together():
+            self._ranks.send(None)
 
 
 class Follower:
@@ -126,10 +145,11 @@ class Follower:
         raise ValueError(f"unexpected {type(message).__name__}")
 
     def step(self) -> None:
-        """Run the next step of rank 0, once there is one."""
-        plan = self._ranks.receive()
-        if plan is not None:
-            self._model.run(plan)
+        """Run the next step of rank 0, once there is one. Raises: RankLost."""
+        with _together():
+            plan = self._ranks.receive()
+            if plan is not None:
+                self._model.run(plan)
 
     def occupancy(self) -> Occupancy:
         """Rank 0 knows."""

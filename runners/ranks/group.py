@@ -17,7 +17,7 @@ from runners.config import BaseRunnerConfig
 from runners.contracts import ModelInfo, RunnerHealth, RunnerState
 from runners.errors import RunnerUnavailable
 from runners.ranks.life import End, Life
-from runners.ranks.messages import Fatal, HostMessage, Progress, RankMessage, Ready
+from runners.ranks.messages import Broken, Fatal, HostMessage, Progress, RankMessage, Ready
 from runners.ranks.spec import spec_of
 
 logger = logging.getLogger("triptych.ranks")
@@ -138,6 +138,8 @@ class RankGroup:
                 self._enter(RunnerState.READY, f"{info.architecture} on {', '.join(info.devices)}")
             case Fatal(_, reason) if self._life is not None:
                 self._life.end(reason, final=True)
+            case Broken(rank, reason) if self._life is not None:
+                self._life.end(reason, told_by=rank)
             case _:
                 self._on_message(message)
 

@@ -40,7 +40,8 @@ def main() -> None:
     # Its warnings about every signal it sends would read like trouble; outcome.json says it better.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
-    ranks = _start(run_dir, read_spec(run_dir))
+    spec = read_spec(run_dir)
+    ranks = _start(run_dir, spec)
     # After the start, which sets handlers of its own.
     outlive_signals()
     result = None
@@ -50,7 +51,7 @@ def main() -> None:
     result = result or ranks.wait(timeout=POLL_S, period=POLL_S / 2)
     ranks.close(death_sig=signal.SIGKILL, timeout=KILL_AFTER_S)
     if result is not None:
-        write_private(run_dir / OUTCOME, _outcome(result))
+        write_private(run_dir / OUTCOME, _outcome(result, spec.first_rank))
         sys.exit(1 if result.is_failed() else 0)
 
 
@@ -75,16 +76,18 @@ def _wait_for_eof(stop: threading.Event) -> None:
     stop.set()
 
 
-def _outcome(result: RunProcsResult) -> Outcome:
+def _outcome(result: RunProcsResult, first_rank: int) -> Outcome:
     if not result.failures:
         return Outcome(reason="the ranks ended by themselves", stderr_tail=[])
-    rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    local, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    rank = first_rank + local
     how = (
         f"was killed by {failure.signal_name()}"
         if failure.exitcode < 0
         else f"exited with status {failure.exitcode}"
     )
-    return Outcome(reason=f"rank {rank} {how}", stderr_tail=_tail(result.stderrs.get(rank)))
+    tail = _tail(result.stderrs.get(local))
+    return Outcome(reason=f"rank {rank} {how}", stderr_tail=tail, rank=rank)
 
 
 def _tail(path: str | None) -> list[str]:

@@ -32,10 +32,13 @@ PRIVATE_VARIABLES = frozenset({"TRIPTYCH_API_KEY"})
 
 @dataclass(frozen=True)
 class End:
-    """Why a life is over; `final` if another can not do better."""
+    """Why a life is over."""
 
     reason: str
     final: bool = False
+    """Whether another can not do better."""
+    told_by: int | None = None
+    """The rank that said it of itself."""
 
 
 class Life:
@@ -109,10 +112,10 @@ class Life:
         """Write to rank 0."""
         self._writers[0].write(encode_frame(message))
 
-    def end(self, reason: str, *, final: bool = False) -> None:
+    def end(self, reason: str, *, final: bool = False, told_by: int | None = None) -> None:
         """Declare this life over; only the first reason counts."""
         if not self._end.done():
-            self._end.set_result(End(reason, final))
+            self._end.set_result(End(reason, final, told_by))
 
     async def watch(self, ready: Callable[[], bool]) -> End:
         """Wait until this life is over, or ends it when a deadline passes."""
@@ -129,7 +132,7 @@ class Life:
             await asyncio.wait({self._exited}, timeout=RANK_EXIT_S)
         await self._end_launcher()
         outcome = read_outcome(self._run_dir)
-        if outcome is None or end.final:
+        if outcome is None or end.final or end.told_by == outcome.rank is not None:
             return end
         said = [line.strip() for line in outcome.stderr_tail if line.strip()]
         errors = [line for line in said if _EXCEPTION.match(line)]

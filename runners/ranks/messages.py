@@ -70,6 +70,13 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class Broken(msgspec.Struct, frozen=True, tag=True):
+    """Rank: a step failed, and with it the rank, which ends now."""
+
+    rank: int
+    reason: str
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Rank: alive, once a second. `step_age` is the seconds the current step has taken so far."""
 
@@ -132,6 +139,7 @@ RankMessage = (
     | Progress
     | Ready
     | Fatal
+    | Broken
     | Heartbeat
     | Accepted
     | Deltas

@@ -53,6 +53,8 @@ class Outcome(msgspec.Struct, frozen=True):
 
     reason: str
     stderr_tail: list[str]
+    rank: int | None = None
+    """Which one ended first."""
 
 
 def write_private(path: Path, value: RankSpec | Outcome) -> None:

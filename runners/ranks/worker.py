@@ -25,6 +25,7 @@ from runners.errors import ConfigError
 from runners.ranks.channel import RankChannel
 from runners.ranks.lifeline import die_with_parent, outlive_signals
 from runners.ranks.messages import (
+    Broken,
     Fatal,
     Heartbeat,
     Hello,
@@ -130,9 +131,14 @@ def main() -> None:
     _start_thread(_beat, channel, program, clock, rank)
     if int(os.environ["LOCAL_RANK"]) == 0:
         channel.send(Ready(program.info))
-    while True:
-        with clock:
-            program.step()
+    try:
+        while True:
+            with clock:
+                program.step()
+    except Exception as error:
+        said = str(error).strip().split("\n")[0]
+        channel.send(Broken(rank, f"rank {rank} failed: {type(error).__name__}: {said}"))
+        raise
 
 
 def _load(run_dir: Path, rank: int, channel: RankChannel) -> RankProgram:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -120,8 +121,10 @@ async def test_two_nodes_serve_one_model_and_survive_the_loss_of_a_rank(
                     while True:
                         await anext(iterator)
                 assert time.monotonic() - lost_at < limit
-                if fault == signal.SIGSTOP:
-                    assert "rank 1 on another node hangs or is cut off" in info.value.message
+                # Whichever host is first: node 1's ends its stopped rank itself.
+                assert re.search(
+                    "another rank of the group is lost|rank 1 .* hangs", str(info.value)
+                )
                 await wait_ready(runner)
                 deltas = await collect(runner, "hello", max_new_tokens=COUNT, ignore_eos=True)
                 assert [ids_of(deltas)] == greedy(folder, ["hello"], COUNT)
