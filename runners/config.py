@@ -158,6 +158,10 @@ class DeepSpeedConfig(BaseRunnerConfig):
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own inference config: `{"config": "ds-config.json"}` for a file beside
     `setup_config.json`, or what such a file holds as `config`."""
+    shm_collectives: bool = False
+    """Whether the ranks of a CPU add up through shared memory, by DeepSpeed's operator, which is
+    compiled at the first start: several times faster if each thread has a core to itself, slower
+    than the default, gloo, if not. All ranks are on one machine."""
     nnodes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Over how many machines the ranks are spread, evenly."""
     node_rank: Annotated[int, Field(ge=0)] = 0
@@ -192,6 +196,8 @@ class DeepSpeedConfig(BaseRunnerConfig):
             )
         if self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank must be below nnodes, which is {self.nnodes}")
+        if self.nnodes > 1 and self.shm_collectives:
+            raise ValueError("shm_collectives is for ranks of one machine: nnodes must be 1")
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             raise ValueError("rdzv_endpoint is needed for several nodes: host:port of node 0")
         return self

@@ -11,15 +11,18 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from runners.config import DeepSpeedConfig
 from runners.contracts import RunnerState
 from runners.deepspeed_config import for_init_inference
 from runners.deepspeed_layers import plain_splits
+from runners.deepspeed_shm import NAME, all_reduce, shared_memory
 from runners.errors import ConfigError, IncompleteModel
 from runners.ragged.loading import choose_dtype, loading_of, stored_dtype, text_program
 from runners.ragged.lockstep import Ranks
@@ -47,7 +50,7 @@ def load_program(context: RankContext) -> RankProgram:
     proof = Proof(model, ranks)
     if config.world_size > 1:
         context.progress(RunnerState.LOADING, f"splitting it over {config.world_size} ranks")
-        model = _split(model, proof, config, own, groups)
+        model = _split(model, proof, context, config, own, groups)
         proof = proof.of(model)
     return text_program(context, model, proof=proof, ranks=ranks)
 
@@ -91,13 +94,14 @@ def _load(
 def _split(
     model: PreTrainedModel,
     proof: Proof,
+    context: RankContext,
     config: DeepSpeedConfig,
     own: PreTrainedConfig,
     groups: RankGroups,
 ) -> PreTrainedModel:
     """This rank's share of the model. Raises: ConfigError if no way of splitting is right."""
     ways: dict[str, Callable[[], PreTrainedModel]] = {
-        "DeepSpeed's AutoTP": lambda: _auto_tp(model, config, groups),
+        "DeepSpeed's AutoTP": lambda: _auto_tp(model, context, config, groups),
         "transformers' tp_plan": lambda: _load(config, own, groups, tp_plan="auto"),
     }
     reasons = []
@@ -105,7 +109,7 @@ def _split(
         candidate, failure = model, None
         try:
             candidate = split()
-        except (MemoryError, torch.OutOfMemoryError):
+        except (ConfigError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a library trips over, this way is none
             failure = error
@@ -130,9 +134,10 @@ def _sentence(failure: Exception | None) -> str:
 
 
 def _auto_tp(
-    model: PreTrainedModel, config: DeepSpeedConfig, groups: RankGroups
+    model: PreTrainedModel, context: RankContext, config: DeepSpeedConfig, groups: RankGroups
 ) -> PreTrainedModel:
-    deepspeed = _deepspeed(groups)
+    through_memory = config.shm_collectives and groups.device.type == "cpu"
+    deepspeed = _deepspeed(context, groups, shm=through_memory)
     on_cpu = groups.device.type == "cpu"
     size = getattr(model.config.get_text_config(), "hidden_size", 0)
     options = for_init_inference(
@@ -144,17 +149,16 @@ def _auto_tp(
     )
     engine = deepspeed.init_inference(model, config=options | {"dtype": model.dtype})
     split: PreTrainedModel = engine.module
-    plain_splits(split)
+    plain_splits(split, all_reduce if through_memory else dist.all_reduce)
     return split
 
 
-def _deepspeed(groups: RankGroups) -> Any:  # carries no types
+def _deepspeed(context: RankContext, groups: RankGroups, *, shm: bool) -> Any:  # carries no types
     """DeepSpeed, connected to the group that exists."""
     os.environ.setdefault("DS_ACCELERATOR", groups.device.type)
     import deepspeed
 
-    # Built at the first start for a minute, and a build that is killed leaves a lock behind on
-    # which every later start waits for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if groups.device.type == "cuda" else "gloo")
+    deepspeed.ops.__compatible_ops__[NAME] = False
+    with shared_memory(context) if shm else nullcontext():
+        deepspeed.init_distributed(dist_backend="nccl" if groups.device.type == "cuda" else "gloo")
     return deepspeed

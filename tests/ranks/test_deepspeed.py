@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,7 @@ pytest.importorskip("deepspeed")
 
 PROMPTS = ["hello", "the cat sat on", "a long prompt that takes several steps, " * 4, "x", "mat 12"]
 COUNT = 16
-TWO = {"engine": "deepspeed", "tensor_parallel": 2}
+TWO: dict[str, Any] = {"engine": "deepspeed", "tensor_parallel": 2}
 SPLIT = [
     *("llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox", "phi", "falcon", "gptj", "gpt_neo"),
     *("mpt", "gemma", "gemma2", "gemma3", "starcoder2", "mixtral", "bloom", "phi3"),
@@ -158,3 +160,39 @@ async def test_ranks_of_one_machine_are_not_reached_from_outside(tmp_path: Path)
     async with serving(folder, **TWO):
         used = {c.laddr.ip for rank in own_ranks() for c in rank.net_connections("tcp")}
     assert {address.removeprefix("::ffff:") for address in used} == {"127.0.0.1"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed's operator is for Linux")
+@pytest.mark.timeout(600)
+async def test_ranks_may_add_up_through_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled beside the lock of a build that was killed; no buffer is left behind."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_model("llama", tmp_path / "llama")
+    shared: dict[str, Any] = {**TWO, "shm_collectives": True}
+
+    def buffers() -> set[Path]:
+        return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+
+    before = buffers()
+    async with serving(folder, patience=500, **shared) as runner:
+        deltas = await collect(runner, PROMPTS[2], max_new_tokens=COUNT, ignore_eos=True)
+        loaded = Path("/proc", str(own_ranks()[0].pid), "maps").read_text()
+        assert "deepspeed_shm_comm.so" in loaded
+        assert buffers() <= before
+    assert [ids_of(deltas)] == greedy(folder, [PROMPTS[2]], COUNT)
+    (built,) = (tmp_path / "cache" / "triptych").glob("torch*/deepspeed_shm_comm")
+    (built / "lock").touch()
+    leftover = Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_triptych.4194305_x_0")
+    leftover.touch()
+    async with serving(folder, **shared) as runner:
+        assert not leftover.exists()
+        second = next(p for p in own_ranks() if p.environ()["RANK"] == "1")
+        second.kill()
+        while runner.health().ready:
+            await asyncio.sleep(0.05)
+        await wait_ready(runner)
+        deltas = await collect(runner, PROMPTS[1], max_new_tokens=COUNT, ignore_eos=True)
+    assert [ids_of(deltas)] == greedy(folder, [PROMPTS[1]], COUNT)
+    assert buffers() <= before

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -75,7 +76,7 @@ def joining(log: Path, *arguments: object, inside: str | None = None) -> Iterato
             node.stop()
 
 
-def options(endpoint: str) -> dict[str, object]:
+def options(endpoint: str) -> dict[str, Any]:
     return {
         "engine": "deepspeed",
         "tensor_parallel": 2,
