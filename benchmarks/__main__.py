@@ -8,11 +8,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gap, limit, machine, memory, overhead, plot, quality, report, results, table
+from benchmarks import (
+    gap,
+    limit,
+    machine,
+    memory,
+    overhead,
+    plot,
+    quality,
+    report,
+    results,
+    split,
+    table,
+)
 from benchmarks.cache import Unavailable, cache
 from benchmarks.servers import SERVERS
 
-PARTS = ("table", "limit", "overhead", "gap", "memory", "quality")
+PARTS = ("table", "limit", "overhead", "gap", "memory", "quality", "split")
 OVERHEAD_CONCURRENCIES = (1, 16, 64)
 LIMIT_CONCURRENCIES = (1, 4, 8, 16, 32)
 HERE = Path(__file__).resolve().parent
@@ -50,6 +62,7 @@ def _measure(
             args.threads, long_prompt=1000 if args.quick else gap.LONG_PROMPT
         ),
         "quality": lambda: quality.measure(args.threads),
+        "split": lambda: split.measure((1, 4) if args.quick else (1, 16), 1 if args.quick else 3),
         "memory": lambda: memory.measure(
             args.threads, requests=32 if args.quick else memory.REQUESTS
         ),

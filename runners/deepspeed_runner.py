@@ -8,6 +8,7 @@ Imported in rank processes only.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -149,7 +150,10 @@ def _auto_tp(
     )
     engine = deepspeed.init_inference(model, config=options | {"dtype": model.dtype})
     split: PreTrainedModel = engine.module
+    del engine
     plain_splits(split, all_reduce if through_memory else dist.all_reduce)
+    # DeepSpeed's layers hold their weights in circles, beside which packed ones would be too many.
+    gc.collect()
     return split
 
 

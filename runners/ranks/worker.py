@@ -88,7 +88,7 @@ class RankContext:
 
     def progress(self, state: RunnerState, detail: str) -> None:
         """Tell the host what the start-up is doing."""
-        if int(os.environ["LOCAL_RANK"]) == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             self.emit(Progress(state, detail))
 
 
