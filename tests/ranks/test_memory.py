@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -70,7 +71,7 @@ def watching() -> Iterator[dict[int, int]]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
 async def test_a_rank_never_holds_much_more_than_its_share(tmp_path: Path) -> None:
-    two = {"engine": "deepspeed", "tensor_parallel": 2, "max_kv_tokens": 1024}
+    two: dict[str, Any] = {"engine": "deepspeed", "tensor_parallel": 2, "max_kv_tokens": 1024}
     async with serving(write_model("llama", tmp_path / "small"), **two):
         libraries = max(anonymous(rank) for rank in own_ranks())
     folder = write_large(tmp_path / "large")
