@@ -15,13 +15,17 @@ from typing import Any
 from benchmarks import workload
 from benchmarks.client import run_closed_loop
 from benchmarks.metrics import summarise
-from benchmarks.model import model_folder, words
+from benchmarks.model import even_model_folder, words
 from benchmarks.servers.base import Server, running
 from benchmarks.servers.triptych import Triptych
 
-TWO: dict[str, Any] = {"engine": "deepspeed", "tensor_parallel": 2}
+TWO: dict[str, Any] = {
+    "model": even_model_folder,
+    "engine": "deepspeed",
+    "tensor_parallel": 2,
+}
 SIDES: dict[str, tuple[Server, int]] = {
-    "one process": (Triptych("triptych"), 2),
+    "one process": (Triptych("whole", model=even_model_folder), 2),
     "two ranks, gloo": (Triptych("split-gloo", **TWO), 1),
     "two ranks, shared memory": (Triptych("split-shm", **TWO, shm_collectives=True), 1),
 }
@@ -45,14 +49,14 @@ def measure(concurrencies: Sequence[int], rounds: int, *, extra: int = 8) -> dic
 async def _side(
     server: Server, threads: int, concurrencies: Sequence[int], extra: int
 ) -> list[dict[str, Any]]:
-    probe, *warm = workload.warm_up(words(model_folder()), count=5)
+    probe, *warm = workload.warm_up(words(even_model_folder()), count=5)
     most = max(concurrencies)
     cells = []
     async with running(server, probe, threads=threads, concurrency=most) as up:
         await run_closed_loop(up.url, up.dialect, warm, concurrency=4, tree=up.tree)
         for clients in concurrencies:
             requests = workload.closed_loop(
-                words(model_folder()), concurrency=clients, count=clients + extra
+                words(even_model_folder()), concurrency=clients, count=clients + extra
             )
             outcome = await run_closed_loop(
                 up.url, up.dialect, requests, concurrency=clients, tree=up.tree
