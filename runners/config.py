@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,8 +24,8 @@ from pydantic import (
 )
 
 from runners import deepspeed_config
-from runners.errors import ConfigError, IncompleteModel, ModelNotFound
-from runners.torchserve_config import read_model_config
+from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
+from runners.torchserve_config import MODEL_CONFIG, read_model_config, read_yaml
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
 Task = Literal["text-generation", "text-to-image"]
@@ -36,6 +36,9 @@ Size = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)?\s*[KMGT]?i?B$")]
 Index = Annotated[int, Field(ge=0)]
 
 SETUP_CONFIG = "setup_config.json"
+MODEL_HEADS = ("model_index.json", "config.json")
+MODEL_FOLDER = "model"
+"""Where TorchServe's archives, and models in the store, have the model itself."""
 GIVEN = frozenset({"name", "model_path"})
 """Fields that come from where the model lies, not from its file."""
 
@@ -141,8 +144,8 @@ class DeepSpeedConfig(BaseRunnerConfig):
     engine: Literal["deepspeed"]
     """Chooses this engine."""
     deepspeed: dict[str, Any] = {}
-    """DeepSpeed's own inference config: `{"config": "ds-config.json"}` for a file beside
-    `setup_config.json`, or what such a file holds as `config`."""
+    """DeepSpeed's own inference config: what a `ds-config.json` holds, or, as TorchServe has it,
+    `{"config": "ds-config.json"}` for such a file beside this one. An imported model holds it."""
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> DeepSpeedConfig:
@@ -190,44 +193,100 @@ OBSOLETE = {
 def load_setup_config(
     folder: Path, *, name: str, overrides: Mapping[str, object] | None = None
 ) -> tuple[AccelerateConfig | DeepSpeedConfig | MIIConfig, list[str]]:
-    """Read a model folder's `setup_config.json` into a RunnerConfig.
+    """Read a model folder's `setup_config.json` and `model-config.yaml` into a RunnerConfig.
 
-    `folder` holds the model itself, or, as in a TorchServe archive, `model/` beside
-    `setup_config.json`. A folder without one runs on Accelerate with the defaults. `overrides`
-    (values of None are skipped) win over the file. Returns the config and a warning for every key
-    that no longer means anything.
+    `folder` holds the model itself, or, as in a TorchServe archive, `model/` beside these files, or
+    has it where `model_path` says. Without either file it runs on Accelerate with the defaults.
+    `overrides` (values of None are skipped) win over the files. Returns the config and a warning
+    for every key that no longer means anything.
 
-    Raises: ModelNotFound, IncompleteModel, ConfigError (says which key is wrong, what is allowed).
+    Raises: ModelNotFound, IncompleteModel, UnsafeModel (pickled weights), ConfigError (says which
+    key is wrong, what is allowed).
     """
     if not folder.is_dir():
         raise ModelNotFound(f"model folder {folder} does not exist")
     wanted = {k: v for k, v in (overrides or {}).items() if v is not None}
-    values, warnings = read_model_config(folder)
-    model_path = _model_path(folder, values.pop("model_path", None))
-    # The engine decides which of the file's keys mean something.
-    engine = {k: v for k, v in wanted.items() if k == "engine"}
-    own, more = parse_setup_config(values | read_json(folder / SETUP_CONFIG) | engine)
+    own, warnings = read_setup(setup_files(folder), engine=wanted.get("engine"))
+    model_path, more = find_model(folder, own.get("model_path"))
+    _refuse_pickles(folder, model_path)
+    given = {"name": name, "model_path": model_path}
+    return validate(own | wanted | given), warnings + more
+
+
+def setup_files(folder: Path) -> list[Path]:
+    """The files that say how the model of a folder is run, the one that wins last."""
+    for place in (folder, folder / MODEL_FOLDER):
+        files = [place / name for name in (MODEL_CONFIG, SETUP_CONFIG)]
+        if found := [path for path in files if path.is_file()]:
+            return found
+    return []
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML or a JSON file. Raises: ConfigError."""
+    return read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
+
+
+def read_setup(
+    files: Sequence[Path],
+    *,
+    engine: object = None,
+    read: Callable[[Path], dict[str, Any]] = read_object,
+) -> tuple[dict[str, Any], list[str]]:
+    """Fields of a RunnerConfig out of `setup_config.json` and `model-config.yaml` of one folder.
+
+    YAML is taken for the latter. The config that a `deepspeed` section names is read in, through
+    `read` like `files` themselves. `engine` wins over theirs: it decides which keys mean something.
+    Returns the values and the warnings. Raises: ConfigError.
+    """
+    raw: dict[str, Any] = {}
+    warnings: list[str] = []
+    for path in files:
+        values = read(path)
+        if path.suffix in (".yaml", ".yml"):
+            values, more = read_model_config(values)
+            warnings += more
+        raw |= values
+    own, more = parse_setup_config(raw if engine is None else raw | {"engine": engine})
     warnings += more
     if "deepspeed" in own:
-        config = deepspeed_config.read_section(own["deepspeed"], folder, read_json)
-        own["deepspeed"] = config
+        folder = files[-1].parent
+        own["deepspeed"], more = deepspeed_config.read_section(own["deepspeed"], folder, read)
+        warnings += more
         # One number is enough: that of the ranks, unless another is asked for.
-        own.setdefault("tensor_parallel", deepspeed_config.tp_size(config) or 1)
-        warnings += deepspeed_config.warnings(config)
-    return validate(own | wanted | {"name": name, "model_path": model_path}), warnings
+        own.setdefault("tensor_parallel", deepspeed_config.tp_size(own["deepspeed"]) or 1)
+    return own, warnings
 
 
-def _model_path(folder: Path, named: object) -> Path:
-    """Where the model itself lies. Raises: IncompleteModel."""
-    candidates = [folder / str(named)] if named is not None else []
-    candidates += [folder / "model", folder]
-    for path in candidates:
-        if any((path / f).is_file() for f in ("config.json", "model_index.json")):
-            return path
+def find_model(folder: Path, named: object = None) -> tuple[Path, list[str]]:
+    """Where in a folder the model itself lies, and a warning if not where `model_path` says.
+
+    Raises: IncompleteModel.
+    """
+    places = [folder, folder / MODEL_FOLDER]
+    if named is not None:
+        places.insert(0, folder / str(named))
+    for path in places:
+        if any((path / head).is_file() for head in MODEL_HEADS):
+            elsewhere = named is not None and path != places[0]
+            why = f"model_path is ignored: {places[0]} is not a model folder, {path} is one"
+            return path, [why] if elsewhere else []
     raise IncompleteModel(
-        f"{folder} is not a model folder: it has neither config.json (text) "
+        f"{places[0]} is not a model folder: it has neither config.json (text) "
         "nor model_index.json (image)"
     )
+
+
+def _refuse_pickles(folder: Path, model_path: Path) -> None:
+    """Raises: UnsafeModel if all its weights are pickles, which are never loaded."""
+    names = sorted(path.name for path in model_path.iterdir())
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise UnsafeModel(
+            f"{pickles[0]} is a pickle, which can carry code, and there are no safetensors: "
+            f"`python -m model_store_scripts.import_model {folder} --name NAME "
+            "--convert-checkpoints` puts a converted copy into the model store"
+        )
 
 
 def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
