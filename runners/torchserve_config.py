@@ -58,7 +58,7 @@ def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[
 
     Raises: ConfigError.
     """
-    left = {str(k): v for k, v in content.items() if v is not None}
+    left = {str(k): v for k, v in content.items() if v is not None or k == "deepspeed"}
     values: dict[str, Any] = {}
     warnings: list[str] = []
     handler = _section(left, "handler")
@@ -109,7 +109,8 @@ def _parallel(left: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    section = content.pop(name, {})
+    section = content.pop(name, None)
+    section = {} if section is None else section
     if not isinstance(section, dict):
         raise ConfigError(f"{MODEL_CONFIG}: {name} must hold keys and values")
     return {k: v for k, v in section.items() if v is not None}
