@@ -1,4 +1,4 @@
-"""`python -m model_store_scripts.create_checkpoints_json FOLDER`: DeepSpeed's index of weight files.
+"""`python -m model_store_scripts.create_checkpoints_json FOLDER`: DeepSpeed's index of weights.
 
 The format is that of `SDLoaderFactory.get_sd_loader_json` in DeepSpeed 0.19.
 """
@@ -18,8 +18,8 @@ from runners.errors import ConfigError, IncompleteModel, ModelNotFound
 
 EPILOG = """\
 The index lists the .safetensors, .bin or .pt files in FOLDER and the folders below it, by their
-names in FOLDER: DeepSpeed wants FOLDER itself as base_dir. Safetensors are chosen before the others.
-Triptych has no use for an index, its ranks map the weights straight from the model folder; it is
+names in FOLDER: DeepSpeed wants FOLDER itself as base_dir. Safetensors are chosen before the
+others. Triptych has no use for an index, its ranks map the weights straight from their files; it is
 for set-ups that DeepSpeed runs by itself.
 """
 

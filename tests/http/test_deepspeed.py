@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -33,12 +32,10 @@ def token_ids(server: Server, prompt: str, *, take: int | None = None, **body: i
     """The tokens that a stream of `/generate_stream` brings; its client leaves after `take`."""
     ids: list[int] = []
     request = {"prompt": prompt, "ignore_eos": True, **body}
-    with (
-        httpx.stream("POST", f"{server.url}/generate_stream", json=request, timeout=60) as answer,
-        closing(answer.iter_lines()) as lines,
-    ):
+    url = f"{server.url}/generate_stream"
+    with httpx.stream("POST", url, json=request, timeout=60) as answer:
         assert answer.status_code == 200, answer.read()
-        for line in filter(None, lines):
+        for line in filter(None, answer.iter_lines()):
             ids += json.loads(line.removeprefix("data: ")).get("token_ids", [])
             if take is not None and len(ids) >= take:
                 break

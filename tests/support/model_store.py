@@ -47,7 +47,7 @@ def edit_json(path: Path, **values: Any) -> None:
 
 
 def pickled(folder: Path, shards: int = 1) -> Path:
-    """Turn a model's single safetensors file into `pytorch_model.bin`, or shards and their index."""
+    """Turn a model's single safetensors file into `pytorch_model.bin`, or shards with an index."""
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "model.safetensors")
@@ -56,7 +56,7 @@ def pickled(folder: Path, shards: int = 1) -> Path:
         torch.save(tensors, folder / "pytorch_model.bin")
         return folder
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
         part = names[i::shards]

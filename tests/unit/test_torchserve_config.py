@@ -97,8 +97,12 @@ def ds_config(**values: object) -> Any:
     return lambda folder: published(folder, **values)
 
 
-def change(old: str, new: str) -> Any:
-    return lambda folder: edit(folder, old, new)
+def change(*pairs: str) -> Any:
+    def spoil(folder: Path) -> None:
+        for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+            edit(folder, old, new)
+
+    return spoil
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def change(old: str, new: str) -> Any:
         (change("config: ds-config.json", "config:"), "deepspeed: config is missing: the name of"),
         (change("deepspeed:\n    config: ds-config.json\n", ""), "deepspeed: config is missing"),
         (
-            lambda f: [edit(f, '"tp"', "custom"), edit(f, "    config: ds-config.json\n", "")],
+            change('"tp"', "custom", "    config: ds-config.json\n", ""),
             "deepspeed: config is missing",
         ),
         (change("ds-config.json", "[a]"), "deepspeed: config must be a file name or an object"),
