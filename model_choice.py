@@ -11,7 +11,8 @@ import bentoml
 from bentoml.exceptions import BentoMLException
 
 from runners import create_runner
-from runners.config import SETUP_CONFIG, BaseRunnerConfig, load_setup_config
+from runners.config import SETUP_CONFIG, BaseRunnerConfig
+from runners.config_files import load_setup_config
 from runners.contracts import TextRunner
 from runners.errors import ConfigError, ModelNotFound
 from settings import PREFIX, Settings, variable

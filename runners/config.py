@@ -1,13 +1,11 @@
-"""RunnerConfig: the one typed description of how a model is run, read from `setup_config.json`.
+"""RunnerConfig: the one typed description of how a model is run.
 
-A `setup_config.json` travels with its model. Those written for TorchServe's Accelerate example are
-taken as they were published; what today's libraries no longer know is accepted with a warning that
-says what happens instead. `python -m runners.config` prints every field.
+`config_files.py` reads it from the files beside a model. `python -m runners.config` prints every
+field.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,8 +22,7 @@ from pydantic import (
 )
 
 from runners import deepspeed_config
-from runners.errors import ConfigError, IncompleteModel, ModelNotFound
-from runners.torchserve_config import read_model_config
+from runners.errors import ConfigError
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
 Task = Literal["text-generation", "text-to-image"]
@@ -156,8 +153,8 @@ class DeepSpeedConfig(BaseRunnerConfig):
     engine: Literal["deepspeed"]
     """Chooses this engine."""
     deepspeed: dict[str, Any] = {}
-    """DeepSpeed's own inference config: `{"config": "ds-config.json"}` for a file beside
-    `setup_config.json`, or what such a file holds as `config`."""
+    """DeepSpeed's own inference config: what a `ds-config.json` holds, or, as TorchServe has it,
+    `{"config": "ds-config.json"}` for such a file beside this one. An imported model holds it."""
     shm_collectives: bool = False
     """Whether the ranks of a CPU add up through shared memory, by DeepSpeed's operator, which is
     compiled at the first start: several times faster if each thread has a core to itself, slower
@@ -239,74 +236,6 @@ runner_config_adapter: TypeAdapter[AccelerateConfig | DeepSpeedConfig | MIIConfi
     RunnerConfig
 )
 
-OBSOLETE = {
-    "low_cpu_mem_usage": "weights are always memory-mapped from safetensors, never loaded twice",
-    "offload_state_dict": "no whole state dict exists while loading: nothing to offload",
-}
-
-
-def load_setup_config(
-    folder: Path, *, name: str, overrides: Mapping[str, object] | None = None
-) -> tuple[AccelerateConfig | DeepSpeedConfig | MIIConfig, list[str]]:
-    """Read a model folder's `setup_config.json` into a RunnerConfig.
-
-    `folder` holds the model itself, or, as in a TorchServe archive, `model/` beside
-    `setup_config.json`. A folder without one runs on Accelerate with the defaults. `overrides`
-    (values of None are skipped) win over the file. Returns the config and a warning for every key
-    that no longer means anything.
-
-    Raises: ModelNotFound, IncompleteModel, ConfigError (says which key is wrong, what is allowed).
-    """
-    if not folder.is_dir():
-        raise ModelNotFound(f"model folder {folder} does not exist")
-    wanted = {k: v for k, v in (overrides or {}).items() if v is not None}
-    values, warnings = read_model_config(folder)
-    model_path = _model_path(folder, values.pop("model_path", None))
-    # The engine decides which of the file's keys mean something.
-    engine = {k: v for k, v in wanted.items() if k == "engine"}
-    own, more = parse_setup_config(values | read_json(folder / SETUP_CONFIG) | engine)
-    warnings += more
-    if "deepspeed" in own:
-        config = deepspeed_config.read_section(own["deepspeed"], folder, read_json)
-        own["deepspeed"] = config
-        # One number is enough: that of the ranks, unless another is asked for.
-        own.setdefault("tensor_parallel", deepspeed_config.tp_size(config) or 1)
-        warnings += deepspeed_config.warnings(config)
-    return validate(own | wanted | {"name": name, "model_path": model_path}), warnings
-
-
-def _model_path(folder: Path, named: object) -> Path:
-    """Where the model itself lies. Raises: IncompleteModel."""
-    candidates = [folder / str(named)] if named is not None else []
-    candidates += [folder / "model", folder]
-    for path in candidates:
-        if any((path / f).is_file() for f in ("config.json", "model_index.json")):
-            return path
-    raise IncompleteModel(
-        f"{folder} is not a model folder: it has neither config.json (text) "
-        "nor model_index.json (image)"
-    )
-
-
-def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Map published and obsolete keys to today's; null means the default.
-
-    Returns the values and the warnings.
-    """
-    values, warnings = {k: v for k, v in raw.items() if v is not None}, []
-    values.setdefault("engine", "accelerate")
-    for key, instead in OBSOLETE.items():
-        if values.pop(key, None) is not None:
-            warnings.append(f"{SETUP_CONFIG}: {key} is obsolete and ignored: {instead}")
-    if "torch_dtype" in values:
-        old = values.pop("torch_dtype")
-        values.setdefault("dtype", old.removeprefix("torch.") if isinstance(old, str) else old)
-    model = _engine_model(values["engine"])
-    for key in sorted(values.keys() - model.model_fields.keys()):
-        del values[key]
-        warnings.append(f"{SETUP_CONFIG}: unknown key {key} is ignored")
-    return values, warnings
-
 
 def validate(values: Mapping[str, Any]) -> AccelerateConfig | DeepSpeedConfig | MIIConfig:
     """Values to a RunnerConfig. Raises: ConfigError that names the key and what is allowed."""
@@ -314,19 +243,6 @@ def validate(values: Mapping[str, Any]) -> AccelerateConfig | DeepSpeedConfig | 
         return runner_config_adapter.validate_python(dict(values))
     except ValidationError as error:
         raise ConfigError(f"{SETUP_CONFIG}: {explain(error)}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} if there is no file. Raises: ConfigError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can not be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
 
 
 def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:
@@ -355,7 +271,8 @@ def describe_fields(model: type[BaseModel], *, name: Callable[[str], str] = str)
     return "\n".join(rows)
 
 
-def _engine_model(engine: object) -> type[BaseRunnerConfig]:
+def engine_model(engine: object) -> type[BaseRunnerConfig]:
+    """The config of an engine. Raises: ConfigError if there is no such engine."""
     for model in (AccelerateConfig, DeepSpeedConfig, MIIConfig):
         if engine in get_args(model.model_fields["engine"].annotation):
             return model

@@ -6,7 +6,7 @@ weights lie, how many ranks there are) is taken out or held against it, the rest
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,32 @@ NO_USE = {
 }
 
 
-def read_section(section: object, folder: Path, read: Any) -> dict[str, Any]:
-    """The config that a `deepspeed` section names (`config`, `checkpoint`) or holds.
+KEYS = frozenset(
+    {
+        *("replace_with_kernel_inject", "kernel_inject", "dtype", "tensor_parallel", "tp"),
+        *("use_triton", "triton_autotune", "zero", "triangular_masking", "tm", "moe"),
+        *("keep_module_on_host", "quant", "set_empty_params", "return_tuple", "training_mp_size"),
+        *("replace_method", "injection_policy", "injection_dict", "injection_policy_tuple"),
+        *("transposed_mode", "mp_size", "mpu", "ep_size", "ep_group", "expert_group"),
+        *("ep_mp_group", "expert_mp_group", "moe_experts", "moe_type"),
+        *NO_USE,
+    }
+)
+"""Every key of `DeepSpeedInferenceConfig`, but for `config`, by which a section names a file."""
 
-    `read` turns a file into a JSON object. Raises: ConfigError.
+
+def read_section(
+    section: object, folder: Path, read: Callable[[Path], Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """DeepSpeed's config out of a `deepspeed` section, and a warning for every key of no use.
+
+    The section is that config, or names it as TorchServe's does: `config` is a file in `folder`, or
+    the config itself; `checkpoint`, which may be left out, is the index of the weight files. `read`
+    turns a file into an object. Raises: ConfigError.
     """
-    if not isinstance(section, Mapping) or not section.get("config"):
-        raise ConfigError(
-            "deepspeed: config is missing: the name of DeepSpeed's own config, such as "
-            "ds-config.json, or what it holds"
-        )
-    config = section["config"]
+    if not isinstance(section, Mapping):
+        raise ConfigError("deepspeed must hold keys and values")
+    config = section.get("config", section)
     if isinstance(config, str):
         path = folder / config
         if not path.is_file():
@@ -51,8 +66,15 @@ def read_section(section: object, folder: Path, read: Any) -> dict[str, Any]:
         config = read(path)
     if not isinstance(config, Mapping):
         raise ConfigError("deepspeed: config must be a file name or an object")
-    checkpoint = section.get("checkpoint")
-    return {**config, **({"checkpoint": checkpoint} if checkpoint else {})}
+    if config is not section:
+        config = {**config, **{k: v for k, v in section.items() if k != "config"}}
+    checkpoint = config.get("checkpoint")
+    if isinstance(checkpoint, str) and not (folder / checkpoint).exists():
+        raise ConfigError(f"deepspeed: checkpoint: {folder / checkpoint} does not exist")
+    warnings = [f"ds-config.json: {k} is ignored: {NO_USE[k]}" for k in config if k in NO_USE]
+    unknown = [k for k in config if k not in KEYS]
+    warnings += [f"ds-config.json: unknown key {k} is ignored" for k in unknown]
+    return {k: v for k, v in config.items() if k in KEYS and k not in NO_USE}, warnings
 
 
 def tp_size(config: Mapping[str, Any]) -> int | None:
@@ -74,11 +96,6 @@ def dtype(config: Mapping[str, Any]) -> str | None:
         allowed = ", ".join(sorted(set(DTYPES.values())))
         raise ConfigError(f"ds-config.json: dtype must be one of {allowed}")
     return DTYPES[given]
-
-
-def warnings(config: Mapping[str, Any]) -> list[str]:
-    """One for every key that means nothing here."""
-    return [f"ds-config.json: {k} is ignored: {NO_USE[k]}" for k in config if k in NO_USE]
 
 
 def for_init_inference(

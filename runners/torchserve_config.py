@@ -41,25 +41,24 @@ NO_USE = {
 }
 
 
-def read_model_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """`model-config.yaml` of a folder as fields of a RunnerConfig, and its warnings.
-
-    Empty if there is no such file. Raises: ConfigError.
-    """
-    path = folder / MODEL_CONFIG
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises: ConfigError."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}, []
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} can not be read as YAML: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} can not be read as YAML: {reason}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values")
-    return _values(content)
+    return content
 
 
-def _values(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    left = {k: v for k, v in content.items() if v is not None}
+def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a `model-config.yaml` holds as fields of a RunnerConfig, and its warnings.
+
+    Raises: ConfigError.
+    """
+    left = {str(k): v for k, v in content.items() if v is not None or k == "deepspeed"}
     values: dict[str, Any] = {}
     warnings: list[str] = []
     handler = _section(left, "handler")
@@ -91,16 +90,16 @@ def _parallel(left: dict[str, Any]) -> dict[str, Any]:
     left |= {f"torchrun.{key}": value for key, value in torchrun.items()}
     values: dict[str, Any] = {}
     if "deepspeed" in left:
-        values |= {"engine": "deepspeed", "deepspeed": left.pop("deepspeed")}
+        values |= {"engine": "deepspeed", "deepspeed": _section(left, "deepspeed")}
     if kind not in (None, "tp", "custom"):
         raise ConfigError(
             f"{MODEL_CONFIG}: parallelType {kind} is not offered: only tp is; engine accelerate "
             "places whole layers on several GPUs"
         )
-    if kind == "tp" and "deepspeed" not in values:
+    if (kind == "tp" or values) and not values.get("deepspeed", {}).get("config"):
         raise ConfigError(
-            f"{MODEL_CONFIG}: parallelType tp needs a deepspeed section with the name of its "
-            "config, such as ds-config.json"
+            f"{MODEL_CONFIG}: deepspeed: config is missing: the name of DeepSpeed's own config, "
+            "such as ds-config.json"
         )
     if per_node is not None and "deepspeed" in values:
         values["tensor_parallel"] = per_node
@@ -110,7 +109,8 @@ def _parallel(left: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    section = content.pop(name, {})
+    section = content.pop(name, None)
+    section = {} if section is None else section
     if not isinstance(section, dict):
         raise ConfigError(f"{MODEL_CONFIG}: {name} must hold keys and values")
     return {k: v for k, v in section.items() if v is not None}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runners import create_runner
-from runners.config import load_setup_config
+from runners.config_files import load_setup_config
 from runners.contracts import (
     GenerationRequest,
     Prompt,
