@@ -257,11 +257,19 @@ def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
-def describe_fields(model: type[BaseModel], *, name: Callable[[str], str] = str) -> str:
-    """A Markdown table of a model's fields, defaults and meanings, from its types."""
+def describe_fields(
+    model: type[BaseModel],
+    *,
+    name: Callable[[str], str] = str,
+    beyond: type[BaseModel] = BaseModel,
+) -> str:
+    """A Markdown table of a model's fields, defaults and meanings, from its types.
+
+    Those that `beyond` has too are left out.
+    """
     rows = ["| name | default | meaning |", "|---|---|---|"]
     for field, info in model.model_fields.items():
-        if field in GIVEN:
+        if field in GIVEN or field in beyond.model_fields:
             continue
         default = "required" if info.is_required() else f"`{info.default}`"
         default = "" if info.default in (None, "") else default
@@ -281,5 +289,6 @@ def engine_model(engine: object) -> type[BaseRunnerConfig]:
 
 
 if __name__ == "__main__":
+    print(f"### {BaseRunnerConfig.__doc__}\n\n{describe_fields(BaseRunnerConfig)}\n")
     for config in (AccelerateConfig, DeepSpeedConfig, MIIConfig):
-        print(f"### {config.__doc__}\n\n{describe_fields(config)}\n")
+        print(f"### {config.__doc__}\n\n{describe_fields(config, beyond=BaseRunnerConfig)}\n")

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from runners.config import AccelerateConfig, describe_fields
+from runners.config import AccelerateConfig, BaseRunnerConfig, DeepSpeedConfig, describe_fields
 from settings import describe_settings
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -42,7 +42,12 @@ def examples() -> list[Example]:
 
 def with_tables(text: str) -> str:
     """The README with its tables as the types give them now."""
-    tables = {"settings": describe_settings(), "accelerate": describe_fields(AccelerateConfig)}
+    tables = {
+        "settings": describe_settings(),
+        "common": describe_fields(BaseRunnerConfig),
+        "accelerate": describe_fields(AccelerateConfig, beyond=BaseRunnerConfig),
+        "deepspeed": describe_fields(DeepSpeedConfig, beyond=BaseRunnerConfig),
+    }
     return _TABLE.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[4]}", text)
 
 
