@@ -47,6 +47,10 @@ KEYS = frozenset(
 """Every key of `DeepSpeedInferenceConfig`, but for `config`, by which a section names a file."""
 
 
+KERNELS = ("replace_with_kernel_inject", "kernel_inject")
+"""Both of DeepSpeed's names for it."""
+
+
 def read_section(
     section: object, folder: Path, read: Callable[[Path], Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
@@ -98,18 +102,21 @@ def dtype(config: Mapping[str, Any]) -> str | None:
     return DTYPES[given]
 
 
+def asks_for_kernels(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's own kernels are to be put in."""
+    return any(config.get(name) for name in KERNELS)
+
+
 def for_init_inference(
-    config: Mapping[str, Any], *, world_size: int, grain: int, on_cpu: bool
+    config: Mapping[str, Any], *, world_size: int, grain: int, inject: bool
 ) -> dict[str, Any]:
     """What `deepspeed.init_inference` is given, but for the type.
 
-    `grain`: parts are multiples of it, where the config does not say.
+    `grain`: parts are multiples of it, where the config does not say. `inject`: whether its kernels
+    are put in.
     """
     taken = {"dtype", "tensor_parallel", "tp", "mp_size", *NO_USE}
     values = {k: v for k, v in config.items() if k not in taken}
     section = config.get("tensor_parallel", config.get("tp", {}))
     values["tensor_parallel"] = {"tp_grain_size": grain, **section, "tp_size": world_size}
-    if on_cpu:  # there are no such kernels for CPUs
-        for name in ("replace_with_kernel_inject", "kernel_inject"):
-            values.pop(name, None)
-    return values
+    return {k: v for k, v in values.items() if k not in KERNELS} | {KERNELS[0]: inject}

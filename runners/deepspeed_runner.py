@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from runners.config import DeepSpeedConfig
 from runners.contracts import RunnerState
-from runners.deepspeed_config import for_init_inference
+from runners.deepspeed_config import asks_for_kernels, for_init_inference
 from runners.deepspeed_layers import plain_splits
 from runners.deepspeed_shm import NAME, all_reduce, shared_memory
 from runners.errors import ConfigError, IncompleteModel
@@ -42,18 +43,32 @@ def load_program(context: RankContext) -> RankProgram:
     torch.set_num_threads(context.num_threads)
     groups = connect(context)
     ranks = Ranks(groups.control)
+    model, proof = load_split(
+        config, groups, ranks, lambda detail: context.progress(RunnerState.LOADING, detail)
+    )
+    return text_program(context, model, proof=proof, ranks=ranks)
+
+
+def load_split(
+    config: DeepSpeedConfig, groups: RankGroups, ranks: Ranks, progress: Callable[[str], None]
+) -> tuple[PreTrainedModel, Proof]:
+    """This rank's share of the model, and the logits that all shares together have to give.
+
+    Raises: ConfigError if no way of splitting is right; IncompleteModel.
+    """
     with loading_of(config.name):
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
     _check_heads(own, config)
-    context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
-    model = _load(config, own, groups)
-    context.progress(RunnerState.LOADING, "computing a short prompt with the whole model")
+    progress(f"loading weights from {config.name}")
+    splitting = Splitting(config, own, groups)
+    model = splitting.load()
+    progress("computing a short prompt with the whole model")
     proof = Proof(model, ranks)
     if config.world_size > 1:
-        context.progress(RunnerState.LOADING, f"splitting it over {config.world_size} ranks")
-        model = _split(model, proof, context, config, own, groups)
+        progress(f"splitting it over {config.world_size} ranks")
+        model = splitting.split(model, proof)
         proof = proof.of(model)
-    return text_program(context, model, proof=proof, ranks=ranks)
+    return model, proof
 
 
 def _check_heads(own: PreTrainedConfig, config: DeepSpeedConfig) -> None:
@@ -66,103 +81,111 @@ def _check_heads(own: PreTrainedConfig, config: DeepSpeedConfig) -> None:
         )
 
 
-def _load(
-    config: DeepSpeedConfig, own: PreTrainedConfig, groups: RankGroups, **options: Any
-) -> PreTrainedModel:
-    """The model on the CPU, its weights mapped from their files: what a rank does not keep of it
-    was never in its own memory. Raises: ConfigError, IncompleteModel."""
-    stored = stored_dtype(own, config.model_path)
-    on_cpu = groups.device.type == "cpu"
-    with loading_of(config.name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            config.model_path,
-            config=own,
-            dtype=choose_dtype(config.computed_in(on_cpu=on_cpu), stored, on_cpu=on_cpu),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise IncompleteModel(
-            f"{config.name} lacks {len(missing)} of the weights that "
-            f"{type(model).__name__} needs, such as {', '.join(missing[:3])}"
-        )
-    return cast(PreTrainedModel, model)
+@dataclass(frozen=True)
+class Splitting:
+    """How one model becomes this rank's share of it."""
 
+    config: DeepSpeedConfig
+    own: PreTrainedConfig
+    groups: RankGroups
 
-def _split(
-    model: PreTrainedModel,
-    proof: Proof,
-    context: RankContext,
-    config: DeepSpeedConfig,
-    own: PreTrainedConfig,
-    groups: RankGroups,
-) -> PreTrainedModel:
-    """This rank's share of the model. Raises: ConfigError if no way of splitting is right."""
-    ways: dict[str, Callable[[], PreTrainedModel]] = {
-        "DeepSpeed's AutoTP": lambda: _auto_tp(model, context, config, groups),
-        "transformers' tp_plan": lambda: _load(config, own, groups, tp_plan="auto"),
-    }
-    reasons = []
-    for name, split in ways.items():
+    @property
+    def _on_cpu(self) -> bool:
+        return self.groups.device.type == "cpu"
+
+    @property
+    def _through_memory(self) -> bool:
+        return self._on_cpu and self.config.shm_collectives
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """The model on the CPU, its weights mapped from their files: what a rank does not keep of
+        it was never in its own memory. Raises: ConfigError, IncompleteModel."""
+        config, on_cpu = self.config, self._on_cpu
+        stored = stored_dtype(self.own, config.model_path)
+        with loading_of(config.name):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config.model_path,
+                config=self.own,
+                dtype=choose_dtype(config.computed_in(on_cpu=on_cpu), stored, on_cpu=on_cpu),
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise IncompleteModel(
+                f"{config.name} lacks {len(missing)} of the weights that "
+                f"{type(model).__name__} needs, such as {', '.join(missing[:3])}"
+            )
+        return cast(PreTrainedModel, model)
+
+    def split(self, model: PreTrainedModel, proof: Proof) -> PreTrainedModel:
+        """This rank's share of the model. Raises: ConfigError if no way of splitting is right."""
+        deepspeed = self._connect_deepspeed()
+        ways: dict[str, Callable[[], PreTrainedModel]] = {
+            "DeepSpeed's AutoTP": lambda: self._auto_tp(deepspeed, model),
+            "transformers' tp_plan": lambda: self.load(tp_plan="auto"),
+        }
+        if not self._on_cpu and asks_for_kernels(self.config.deepspeed):
+            kernels = {"DeepSpeed's kernels": lambda: self._auto_tp(deepspeed, self.load(), True)}
+            ways = kernels | ways
+        reasons = []
+        for name, way in ways.items():
+            candidate, reason = self._try(way, model, proof)
+            if reason is None:
+                logger.info("%s is split by %s", self.config.name, name)
+                return candidate
+            reasons.append(f"{name}: {reason}")
+        raise ConfigError(
+            f"{type(model).__name__} can not be split over {self.config.world_size} ranks "
+            f"({'; '.join(reasons)}); serve it with engine accelerate, whose device_map places "
+            "whole layers on several GPUs"
+        )
+
+    def _try(
+        self, way: Callable[[], PreTrainedModel], model: PreTrainedModel, proof: Proof
+    ) -> tuple[PreTrainedModel, str | None]:
+        """What it makes of the model, and why that will not do."""
         candidate, failure = model, None
         try:
-            candidate = split()
-        except (ConfigError, MemoryError, torch.OutOfMemoryError):
+            candidate = way()
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a library trips over, this way is none
             failure = error
-        if proof.agree(failure is None, failure):
-            if proof.of(candidate).batches():
-                logger.info("%s is split by %s", config.name, name)
-                return candidate
-            reasons.append(f"{name}: its logits are not those of the whole model")
-        else:
-            reasons.append(f"{name}: {_sentence(failure)}")
-    raise ConfigError(
-        f"{type(model).__name__} can not be split over {config.world_size} ranks "
-        f"({'; '.join(reasons)}); serve it with engine accelerate, whose device_map places whole "
-        "layers on several GPUs"
-    )
+        if not proof.agree(failure is None, failure):
+            said = str(failure).strip().split("\n")[0] if failure else "it failed on another rank"
+            return candidate, said or type(failure).__name__
+        if not proof.of(candidate).batches():
+            return candidate, "its logits are not those of the whole model"
+        return candidate, None
 
+    def _auto_tp(
+        self, deepspeed: Any, model: PreTrainedModel, inject: bool = False
+    ) -> PreTrainedModel:
+        size = getattr(model.config.get_text_config(), "hidden_size", 0)
+        options = for_init_inference(
+            self.config.deepspeed,
+            world_size=self.config.world_size,
+            # Narrower parts than DeepSpeed's grain would leave some ranks with none.
+            grain=64 if size >= 64 * self.config.world_size else 1,
+            inject=inject,
+        )
+        engine = deepspeed.init_inference(model, config=options | {"dtype": model.dtype})
+        split: PreTrainedModel = engine.module
+        del engine
+        plain_splits(split, all_reduce if self._through_memory else dist.all_reduce)
+        # DeepSpeed's layers hold their weights in circles, for which there is no room beside those
+        # that are packed for our kernels.
+        gc.collect()
+        return split
 
-def _sentence(failure: Exception | None) -> str:
-    if failure is None:
-        return "it failed on another rank"
-    return str(failure).strip().split("\n")[0] or type(failure).__name__
+    def _connect_deepspeed(self) -> Any:  # which carries no types
+        os.environ.setdefault("DS_ACCELERATOR", self.groups.device.type)
+        import deepspeed
 
-
-def _auto_tp(
-    model: PreTrainedModel, context: RankContext, config: DeepSpeedConfig, groups: RankGroups
-) -> PreTrainedModel:
-    through_memory = config.shm_collectives and groups.device.type == "cpu"
-    deepspeed = _deepspeed(context, groups, shm=through_memory)
-    on_cpu = groups.device.type == "cpu"
-    size = getattr(model.config.get_text_config(), "hidden_size", 0)
-    options = for_init_inference(
-        config.deepspeed,
-        world_size=config.world_size,
-        # Narrower parts than DeepSpeed's grain would leave some ranks with none.
-        grain=64 if size >= 64 * config.world_size else 1,
-        on_cpu=on_cpu,
-    )
-    engine = deepspeed.init_inference(model, config=options | {"dtype": model.dtype})
-    split: PreTrainedModel = engine.module
-    del engine
-    plain_splits(split, all_reduce if through_memory else dist.all_reduce)
-    # DeepSpeed's layers hold their weights in circles, beside which packed ones would be too many.
-    gc.collect()
-    return split
-
-
-def _deepspeed(context: RankContext, groups: RankGroups, *, shm: bool) -> Any:  # carries no types
-    """DeepSpeed, connected to the group that exists."""
-    os.environ.setdefault("DS_ACCELERATOR", groups.device.type)
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__[NAME] = False
-    with shared_memory(context) if shm else nullcontext():
-        deepspeed.init_distributed(dist_backend="nccl" if groups.device.type == "cuda" else "gloo")
-    return deepspeed
+        deepspeed.ops.__compatible_ops__[NAME] = False
+        with shared_memory() if self._through_memory else nullcontext():
+            deepspeed.init_distributed(dist_backend="gloo" if self._on_cpu else "nccl")
+        return deepspeed

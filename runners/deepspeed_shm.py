@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from runners.errors import ConfigError
 from runners.ragged.cpu.library import NoCache, cache_folder
-from runners.ranks.worker import RankContext
 
 NAME = "deepspeed_shm_comm"
 SHARED = Path("/dev/shm")  # noqa: S108 - where shm_open puts them, of a user each
@@ -30,20 +29,17 @@ BUFFERS = "deepspeed_allreduce_buffer"
 
 
 @contextmanager
-def shared_memory(context: RankContext) -> Iterator[None]:
+def shared_memory() -> Iterator[None]:
     """For DeepSpeed's first `init_distributed`: builds and connects the all-reduce.
 
     Raises: ConfigError if it can not be built here.
     """
     import deepspeed
 
-    _build(context.work_dir)
+    _build()
     deepspeed.ops.__compatible_ops__[NAME] = True
     # It names its buffers after these, and would find those of another group of ranks.
-    unique = {
-        "MASTER_ADDR": f"triptych.{os.getppid()}",
-        "MASTER_PORT": context.work_dir.parent.name,
-    }
+    unique = {"MASTER_ADDR": f"triptych.{os.getppid()}", "MASTER_PORT": "ranks"}
     _remove_leftovers()
     os.environ.update(unique)
     try:
@@ -53,7 +49,7 @@ def shared_memory(context: RankContext) -> Iterator[None]:
         for name in unique:
             del os.environ[name]
         # Mapped by all ranks by now, or by none ever.
-        _buffer(unique, context.rank).unlink(missing_ok=True)
+        _buffer(unique, dist.get_rank()).unlink(missing_ok=True)
 
 
 def all_reduce(tensor: torch.Tensor) -> None:
@@ -64,14 +60,14 @@ def all_reduce(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor)
 
 
-def _build(otherwise: Path) -> None:
-    """Compile it, unless it was; takes minutes."""
+def _build() -> None:
+    """Compile it, unless it was; takes minutes. Raises: ConfigError."""
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     try:
         base = cache_folder()
-    except NoCache:
-        base = otherwise
+    except NoCache as error:
+        raise ConfigError(f"shm_collectives needs a place for what is compiled: {error}") from None
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     made_with = f"torch{torch.__version__}-deepspeed{version('deepspeed')}-python{python}"
     folder = base / made_with

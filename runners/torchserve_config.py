@@ -28,6 +28,8 @@ HANDLER = {
     "model_path": "model_path",
 }
 """TorchServe's keys and ours."""
+TORCHRUN = {"nnodes": "nnodes", "node-rank": "node_rank", "rdzv-endpoint": "rdzv_endpoint"}
+"""Those of its section `torchrun`."""
 
 NO_USE = {
     "maxBatchDelay": "no request waits for a batch to fill: it joins the running one at once",
@@ -87,8 +89,9 @@ def _parallel(left: dict[str, Any]) -> dict[str, Any]:
     kind = left.pop("parallelType", None)
     torchrun = _section(left, "torchrun")
     per_node = torchrun.pop("nproc-per-node", None)
-    left |= {f"torchrun.{key}": value for key, value in torchrun.items()}
     values: dict[str, Any] = {}
+    nodes = {f: torchrun.pop(key) for key, f in TORCHRUN.items() if key in torchrun}
+    left |= {f"torchrun.{key}": value for key, value in torchrun.items()}
     if "deepspeed" in left:
         values |= {"engine": "deepspeed", "deepspeed": _section(left, "deepspeed")}
     if kind not in (None, "tp", "custom"):
@@ -102,7 +105,9 @@ def _parallel(left: dict[str, Any]) -> dict[str, Any]:
             "such as ds-config.json"
         )
     if per_node is not None and "deepspeed" in values:
-        values["tensor_parallel"] = per_node
+        count = nodes.get("nnodes", 1)
+        whole = isinstance(per_node, int) and isinstance(count, int)
+        values |= nodes | {"tensor_parallel": per_node * count if whole else per_node}
     elif per_node is not None:
         left["torchrun.nproc-per-node"] = per_node
     return values

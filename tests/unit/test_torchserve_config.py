@@ -158,3 +158,12 @@ def test_pickled_weights_are_refused_with_what_to_do(folder: Path, name: str) ->
     assert command in caught.value.message
     (folder / "checkpoints" / "model.safetensors").write_bytes(b"")
     load(folder)
+
+
+def test_the_nodes_that_torchrun_was_told_of_are_ours(folder: Path) -> None:
+    edit(
+        folder, "nproc-per-node: 2", "nproc-per-node: 1\n    nnodes: 2\n    rdzv-endpoint: a:29400"
+    )
+    config = load(folder)
+    assert (config.tensor_parallel, config.nnodes, config.rdzv_endpoint) == (2, 2, "a:29400")
+    assert (config.local_world_size, config.rendezvous) == (1, "a:29400")
