@@ -11,7 +11,7 @@ import bentoml
 from bentoml.exceptions import BentoMLException
 
 from runners import create_runner
-from runners.config import SETUP_CONFIG, BaseRunnerConfig
+from runners.config import BaseRunnerConfig
 from runners.config_files import load_setup_config
 from runners.contracts import TextRunner
 from runners.errors import ConfigError, ModelNotFound
@@ -86,7 +86,7 @@ def _blamed(error: ConfigError, folder: Path, overrides: Mapping[str, object]) -
         except ConfigError:
             continue
         setting = f"{variable(OVERRIDES[field])}={overrides[field]}"
-        problem = error.message.removeprefix(f"{SETUP_CONFIG}: ")
+        problem = error.message.partition(": ")[2] or error.message
         meaning = type(config).model_fields[field].description if field != "engine" else None
         return ConfigError(f"{setting} does not fit this model: {meaning or problem}")
     return error

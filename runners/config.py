@@ -197,6 +197,9 @@ class DeepSpeedConfig(BaseRunnerConfig):
             raise ValueError("shm_collectives is for ranks of one machine: nnodes must be 1")
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             raise ValueError("rdzv_endpoint is needed for several nodes: host:port of node 0")
+        port = int((self.rdzv_endpoint or ":1").rpartition(":")[2])
+        if not 0 < port < 2**16:
+            raise ValueError("rdzv_endpoint: the port must be from 1 to 65535")
         return self
 
     @model_validator(mode="after")
@@ -237,12 +240,14 @@ runner_config_adapter: TypeAdapter[AccelerateConfig | DeepSpeedConfig | MIIConfi
 )
 
 
-def validate(values: Mapping[str, Any]) -> AccelerateConfig | DeepSpeedConfig | MIIConfig:
+def validate(
+    values: Mapping[str, Any], *, where: str = SETUP_CONFIG
+) -> AccelerateConfig | DeepSpeedConfig | MIIConfig:
     """Values to a RunnerConfig. Raises: ConfigError that names the key and what is allowed."""
     try:
         return runner_config_adapter.validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{SETUP_CONFIG}: {explain(error)}") from None
+        raise ConfigError(f"{where}: {explain(error)}") from None
 
 
 def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:

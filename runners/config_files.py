@@ -49,11 +49,13 @@ def load_setup_config(
     if not folder.is_dir():
         raise ModelNotFound(f"model folder {folder} does not exist")
     wanted = {k: v for k, v in (overrides or {}).items() if v is not None}
-    own, warnings = read_setup(setup_files(folder), engine=wanted.get("engine"))
+    files = setup_files(folder)
+    own, warnings = read_setup(files, engine=wanted.get("engine"))
     model_path, more = find_model(folder, own.get("model_path"))
     _refuse_pickles(folder, model_path)
     given = {"name": name, "model_path": model_path}
-    return validate(own | wanted | given), warnings + more
+    where = " and ".join(path.name for path in files) or SETUP_CONFIG
+    return validate(own | wanted | given, where=where), warnings + more
 
 
 def setup_files(folder: Path) -> list[Path]:
@@ -90,7 +92,11 @@ def read_setup(
             values, more = read_model_config(values)
             warnings += more
         raw |= values
-    own, more = parse_setup_config(raw if engine is None else raw | {"engine": engine})
+    if engine is not None and engine != raw.get("engine", "accelerate"):
+        raw["engine"] = engine
+        if engine == "accelerate" and raw.pop("tensor_parallel", 1) != 1:
+            warnings.append("tensor_parallel is ignored: engine accelerate splits no layers")
+    own, more = parse_setup_config(raw)
     warnings += more
     if "deepspeed" in own:
         folder = files[-1].parent

@@ -30,17 +30,26 @@ NO_USE = {
     "min_out_tokens": "max_kv_tokens bounds the KV cache",
     "min_tokens": "max_kv_tokens bounds the KV cache",
     "enable_cuda_graph": "steps change their shape",
+    "quant": "weight_quantization is what is offered",
+    "zero": "weights are split over the ranks, or placed by engine accelerate",
+    **dict.fromkeys(
+        ("injection_policy", "injection_policy_tuple", "injection_dict"),
+        "a policy names classes, which a file can not",
+    ),
+    **dict.fromkeys(
+        ("moe", "moe_experts", "moe_type", "ep_size", "ep_group", "ep_mp_group"),
+        "every rank holds a part of every expert",
+    ),
+    **dict.fromkeys(("expert_group", "expert_mp_group"), "every rank holds a part of every expert"),
 }
 
 
 KEYS = frozenset(
     {
         *("replace_with_kernel_inject", "kernel_inject", "dtype", "tensor_parallel", "tp"),
-        *("use_triton", "triton_autotune", "zero", "triangular_masking", "tm", "moe"),
-        *("keep_module_on_host", "quant", "set_empty_params", "return_tuple", "training_mp_size"),
-        *("replace_method", "injection_policy", "injection_dict", "injection_policy_tuple"),
-        *("transposed_mode", "mp_size", "mpu", "ep_size", "ep_group", "expert_group"),
-        *("ep_mp_group", "expert_mp_group", "moe_experts", "moe_type"),
+        *("use_triton", "triton_autotune", "triangular_masking", "tm", "keep_module_on_host"),
+        *("set_empty_params", "return_tuple", "training_mp_size", "replace_method"),
+        *("transposed_mode", "mp_size", "mpu"),
         *NO_USE,
     }
 )
@@ -83,12 +92,19 @@ def read_section(
 
 def tp_size(config: Mapping[str, Any]) -> int | None:
     """How many ranks the config splits a model over, if it says so. Raises: ConfigError."""
-    section = config.get("tensor_parallel", config.get("tp", {}))
-    size = section.get("tp_size") if isinstance(section, Mapping) else None
-    size = config.get("mp_size") if size is None else size
+    size = _tensor_parallel(config).get("tp_size", config.get("mp_size"))
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ConfigError("ds-config.json: tensor_parallel.tp_size must be a whole number from 1")
     return size
+
+
+def _tensor_parallel(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Any = next(
+        (config[k] for k in ("tensor_parallel", "tp") if config.get(k) is not None), {}
+    )
+    if not isinstance(found, Mapping):
+        raise ConfigError('ds-config.json: tensor_parallel must be an object: {"tp_size": 2}')
+    return found
 
 
 def dtype(config: Mapping[str, Any]) -> str | None:
@@ -96,7 +112,7 @@ def dtype(config: Mapping[str, Any]) -> str | None:
     given = config.get("dtype")
     if given is None:
         return None
-    if given not in DTYPES:
+    if not isinstance(given, str) or given not in DTYPES:
         allowed = ", ".join(sorted(set(DTYPES.values())))
         raise ConfigError(f"ds-config.json: dtype must be one of {allowed}")
     return DTYPES[given]
@@ -117,6 +133,6 @@ def for_init_inference(
     """
     taken = {"dtype", "tensor_parallel", "tp", "mp_size", *NO_USE}
     values = {k: v for k, v in config.items() if k not in taken}
-    section = config.get("tensor_parallel", config.get("tp", {}))
-    values["tensor_parallel"] = {"tp_grain_size": grain, **section, "tp_size": world_size}
+    parallel = {"tp_grain_size": grain, **_tensor_parallel(config), "tp_size": world_size}
+    values["tensor_parallel"] = parallel
     return {k: v for k, v in values.items() if k not in KERNELS} | {KERNELS[0]: inject}

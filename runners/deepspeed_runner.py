@@ -27,7 +27,7 @@ from runners.deepspeed_layers import plain_splits
 from runners.deepspeed_shm import NAME, all_reduce, shared_memory
 from runners.errors import ConfigError, IncompleteModel
 from runners.ragged.loading import choose_dtype, loading_of, stored_dtype, text_program
-from runners.ragged.lockstep import Ranks
+from runners.ragged.lockstep import Ranks, tells_of_loss
 from runners.ragged.proof import Proof
 from runners.ranks.process_group import RankGroups, connect
 from runners.ranks.worker import RankContext, RankProgram
@@ -68,7 +68,7 @@ def load_split(
         progress(f"splitting it over {config.world_size} ranks")
         model = splitting.split(model, proof)
         proof = proof.of(model)
-    return model, proof
+    return model.to(groups.device), proof  # type: ignore[arg-type]
 
 
 def _check_heads(own: PreTrainedConfig, config: DeepSpeedConfig) -> None:
@@ -137,6 +137,10 @@ class Splitting:
                 logger.info("%s is split by %s", self.config.name, name)
                 return candidate
             reasons.append(f"{name}: {reason}")
+            # Whoever still holds it, the next way needs the room.
+            candidate.to("meta")  # type: ignore[arg-type]
+            gc.collect()
+            torch.cuda.empty_cache()
         raise ConfigError(
             f"{type(model).__name__} can not be split over {self.config.world_size} ranks "
             f"({'; '.join(reasons)}); serve it with engine accelerate, whose device_map places "
@@ -153,6 +157,8 @@ class Splitting:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a library trips over, this way is none
+            if tells_of_loss(error):
+                raise
             failure = error
         if not proof.agree(failure is None, failure):
             said = str(failure).strip().split("\n")[0] if failure else "it failed on another rank"

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from runners.deepspeed_config import DTYPES
 from runners.errors import ConfigError
 
 MODEL_CONFIG = "model-config.yaml"
@@ -71,7 +72,7 @@ def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         if key in handler:
             values.setdefault(field, handler.pop(key))
     if isinstance(dtype := values.get("dtype"), str):
-        values["dtype"] = dtype.removeprefix("torch.")
+        values["dtype"] = DTYPES.get(dtype, dtype)
     values |= _parallel(left)
     left |= {f"handler.{key}": value for key, value in handler.items()}
     for key in left:

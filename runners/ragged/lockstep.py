@@ -44,8 +44,8 @@ class Ranks:
         work: Any = dist.all_reduce(number, dist.ReduceOp.MIN, group=self._group, async_op=True)
         try:
             work.wait(timedelta(seconds=patience or 0))  # none waits as long as the group does
-        except RuntimeError:
-            if patience is None:
+        except RuntimeError as error:
+            if patience is None or "imed out" not in str(error):
                 raise
             raise TimeoutError("the other ranks are elsewhere") from None
         return int(number)
@@ -101,14 +101,18 @@ class RankLost(Exception):
     """Another rank of the group ended or can not be reached."""
 
 
+def tells_of_loss(error: Exception) -> bool:
+    """Whether it is what a lost rank makes of a collective; gloo's errors have no type."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Tell what a lost rank does to a collective from other errors. Raises: RankLost."""
     try:
         yield
     except RuntimeError as error:
-        # gloo's errors have no type of their own.
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
+        if tells_of_loss(error):
             raise RankLost(f"another rank of the group is lost: {error}") from error
         raise
 
@@ -122,13 +126,13 @@ class Leader:
 
     def run(self, plan: StepPlan) -> torch.Tensor:
         """See `engine.Runs`. Raises: RankLost."""
-        with _together():
+        with together():
             self._ranks.send(plan)
             return self._model.run(plan)
 
     def idle(self) -> None:
         """Let no rank wait so long that it takes this one for lost. Raises: RankLost."""
-        with _together():
+        with together():
             self._ranks.send(None)
 
 
@@ -146,7 +150,7 @@ class Follower:
 
     def step(self) -> None:
         """Run the next step of rank 0, once there is one. Raises: RankLost."""
-        with _together():
+        with together():
             plan = self._ranks.receive()
             if plan is not None:
                 self._model.run(plan)

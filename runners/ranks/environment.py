@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import psutil
 
@@ -34,14 +35,23 @@ def rank_variables(spec: RankSpec) -> dict[str, str]:
 
 def own_address(rendezvous: str) -> str:
     """This machine's address on the way to `host:port`. Raises: ConfigError if there is no way."""
-    host, port = split_endpoint(rendezvous)
+    family, address = resolve(rendezvous)
     try:
-        family, kind, protocol, _, to = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(to)  # sends nothing
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
         raise ConfigError(f"rdzv_endpoint {rendezvous} can not be reached: {error}") from None
+
+
+def resolve(endpoint: str) -> tuple[socket.AddressFamily, Any]:
+    """Family and address of `host:port`. Raises: ConfigError."""
+    host, port = split_endpoint(endpoint)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"rdzv_endpoint {endpoint} is unknown: {error}") from None
+    return family, address
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:

@@ -106,7 +106,7 @@ def _be_a_rank(config: BaseRunnerConfig, program: str) -> None:
     # Not above: what is set now, torch reads when it is loaded.
     from runners.ranks.worker import load
 
-    with tempfile.TemporaryDirectory(prefix="triptych-rank-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"triptych-{os.getpid()}-") as folder:
         loaded = load(spec, rank, Path(folder), lambda _: None)
         logger.info("rank %d is ready", rank)
         while True:

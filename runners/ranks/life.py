@@ -141,11 +141,10 @@ class Life:
 
     def _overdue(self, ready: bool) -> str | None:
         now, config = time.monotonic(), self._config
-        if not ready:
-            if now - self._began > config.start_timeout:
-                return f"not ready within start_timeout ({config.start_timeout:g} s)"
-            return None
+        if not ready and now - self._began > config.start_timeout:
+            return f"not ready within start_timeout ({config.start_timeout:g} s)"
         for rank, beat in self._beats.items():
+            # Ranks here beat from when they are ready, those elsewhere from when they join.
             if now - beat > config.heartbeat_timeout:
                 what = "hangs" if rank in self._writers else "on another node hangs or is cut off"
                 return f"rank {rank} {what}: no sign of life for {config.heartbeat_timeout:g} s"

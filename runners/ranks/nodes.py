@@ -7,14 +7,17 @@ others end when node 0 stays silent.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import msgspec
+import torch
 from torch._C._distributed_c10d import Store, TCPStore
 
 from runners.errors import ConfigError
@@ -27,18 +30,38 @@ OWN_FIELDS = {
     *("cpu_kernels", "start_timeout", "heartbeat_timeout", "step_timeout"),
 }
 """Fields that each machine may set as it likes."""
+NATIVE = ("avx512_bf16", "avx512_fp16")
+SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 def hold_to_the_set_up(store: Store, context: RankContext) -> None:
     """Raises: ConfigError if this rank was not given the same model and config as rank 0."""
     ours = context.config.model_dump(mode="json", exclude=OWN_FIELDS)
     ours["config.json"] = (context.config.model_path / "config.json").read_text(encoding="utf-8")
+    ours["weights"] = _weights(context.config.model_path)
+    ours["GPUs or none"] = torch.cuda.is_available()
+    if not ours["GPUs or none"] and ours["dtype"] == "auto":
+        able = torch.cpu.get_capabilities()
+        ours["half precision of the CPUs (set dtype)"] = [able.get(name) for name in NATIVE]
     if context.rank == 0:
         store.set(SET_UP, msgspec.json.encode(ours).decode())
         return
     theirs = msgspec.json.decode(store.get(SET_UP))
     if differing := sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)):
         raise ConfigError(f"node 0 serves another set-up: {', '.join(differing)} differ")
+
+
+def _weights(folder: Path) -> str:
+    """A digest of samples of the weight files; as good as all of them, for versions that differ."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(SAMPLES):
+                file.seek(size * i // SAMPLES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def keep_in_touch(store: TCPStore, context: RankContext) -> None:

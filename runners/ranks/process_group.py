@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from runners.contracts import RunnerState
-from runners.ranks.environment import own_address, split_endpoint
+from runners.errors import ConfigError
+from runners.ranks.environment import resolve, split_endpoint
 from runners.ranks.nodes import hold_to_the_set_up, keep_in_touch
 from runners.ranks.worker import RankContext
 
@@ -38,6 +39,7 @@ def connect(context: RankContext) -> RankGroups:
     # A collective that not all ranks take part in fails after it.
     timeout = timedelta(seconds=max(config.start_timeout, config.step_timeout))
     gpu = torch.cuda.is_available()
+    _check_gpus()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -49,6 +51,16 @@ def connect(context: RankContext) -> RankGroups:
         timeout=timeout,
     )
     return RankGroups(dist.new_group(backend="gloo", timeout=timeout), device)
+
+
+def _check_gpus() -> None:
+    """Raises: ConfigError if there are some, but not one for each rank."""
+    there, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if 0 < there < wanted:
+        raise ConfigError(
+            f"{wanted} ranks on this machine need as many GPUs, it has {there}; set "
+            "tensor_parallel, or CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
 
 
 def _store(context: RankContext, timeout: timedelta) -> Store:
@@ -64,15 +76,20 @@ def _store(context: RankContext, timeout: timedelta) -> Store:
         is_master=leads,
         timeout=timeout,
         wait_for_workers=False,
-        master_listen_fd=_listen(context.rendezvous, port) if leads else None,
+        master_listen_fd=_listen(context.rendezvous) if leads else None,
     )
     hold_to_the_set_up(store, context)
     keep_in_touch(store, context)
     return store
 
 
-def _listen(rendezvous: str, port: int) -> int:
-    """A listening socket for the store, which would listen on all interfaces."""
-    address = own_address(rendezvous)
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return socket.create_server((address, port), family=family, backlog=1024).detach()
+def _listen(rendezvous: str) -> int:
+    """A socket for the store, which by itself would listen everywhere. Raises: ConfigError."""
+    family, address = resolve(rendezvous)
+    try:
+        listening = socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"rdzv_endpoint {rendezvous} must be a free port of node 0, this machine: {error}"
+        ) from None
+    return listening.detach()

@@ -166,7 +166,14 @@ def load(
     )
     context.progress(RunnerState.LOADING, "importing the engine")
     module, _, function = spec.program.partition(":")
-    load_program = cast(LoadProgram, getattr(importlib.import_module(module), function))
+    try:
+        load_program = cast(LoadProgram, getattr(importlib.import_module(module), function))
+    except ModuleNotFoundError as error:
+        extra = context.config.engine
+        raise ConfigError(
+            f"engine {extra} needs the Python package {error.name}, which is not installed: "
+            f"DS_BUILD_OPS=0 pip install --no-build-isolation 'triptych[{extra}]'"
+        ) from error
     return load_program(context)
 
 

@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
+from runners import create_runner
+from runners.config_files import load_setup_config
 from runners.errors import RunnerUnavailable
 from tests.support.generating import collect, ids_of, request, serving, wait_ready
 from tests.support.models import greedy, write_model
@@ -132,15 +134,53 @@ async def test_two_nodes_serve_one_model_and_survive_the_loss_of_a_rank(
         assert node.stop() == 0
 
 
+async def test_a_node_that_is_lost_during_the_start_is_waited_for(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Which no fault of the model is."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    config, _ = load_setup_config(folder, name="llama", overrides=options(endpoint))
+    runner = create_runner(config)
+    with joining(tmp_path / "node1.log", *as_arguments(folder, endpoint)) as node:
+        await runner.start()
+        try:
+            async with asyncio.timeout(60):
+                while "comparing batched steps" not in runner.health().detail:
+                    await asyncio.sleep(0.005)
+            node.rank().kill()
+            await wait_ready(runner)
+            assert runner.health().restarts
+            deltas = await collect(runner, "hello", max_new_tokens=COUNT, ignore_eos=True)
+            assert [ids_of(deltas)] == greedy(folder, ["hello"], COUNT)
+        finally:
+            await runner.stop()
+
+
+async def test_nodes_need_not_all_have_a_compiler(folder: Path, tmp_path: Path) -> None:
+    endpoint = f"127.0.0.1:{free_port()}"
+    with joining(tmp_path / "node1.log", *as_arguments(folder, endpoint)):
+        async with serving(folder, **options(endpoint), cpu_kernels=False) as runner:
+            deltas = await collect(runner, "hello", max_new_tokens=COUNT, ignore_eos=True)
+    assert [ids_of(deltas)] == greedy(folder, ["hello"], COUNT)
+
+
 async def test_torchrun_may_hold_the_ranks_of_a_node(folder: Path, tmp_path: Path) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
     join = ["-m", "runners.ranks.join", *map(str, as_arguments(folder, endpoint))]
-    node = Node(tmp_path / "node1.log", [*torchrun, "--nproc-per-node=1", *join])
+    node = Node(
+        tmp_path / "node1.log", [*torchrun, "--nproc-per-node=1", "--max-restarts=9", *join]
+    )
     try:
         async with serving(folder, **options(endpoint)) as runner:
             deltas = await collect(runner, "hello", max_new_tokens=COUNT, ignore_eos=True)
-        assert [ids_of(deltas)] == greedy(folder, ["hello"], COUNT)
+            assert [ids_of(deltas)] == greedy(folder, ["hello"], COUNT)
+            own_ranks()[0].kill()
+            while runner.health().ready:
+                await asyncio.sleep(0.05)
+            await wait_ready(runner)
+            deltas = await collect(runner, "hello", max_new_tokens=COUNT, ignore_eos=True)
+            assert [ids_of(deltas)] == greedy(folder, ["hello"], COUNT)
     finally:
         node.stop()
 
@@ -154,7 +194,10 @@ async def test_a_node_with_another_set_up_is_refused(folder: Path, tmp_path: Pat
             async with asyncio.timeout(15), serving(folder, **options(endpoint)):
                 pass
         assert node.process.wait(20) == 1
-    assert "error: node 0 serves another set-up: config.json, prefix_caching differ" in node.said
+    assert (
+        "error: node 0 serves another set-up: config.json, prefix_caching, weights differ"
+        in node.said
+    )
 
 
 def test_a_node_that_can_not_join_says_what_it_needs(folder: Path, tmp_path: Path) -> None:

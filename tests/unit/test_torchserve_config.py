@@ -167,3 +167,31 @@ def test_the_nodes_that_torchrun_was_told_of_are_ours(folder: Path) -> None:
     config = load(folder)
     assert (config.tensor_parallel, config.nnodes, config.rdzv_endpoint) == (2, 2, "a:29400")
     assert (config.local_world_size, config.rendezvous) == (1, "a:29400")
+
+
+def test_an_engine_that_splits_nothing_may_take_over(folder: Path) -> None:
+    config, told = load_setup_config(folder, name="m", overrides={"engine": "accelerate"})
+    assert (config.engine, config.tensor_parallel) == ("accelerate", 1)
+    assert "tensor_parallel is ignored: engine accelerate splits no layers" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"tensor_parallel": 2}, "tensor_parallel must be an object"),
+        ({"dtype": ["fp16"]}, "dtype must be one of bfloat16, float16, float32"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32"),
+    ],
+)
+def test_what_no_deepspeed_config_may_hold_is_refused(
+    folder: Path, change: dict[str, Any], problem: str
+) -> None:
+    published(folder, **change)
+    with pytest.raises(ConfigError, match=problem):
+        load(folder)
+
+
+def test_an_error_names_the_file_it_is_in(folder: Path) -> None:
+    edit(folder, "responseTimeout: 120", "responseTimeout: 0")
+    with pytest.raises(ConfigError, match=r"^model-config.yaml: step_timeout: "):
+        load(folder)
