@@ -12,7 +12,8 @@ import bentoml
 from bentoml.exceptions import BentoMLException
 
 from runners import create_image_runner, create_runner
-from runners.config import SETUP_CONFIG, BaseRunnerConfig, load_setup_config
+from runners.config import BaseRunnerConfig
+from runners.config_files import load_setup_config
 from runners.contracts import ImageRunner, TextRunner
 from runners.errors import ConfigError, ModelNotFound
 from settings import PREFIX, Settings, variable
@@ -22,6 +23,9 @@ logger = logging.getLogger("triptych")
 OVERRIDES = {
     "engine": "text_engine",
     "tensor_parallel": "tensor_parallel",
+    "nnodes": "nnodes",
+    "node_rank": "node_rank",
+    "rdzv_endpoint": "rdzv_endpoint",
     "max_batch_size": "max_batch_size",
     "max_kv_tokens": "max_kv_tokens",
     "start_timeout": "start_timeout",
@@ -109,7 +113,7 @@ def _blamed(
         except ConfigError:
             continue
         setting = f"{variable(settable[field])}={overrides[field]}"
-        problem = error.message.removeprefix(f"{SETUP_CONFIG}: ")
+        problem = error.message.partition(": ")[2] or error.message
         meaning = type(config).model_fields[field].description if field != "engine" else None
         return ConfigError(f"{setting} does not fit this model: {meaning or problem}")
     return error

@@ -45,6 +45,12 @@ class Settings(BaseSettings):
     """Overrides the engine that the image model's `setup_config.json` names."""
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Over how many ranks the model is split; overrides the model's own."""
+    nnodes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Over how many machines its ranks are spread; overrides the model's own."""
+    node_rank: Annotated[int, Field(ge=0)] | None = None
+    """Which of them this is; 0 serves, the others run `python -m runners.ranks.join`."""
+    rdzv_endpoint: str | None = None
+    """`host:port` of machine 0 where they meet; overrides the model's own."""
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Sequences in the house at once, running and waiting; one more gets 429 with Retry-After."""
     max_image_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 64

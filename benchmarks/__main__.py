@@ -19,12 +19,13 @@ from benchmarks import (
     quality,
     report,
     results,
+    split,
     table,
 )
 from benchmarks.cache import Unavailable, cache
 from benchmarks.servers import SERVERS
 
-PARTS = ("table", "limit", "overhead", "gap", "memory", "quality", "images")
+PARTS = ("table", "limit", "overhead", "gap", "memory", "quality", "split", "images")
 OVERHEAD_CONCURRENCIES = (1, 16, 64)
 LIMIT_CONCURRENCIES = (1, 4, 8, 16, 32)
 HERE = Path(__file__).resolve().parent
@@ -67,6 +68,7 @@ def _measure(
             1 if args.quick else args.rounds,
             per_client=1 if args.quick else images.PER_CLIENT,
         ),
+        "split": lambda: split.measure((1, 4) if args.quick else (1, 16), 1 if args.quick else 3),
         "memory": lambda: memory.measure(
             args.threads, requests=32 if args.quick else memory.REQUESTS
         ),

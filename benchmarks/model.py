@@ -41,6 +41,13 @@ LARGE_SHAPE = SHAPE | {
     "initializer_range": 0.02,
 }
 """Llama 3.2 1B's shape, but for the vocabulary."""
+EVEN_SHAPE = SHAPE | {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+"""As large, but with heads that two ranks can share: 143M parameters."""
 LARGE_KV_BYTES_PER_TOKEN = 16 * 2 * 8 * 64 * 2
 WORDS = "words.json"
 
@@ -48,6 +55,11 @@ WORDS = "words.json"
 def model_folder() -> Path:
     """A Hugging Face model folder, made the first time."""
     return cached("model", lambda folder: write_model(folder, SHAPE, "float32"))
+
+
+def even_model_folder() -> Path:
+    """A model that two ranks can share, made the first time."""
+    return cached("even-model", lambda folder: write_model(folder, EVEN_SHAPE, "float32"))
 
 
 def large_model_folder() -> Path:

@@ -212,6 +212,8 @@ def _others(results: Results) -> Iterable[str]:
         yield _quality(quality)
     if images := results.get("images"):
         yield _images(images)
+    if split := results.get("split"):
+        yield _split(split)
 
 
 def _gap(gap: dict[str, Any]) -> str:
@@ -265,6 +267,34 @@ def _images(entries: Sequence[dict[str, Any]]) -> str:
         + _table(["server", *counts], rows)
         + f"\n\nFour pictures at once take **{_spread(batch, 2)}** of the time of four one after "
         f"another. {failed} failed."
+    )
+
+
+def _split(split: dict[str, Any]) -> str:
+    sides = list(dict.fromkeys(c["side"] for c in split["cells"]))
+    loads = sorted({c["load"] for c in split["cells"]})
+
+    def speeds(side: str, load: int) -> list[float]:
+        mine = [c for c in split["cells"] if (c["side"], c["load"]) == (side, load)]
+        return [c["tokens_per_second"] for c in mine]
+
+    def cells(side: str, load: int) -> list[str]:
+        own, whole = speeds(side, load), speeds(sides[0], load)
+        share = [a / b for a, b in zip(own, whole, strict=True)]
+        return [_spread(own, 1), _spread(share, 2)]
+
+    head = ["side", *(x for n in loads for x in (f"tokens/s, {n} clients", "of one process"))]
+    rows = [[side, *(x for n in loads for x in cells(side, n))] for side in sides]
+    told = split["control"]
+    return (
+        "## What splitting a model costs\n\n"
+        "Two ranks of one thread each, against one process with two.\n\n"
+        f"{_table(head, rows)}\n\n"
+        f"A step's plan reaches the other rank, and an answer comes back, in "
+        f"**{told['decode_us']:.0f} µs** for 16 decoding sequences and {told['mixed_us']:.0f} µs "
+        f"with 512 tokens of a prompt beside them; the answer alone takes "
+        f"{told['acknowledgement_us']:.0f} µs, the plan as a pickled object "
+        f"{told['pickled_us']:.0f} µs."
     )
 
 

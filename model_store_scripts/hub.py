@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging as hub_logging
 
 from model_store_scripts.progress import ProgressBar
-from model_store_scripts.sources import MODEL_HEADS
+from runners.config_files import MODEL_HEADS
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -46,7 +46,6 @@ class HubSource:
     (gated, offline, unreachable).
     """
 
-    setup_config: Path | None = None
     ignored: tuple[str, ...] = ()
 
     def __init__(self, repo_id: str, revision: str | None = None) -> None:

@@ -15,9 +15,11 @@ from runners.config import DEVICE_STRATEGIES, Dtype, Engine, Task
 from runners.errors import ConfigError
 
 EPILOG = """\
-SOURCE is a folder (a Hugging Face model, or TorchServe's model/ beside setup_config.json) or the id
-of a hub model; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE work as with the hub's own tools. Weights
-must be safetensors; models that bring code are refused. Importing the same again changes nothing.
+SOURCE is a folder or the id of a hub model; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE work as with
+the hub's own tools. A folder is a Hugging Face model or as TorchServe has it: setup_config.json, or
+model-config.yaml and ds-config.json, beside model/ or the folder that handler.model_path names.
+Weights must be safetensors; models that bring code are refused. Importing the same again changes
+nothing.
 """
 
 # Options that are fields of setup_config.json, under the same names.
@@ -108,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         "--setup-config",
         type=Path,
         metavar="FILE",
-        help="a published setup_config.json to take over",
+        help="a published setup_config.json, or a model-config.yaml with its ds-config.json beside "
+        "it, to take over in place of SOURCE's own",
     )
     add("--convert-checkpoints", action="store_true", help="convert .bin and .pt to safetensors")
     return parser

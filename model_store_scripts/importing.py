@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from model_store_scripts import layout
 from model_store_scripts.copying import copy_files, total_bytes
+from model_store_scripts.given import Given, read_given
 from model_store_scripts.safetensors_header import summarise
-from model_store_scripts.safety import (
-    refuse_code_keys,
-    refuse_unsafe_configs,
-    refuse_unsafe_names,
-)
-from model_store_scripts.sources import MODEL_HEADS, FolderSource, Source
-from runners.config import SETUP_CONFIG, parse_setup_config, read_json, validate
+from model_store_scripts.safety import refuse_unsafe_configs, refuse_unsafe_names
+from model_store_scripts.sources import FolderSource, Source
+from runners.config import validate
+from runners.config_files import MODEL_FOLDER, MODEL_HEADS, read_json
 from runners.errors import ConfigError, ModelNotFound
 
 if TYPE_CHECKING:
@@ -37,7 +35,8 @@ class ImportRequest:
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     setup_config: Path | None = None
-    """A published `setup_config.json` to take over in place of the source's own."""
+    """A published `setup_config.json` or `model-config.yaml` to take over in place of the source's
+    own."""
     convert_checkpoints: bool = False
     """Whether pickled weights are converted; else they are refused."""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -88,7 +87,7 @@ def import_model(request: ImportRequest) -> ImportedModel:
             return _result(stored.tag, looked, stored.metadata, new=False)
         item = stage / "item"
         metadata["fingerprint"] = copy_files(
-            files, item / store.MODEL_FOLDER, checksums=looked.source.checksums
+            files, item / MODEL_FOLDER, checksums=looked.source.checksums
         )
         tag = store.save(
             request.name,
@@ -111,76 +110,64 @@ def check_name(name: str) -> None:
 
 def _look(request: ImportRequest) -> _Looked:
     """Everything that can be refused before a byte is copied or a weight downloaded."""
-    given = _read_setup_config(request.setup_config) if request.setup_config else None
-    source = _open(request, given)
+    folder = Path(request.source).expanduser()
+    given = read_given(folder, file=request.setup_config, engine=request.overrides.get("engine"))
+    source = _open(request, folder, given)
     refuse_unsafe_names(source.names)
     heads = [name for name in MODEL_HEADS if name in source.names]
     source.fetch(heads)
     refuse_unsafe_configs(source.root, heads)
     parts = layout.parts_of(source.root)
-    small = layout.small_files(parts, source.names)
+    read = {name for name in source.names if source.root / name in given.files}
+    small = layout.small_files(parts, source.names - read)
     source.fetch([*small, *layout.indexes(parts, source.names)])
     layout.refuse_pointers(source.root, small)
     refuse_unsafe_configs(source.root, small)
     layout.refuse_incomplete(parts, source.names)
-    if given is None:
-        given = _read_setup_config(source.setup_config) if source.setup_config else {}
-    setup_config, notes = _setup_config(request, source, given)
+    setup_config = _setup_config(request, source, given)
     weights = layout.choose_weights(
         source.root, parts, source.names, convert=request.convert_checkpoints
     )
     pickles = [name for part in weights.pickles for name in part.files]
-    taken = {*small, *weights.files, *pickles, *([SETUP_CONFIG] if source.setup_config else [])}
-    others = sorted(name for name in source.names - taken if not name.startswith("."))
-    left_out = [*source.ignored, *others]
-    if left_out:
-        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        notes.append(f"left out: {', '.join(left_out[:5])}{more}")
+    others = sorted(source.names - {*small, *weights.files, *pickles, *read})
+    beside = [name for name in source.ignored if folder / name not in given.files]
+    notes = given.notes + _left_out([*beside, *(n for n in others if not n.startswith("."))])
     source.fetch([*weights.files, *pickles])
     layout.refuse_pointers(source.root, [*weights.files, *pickles])
     return _Looked(source, setup_config, small, weights, notes)
 
 
-def _open(request: ImportRequest, given: Mapping[str, Any] | None) -> Source:
-    folder = Path(request.source).expanduser()
-    if folder.is_dir():
+def _left_out(names: list[str]) -> list[str]:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"left out: {', '.join(names[:5])}{more}"] if names else []
+
+
+def _open(request: ImportRequest, folder: Path, given: Given) -> Source:
+    if given.root:
         if request.revision:
             raise ConfigError(f"{request.source} is a folder here and has no revisions")
-        return FolderSource(folder)
+        return FolderSource(folder, given.root)
     from model_store_scripts.hub import HubSource, is_hub_id
 
     if folder.exists() or not is_hub_id(request.source):
         raise ModelNotFound(f"{request.source} is neither a folder nor the id of a hub model")
-    revision = request.revision or (given or {}).get("revision")
+    revision = request.revision or given.values.get("revision")
     if revision is not None and not isinstance(revision, str):
         raise ConfigError(f"{request.setup_config}: revision must be a text")
     return HubSource(request.source, revision)
 
 
-def _read_setup_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelNotFound(f"{path} does not exist")
-    content = read_json(path)
-    refuse_code_keys(content, path.name)
-    return content
-
-
-def _setup_config(
-    request: ImportRequest, source: Source, given: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+def _setup_config(request: ImportRequest, source: Source, given: Given) -> dict[str, Any]:
     overrides = {k: v for k, v in request.overrides.items() if v is not None}
-    # The engine decides which of the keys mean something, so it goes in before they are mapped.
-    raw = dict(given) | {k: v for k, v in overrides.items() if k == "engine"}
-    values, warnings = parse_setup_config(raw)
     task = layout.task_of(source.root)
-    values = {"task": task} | values | overrides
+    values = {"task": task} | given.values | overrides
     if source.revision:
         values["revision"] = source.revision
     config = validate(values | {"name": request.name, "model_path": source.root})
     if config.task != task:
         raise ConfigError(f"the model is for {task}, not for {config.task}")
     chosen = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "model_path"})
-    return {"engine": config.engine, "task": task} | chosen, warnings
+    return {"engine": config.engine, "task": task} | chosen
 
 
 def _files(looked: _Looked, converted: Path) -> dict[str, Path]:

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from model_store_scripts.safetensors_header import Header, read_header
-from runners.config import SETUP_CONFIG, Task, read_json
+from runners.config import SETUP_CONFIG, Task
+from runners.config_files import read_json
 from runners.errors import ConfigError, IncompleteModel, UnsafeModel
 
 CARRIED = (

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from runners.config import SETUP_CONFIG
-from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
+from runners.errors import ConfigError, IncompleteModel, UnsafeModel
 
-MODEL_HEADS = ("model_index.json", "config.json")
 MAX_FILES = 10_000
 
 
@@ -35,10 +33,6 @@ class Source(Protocol):
         """The sha256 that the source promises, for the files it promises one for."""
 
     @property
-    def setup_config(self) -> Path | None:
-        """The `setup_config.json` that came along."""
-
-    @property
     def ignored(self) -> tuple[str, ...]:
         """What lies beside the model and is no part of it."""
 
@@ -47,40 +41,37 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """A model folder on this machine, plain or TorchServe's (`model/` beside `setup_config.json`).
+    """A model on this machine: `root`, which is `folder`, or lies in it as TorchServe has it.
 
-    Raises: ModelNotFound, IncompleteModel (no model in it), UnsafeModel (a link that leads out of
-    it, a device or pipe, an absurd file name), ConfigError (unreadable, or far too many files).
+    Raises: IncompleteModel (a link that leads nowhere), UnsafeModel (a way or a link that leads out
+    of `folder`, a device or pipe), ConfigError (unreadable, or far too many files).
     """
 
     revision: str | None = None
     checksums: Mapping[str, str] = {}
 
-    def __init__(self, folder: Path) -> None:
-        self.root = _model_root(folder)
-        self.names = frozenset(_walk(self.root))
-        beside = () if self.root == folder else sorted(os.listdir(folder))
-        self.ignored = tuple(n for n in beside if n not in (self.root.name, SETUP_CONFIG))
-        candidates = (folder / SETUP_CONFIG, self.root / SETUP_CONFIG)
-        self.setup_config = next((c for c in candidates if c.is_file()), None)
-        if self.root != folder:
-            for path in filter(None, (self.root, self.setup_config)):
-                _refuse_leaving_link(path, path.name, folder.resolve())
+    def __init__(self, folder: Path, root: Path) -> None:
+        self.root = root
+        way = root.relative_to(folder).parts if root.is_relative_to(folder) else ("..",)
+        if ".." in way:
+            raise UnsafeModel(
+                f"model_path leads out of {folder}: import {root} itself, with --setup-config"
+            )
+        if way:
+            refuse_leaving(root, folder)
+        self.names = frozenset(_walk(root))
+        self.ignored = tuple(n for n in sorted(os.listdir(folder)) if way and n != way[0])
 
     def fetch(self, names: Iterable[str]) -> None:
         """A folder has all its files already."""
 
 
-def _model_root(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ModelNotFound(f"{folder} is not a folder")
-    for root in (folder, folder / "model"):
-        if any((root / head).is_file() for head in MODEL_HEADS):
-            return root
-    raise IncompleteModel(
-        f"{folder} is not a model folder: it has neither config.json (text) "
-        "nor model_index.json (image)"
-    )
+def refuse_leaving(path: Path, folder: Path) -> None:
+    """What a model folder names lies in it. Raises: UnsafeModel, IncompleteModel."""
+    allowed = [place for place in (folder.resolve(), _hub_blobs(folder)) if place]
+    _refuse_leaving_link(path, path.name, *allowed)
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise UnsafeModel(f"{path} does not lie in the model folder {folder}")
 
 
 def _walk(root: Path) -> Iterator[str]:

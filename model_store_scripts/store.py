@@ -29,7 +29,6 @@ from runners.errors import ConfigError
 # BentoML reports each saved model's size to its makers unless told not to; "True", not "1".
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
 
-MODEL_FOLDER = "model"
 _STAGING = "triptych-import-"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runners.errors import EngineUnavailable
+from runners.errors import ConfigError, EngineUnavailable
 
 if TYPE_CHECKING:
     from runners.config import BaseRunnerConfig
@@ -27,29 +27,42 @@ IMAGE_PROGRAMS = {
     "deepspeed": "runners.image_programs:load_deepspeed_program",
     "mii": "runners.image_programs:load_program",
 }
+PROGRAMS = {"text-generation": TEXT_PROGRAMS, "text-to-image": IMAGE_PROGRAMS}
 
 
 def create_runner(config: BaseRunnerConfig) -> TextRunner:
     """A runner for a text model, not yet started.
 
-    Raises: EngineUnavailable if this build holds no such engine for the task.
+    Raises: EngineUnavailable if this build holds no such engine for the task, ConfigError if the
+    config is that of another node.
     """
     from runners.text_runner import RankedTextRunner
 
-    return RankedTextRunner(config, program=_program(config, "text-generation", TEXT_PROGRAMS))
+    return RankedTextRunner(config, program=_program_here(config, "text-generation"))
 
 
 def create_image_runner(config: BaseRunnerConfig) -> ImageRunner:
     """A runner for an image model, not yet started.
 
-    Raises: EngineUnavailable if this build holds no such engine for the task.
+    Raises: as `create_runner`.
     """
     from runners.image_runner import RankedImageRunner
 
-    return RankedImageRunner(config, program=_program(config, "text-to-image", IMAGE_PROGRAMS))
+    return RankedImageRunner(config, program=_program_here(config, "text-to-image"))
 
 
-def _program(config: BaseRunnerConfig, task: str, programs: dict[str, str]) -> str:
+def _program_here(config: BaseRunnerConfig, task: str) -> str:
+    program = rank_program(config, task)
+    if config.first_rank:
+        raise ConfigError(
+            "node_rank must be 0 where the service runs; here, run: python -m runners.ranks.join"
+        )
+    return program
+
+
+def rank_program(config: BaseRunnerConfig, task: str = "text-generation") -> str:
+    """`module:function` that loads the model in its ranks. Raises: EngineUnavailable."""
+    programs = PROGRAMS[task]
     engine = str(getattr(config, "engine", None))
     if config.task != task or engine not in programs:
         raise EngineUnavailable(

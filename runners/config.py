@@ -1,13 +1,11 @@
-"""RunnerConfig: the one typed description of how a model is run, read from `setup_config.json`.
+"""RunnerConfig: the one typed description of how a model is run.
 
-A `setup_config.json` travels with its model. Those written for TorchServe's Accelerate example are
-taken as they were published; what today's libraries no longer know is accepted with a warning that
-says what happens instead. `python -m runners.config` prints every field.
+`config_files.py` reads it from the files beside a model. `python -m runners.config` prints every
+field.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,9 +22,8 @@ from pydantic import (
 )
 
 from runners import deepspeed_config
-from runners.errors import ConfigError, IncompleteModel, ModelNotFound
+from runners.errors import ConfigError
 from runners.image_config import ImageFields
-from runners.torchserve_config import read_model_config
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
 Task = Literal["text-generation", "text-to-image"]
@@ -94,8 +91,27 @@ class BaseRunnerConfig(BaseModel):
         """How many rank processes hold the model."""
         return self.tensor_parallel
 
+    @property
+    def local_world_size(self) -> int:
+        """How many of them run on this machine."""
+        return self.world_size
 
-class AccelerateConfig(ImageFields, BaseRunnerConfig):
+    @property
+    def first_rank(self) -> int:
+        """The first of them."""
+        return 0
+
+    @property
+    def rendezvous(self) -> str | None:
+        """`host:port` where the ranks of several machines meet; None if all are on this one."""
+        return None
+
+
+class EngineConfig(ImageFields, BaseRunnerConfig):
+    """What every engine understands, of text and of image models."""
+
+
+class AccelerateConfig(EngineConfig):
     """Accelerate: `device_map` placement over GPUs, CPU and disk, in one rank."""
 
     engine: Literal["accelerate"] = "accelerate"
@@ -136,14 +152,60 @@ class AccelerateConfig(ImageFields, BaseRunnerConfig):
         return value
 
 
-class DeepSpeedConfig(ImageFields, BaseRunnerConfig):
+class DeepSpeedConfig(EngineConfig):
     """DeepSpeed: `init_inference` tensor parallelism over `tensor_parallel` ranks."""
 
     engine: Literal["deepspeed"]
     """Chooses this engine."""
     deepspeed: dict[str, Any] = {}
-    """DeepSpeed's own inference config: `{"config": "ds-config.json"}` for a file beside
-    `setup_config.json`, or what such a file holds as `config`."""
+    """DeepSpeed's own inference config: what a `ds-config.json` holds, or, as TorchServe has it,
+    `{"config": "ds-config.json"}` for such a file beside this one. An imported model holds it."""
+    shm_collectives: bool = False
+    """Whether the ranks of a CPU add up through shared memory, by DeepSpeed's operator, which is
+    compiled at the first start: several times faster if each thread has a core to itself, slower
+    than the default, gloo, if not. All ranks are on one machine."""
+    nnodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Over how many machines the ranks are spread, evenly."""
+    node_rank: Annotated[int, Field(ge=0)] = 0
+    """Which of the machines this is. The service runs on 0; the others run
+    `python -m runners.ranks.join`."""
+    rdzv_endpoint: (
+        Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")] | None
+    ) = None
+    """`host:port` of machine 0 where the machines meet, on a network that only they are on."""
+
+    @property
+    def local_world_size(self) -> int:
+        """How many ranks run on this machine."""
+        return self.world_size // self.nnodes
+
+    @property
+    def first_rank(self) -> int:
+        """The first of them."""
+        return self.node_rank * self.local_world_size
+
+    @property
+    def rendezvous(self) -> str | None:
+        """Where the ranks of several machines meet; None if all are on this one."""
+        return self.rdzv_endpoint if self.nnodes > 1 else None
+
+    @model_validator(mode="after")
+    def _nodes_agree(self) -> DeepSpeedConfig:
+        if self.tensor_parallel % self.nnodes:
+            raise ValueError(
+                f"tensor_parallel {self.tensor_parallel} can not be spread evenly over "
+                f"{self.nnodes} nodes"
+            )
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank must be below nnodes, which is {self.nnodes}")
+        if self.nnodes > 1 and self.shm_collectives:
+            raise ValueError("shm_collectives is for ranks of one machine: nnodes must be 1")
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            raise ValueError("rdzv_endpoint is needed for several nodes: host:port of node 0")
+        port = int((self.rdzv_endpoint or ":1").rpartition(":")[2])
+        if not 0 < port < 2**16:
+            raise ValueError("rdzv_endpoint: the port must be from 1 to 65535")
+        return self
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> DeepSpeedConfig:
@@ -168,7 +230,7 @@ class DeepSpeedConfig(ImageFields, BaseRunnerConfig):
         return "auto" if on_cpu and named != "float32" else named
 
 
-class MIIConfig(ImageFields, BaseRunnerConfig):
+class MIIConfig(EngineConfig):
     """MII: DeepSpeed-MII."""
 
     engine: Literal["mii"]
@@ -182,96 +244,15 @@ runner_config_adapter: TypeAdapter[AccelerateConfig | DeepSpeedConfig | MIIConfi
     RunnerConfig
 )
 
-OBSOLETE = {
-    "low_cpu_mem_usage": "weights are always memory-mapped from safetensors, never loaded twice",
-    "offload_state_dict": "no whole state dict exists while loading: nothing to offload",
-}
 
-
-def load_setup_config(
-    folder: Path, *, name: str, overrides: Mapping[str, object] | None = None
-) -> tuple[AccelerateConfig | DeepSpeedConfig | MIIConfig, list[str]]:
-    """Read a model folder's `setup_config.json` into a RunnerConfig.
-
-    `folder` holds the model itself, or, as in a TorchServe archive, `model/` beside
-    `setup_config.json`. A folder without one runs on Accelerate with the defaults. `overrides`
-    (values of None are skipped) win over the file. Returns the config and a warning for every key
-    that no longer means anything.
-
-    Raises: ModelNotFound, IncompleteModel, ConfigError (says which key is wrong, what is allowed).
-    """
-    if not folder.is_dir():
-        raise ModelNotFound(f"model folder {folder} does not exist")
-    wanted = {k: v for k, v in (overrides or {}).items() if v is not None}
-    values, warnings = read_model_config(folder)
-    model_path = _model_path(folder, values.pop("model_path", None))
-    # The engine decides which of the file's keys mean something.
-    engine = {k: v for k, v in wanted.items() if k == "engine"}
-    if (model_path / "model_index.json").is_file():
-        values["task"] = "text-to-image"
-    own, more = parse_setup_config(values | read_json(folder / SETUP_CONFIG) | engine)
-    warnings += more
-    if "deepspeed" in own:
-        config = deepspeed_config.read_section(own["deepspeed"], folder, read_json)
-        own["deepspeed"] = config
-        # One number is enough: that of the ranks, unless another is asked for.
-        own.setdefault("tensor_parallel", deepspeed_config.tp_size(config) or 1)
-        warnings += deepspeed_config.warnings(config)
-    return validate(own | wanted | {"name": name, "model_path": model_path}), warnings
-
-
-def _model_path(folder: Path, named: object) -> Path:
-    """Where the model itself lies. Raises: IncompleteModel."""
-    candidates = [folder / str(named)] if named is not None else []
-    candidates += [folder / "model", folder]
-    for path in candidates:
-        if any((path / f).is_file() for f in ("config.json", "model_index.json")):
-            return path
-    raise IncompleteModel(
-        f"{folder} is not a model folder: it has neither config.json (text) "
-        "nor model_index.json (image)"
-    )
-
-
-def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Map published and obsolete keys to today's; null means the default.
-
-    Returns the values and the warnings.
-    """
-    values, warnings = {k: v for k, v in raw.items() if v is not None}, []
-    values.setdefault("engine", "accelerate")
-    for key, instead in OBSOLETE.items():
-        if values.pop(key, None) is not None:
-            warnings.append(f"{SETUP_CONFIG}: {key} is obsolete and ignored: {instead}")
-    if "torch_dtype" in values:
-        old = values.pop("torch_dtype")
-        values.setdefault("dtype", old.removeprefix("torch.") if isinstance(old, str) else old)
-    model = _engine_model(values["engine"])
-    for key in sorted(values.keys() - model.model_fields.keys()):
-        del values[key]
-        warnings.append(f"{SETUP_CONFIG}: unknown key {key} is ignored")
-    return values, warnings
-
-
-def validate(values: Mapping[str, Any]) -> AccelerateConfig | DeepSpeedConfig | MIIConfig:
+def validate(
+    values: Mapping[str, Any], *, where: str = SETUP_CONFIG
+) -> AccelerateConfig | DeepSpeedConfig | MIIConfig:
     """Values to a RunnerConfig. Raises: ConfigError that names the key and what is allowed."""
     try:
         return runner_config_adapter.validate_python(dict(values))
     except ValidationError as error:
-        raise ConfigError(f"{SETUP_CONFIG}: {explain(error)}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} if there is no file. Raises: ConfigError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can not be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
+        raise ConfigError(f"{where}: {explain(error)}") from None
 
 
 def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:
@@ -286,11 +267,19 @@ def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
-def describe_fields(model: type[BaseModel], *, name: Callable[[str], str] = str) -> str:
-    """A Markdown table of a model's fields, defaults and meanings, from its types."""
+def describe_fields(
+    model: type[BaseModel],
+    *,
+    name: Callable[[str], str] = str,
+    beyond: type[BaseModel] = BaseModel,
+) -> str:
+    """A Markdown table of a model's fields, defaults and meanings, from its types.
+
+    Those that `beyond` has too are left out.
+    """
     rows = ["| name | default | meaning |", "|---|---|---|"]
     for field, info in model.model_fields.items():
-        if field in GIVEN:
+        if field in GIVEN or field in beyond.model_fields:
             continue
         default = "required" if info.is_required() else f"`{info.default}`"
         default = "" if info.default in (None, "") else default
@@ -300,7 +289,8 @@ def describe_fields(model: type[BaseModel], *, name: Callable[[str], str] = str)
     return "\n".join(rows)
 
 
-def _engine_model(engine: object) -> type[BaseRunnerConfig]:
+def engine_model(engine: object) -> type[BaseRunnerConfig]:
+    """The config of an engine. Raises: ConfigError if there is no such engine."""
     for model in (AccelerateConfig, DeepSpeedConfig, MIIConfig):
         if engine in get_args(model.model_fields["engine"].annotation):
             return model
@@ -309,5 +299,7 @@ def _engine_model(engine: object) -> type[BaseRunnerConfig]:
 
 
 if __name__ == "__main__":
+    for fields in (BaseRunnerConfig, ImageFields):
+        print(f"### {fields.__doc__}\n\n{describe_fields(fields)}\n")
     for config in (AccelerateConfig, DeepSpeedConfig, MIIConfig):
-        print(f"### {config.__doc__}\n\n{describe_fields(config)}\n")
+        print(f"### {config.__doc__}\n\n{describe_fields(config, beyond=EngineConfig)}\n")

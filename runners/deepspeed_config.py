@@ -6,7 +6,7 @@ weights lie, how many ranks there are) is taken out or held against it, the rest
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,48 @@ NO_USE = {
     "min_out_tokens": "max_kv_tokens bounds the KV cache",
     "min_tokens": "max_kv_tokens bounds the KV cache",
     "enable_cuda_graph": "steps change their shape",
+    "quant": "weight_quantization is what is offered",
+    "zero": "weights are split over the ranks, or placed by engine accelerate",
+    **dict.fromkeys(
+        ("injection_policy", "injection_policy_tuple", "injection_dict"),
+        "a policy names classes, which a file can not",
+    ),
+    **dict.fromkeys(
+        ("moe", "moe_experts", "moe_type", "ep_size", "ep_group", "ep_mp_group"),
+        "every rank holds a part of every expert",
+    ),
+    **dict.fromkeys(("expert_group", "expert_mp_group"), "every rank holds a part of every expert"),
 }
 
 
-def read_section(section: object, folder: Path, read: Any) -> dict[str, Any]:
-    """The config that a `deepspeed` section names (`config`, `checkpoint`) or holds.
+KEYS = frozenset(
+    {
+        *("replace_with_kernel_inject", "kernel_inject", "dtype", "tensor_parallel", "tp"),
+        *("use_triton", "triton_autotune", "triangular_masking", "tm", "keep_module_on_host"),
+        *("set_empty_params", "return_tuple", "training_mp_size", "replace_method"),
+        *("transposed_mode", "mp_size", "mpu"),
+        *NO_USE,
+    }
+)
+"""Every key of `DeepSpeedInferenceConfig`, but for `config`, by which a section names a file."""
 
-    `read` turns a file into a JSON object. Raises: ConfigError.
+
+KERNELS = ("replace_with_kernel_inject", "kernel_inject")
+"""Both of DeepSpeed's names for it."""
+
+
+def read_section(
+    section: object, folder: Path, read: Callable[[Path], Mapping[str, Any]]
+) -> tuple[dict[str, Any], list[str]]:
+    """DeepSpeed's config out of a `deepspeed` section, and a warning for every key of no use.
+
+    The section is that config, or names it as TorchServe's does: `config` is a file in `folder`, or
+    the config itself; `checkpoint`, which may be left out, is the index of the weight files. `read`
+    turns a file into an object. Raises: ConfigError.
     """
-    if not isinstance(section, Mapping) or not section.get("config"):
-        raise ConfigError(
-            "deepspeed: config is missing: the name of DeepSpeed's own config, such as "
-            "ds-config.json, or what it holds"
-        )
-    config = section["config"]
+    if not isinstance(section, Mapping):
+        raise ConfigError("deepspeed must hold keys and values")
+    config = section.get("config", section)
     if isinstance(config, str):
         path = folder / config
         if not path.is_file():
@@ -51,18 +79,32 @@ def read_section(section: object, folder: Path, read: Any) -> dict[str, Any]:
         config = read(path)
     if not isinstance(config, Mapping):
         raise ConfigError("deepspeed: config must be a file name or an object")
-    checkpoint = section.get("checkpoint")
-    return {**config, **({"checkpoint": checkpoint} if checkpoint else {})}
+    if config is not section:
+        config = {**config, **{k: v for k, v in section.items() if k != "config"}}
+    checkpoint = config.get("checkpoint")
+    if isinstance(checkpoint, str) and not (folder / checkpoint).exists():
+        raise ConfigError(f"deepspeed: checkpoint: {folder / checkpoint} does not exist")
+    warnings = [f"ds-config.json: {k} is ignored: {NO_USE[k]}" for k in config if k in NO_USE]
+    unknown = [k for k in config if k not in KEYS]
+    warnings += [f"ds-config.json: unknown key {k} is ignored" for k in unknown]
+    return {k: v for k, v in config.items() if k in KEYS and k not in NO_USE}, warnings
 
 
 def tp_size(config: Mapping[str, Any]) -> int | None:
     """How many ranks the config splits a model over, if it says so. Raises: ConfigError."""
-    section = config.get("tensor_parallel", config.get("tp", {}))
-    size = section.get("tp_size") if isinstance(section, Mapping) else None
-    size = config.get("mp_size") if size is None else size
+    size = _tensor_parallel(config).get("tp_size", config.get("mp_size"))
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ConfigError("ds-config.json: tensor_parallel.tp_size must be a whole number from 1")
     return size
+
+
+def _tensor_parallel(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Any = next(
+        (config[k] for k in ("tensor_parallel", "tp") if config.get(k) is not None), {}
+    )
+    if not isinstance(found, Mapping):
+        raise ConfigError('ds-config.json: tensor_parallel must be an object: {"tp_size": 2}')
+    return found
 
 
 def dtype(config: Mapping[str, Any]) -> str | None:
@@ -70,29 +112,27 @@ def dtype(config: Mapping[str, Any]) -> str | None:
     given = config.get("dtype")
     if given is None:
         return None
-    if given not in DTYPES:
+    if not isinstance(given, str) or given not in DTYPES:
         allowed = ", ".join(sorted(set(DTYPES.values())))
         raise ConfigError(f"ds-config.json: dtype must be one of {allowed}")
     return DTYPES[given]
 
 
-def warnings(config: Mapping[str, Any]) -> list[str]:
-    """One for every key that means nothing here."""
-    return [f"ds-config.json: {k} is ignored: {NO_USE[k]}" for k in config if k in NO_USE]
+def asks_for_kernels(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's own kernels are to be put in."""
+    return any(config.get(name) for name in KERNELS)
 
 
 def for_init_inference(
-    config: Mapping[str, Any], *, world_size: int, grain: int, on_cpu: bool
+    config: Mapping[str, Any], *, world_size: int, grain: int, inject: bool
 ) -> dict[str, Any]:
     """What `deepspeed.init_inference` is given, but for the type.
 
-    `grain`: parts are multiples of it, where the config does not say.
+    `grain`: parts are multiples of it, where the config does not say. `inject`: whether its kernels
+    are put in.
     """
     taken = {"dtype", "tensor_parallel", "tp", "mp_size", *NO_USE}
     values = {k: v for k, v in config.items() if k not in taken}
-    section = config.get("tensor_parallel", config.get("tp", {}))
-    values["tensor_parallel"] = {"tp_grain_size": grain, **section, "tp_size": world_size}
-    if on_cpu:  # there are no such kernels for CPUs
-        for name in ("replace_with_kernel_inject", "kernel_inject"):
-            values.pop(name, None)
-    return values
+    parallel = {"tp_grain_size": grain, **_tensor_parallel(config), "tp_size": world_size}
+    values["tensor_parallel"] = parallel
+    return {k: v for k, v in values.items() if k not in KERNELS} | {KERNELS[0]: inject}

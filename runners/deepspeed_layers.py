@@ -6,12 +6,14 @@ know them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepspeed import comm
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, LmHeadLinearAllreduce
 from torch import nn
+
+AddUp = Callable[[torch.Tensor], object]
 
 
 class RowSplitLinear(nn.Module):
@@ -21,12 +23,12 @@ class RowSplitLinear(nn.Module):
     """
 
     def __init__(
-        self, part: nn.Linear, bias: torch.Tensor | None, group: object, begin: int | None
+        self, part: nn.Linear, bias: torch.Tensor | None, add_up: AddUp, begin: int | None
     ) -> None:
         super().__init__()
         self.part = part
         self.bias = bias
-        self._group = group
+        self._add_up = add_up
         self._begin = begin
         self._size = part.in_features
 
@@ -35,26 +37,29 @@ class RowSplitLinear(nn.Module):
         if self._begin is not None:
             x = x[..., self._begin : self._begin + self._size].contiguous()
         out: torch.Tensor = self.part(x)
-        comm.inference_all_reduce(out, group=self._group)
+        self._add_up(out)
         return out if self.bias is None else out + self.bias
 
 
-def plain_splits(model: nn.Module) -> None:
-    """Replace the layers that `deepspeed.init_inference` put in, where they are of these kinds."""
+def plain_splits(model: nn.Module, add_up: AddUp) -> None:
+    """Replace the layers that `deepspeed.init_inference` put in, where they are of these kinds.
+
+    `add_up` sums a tensor over the ranks, in place.
+    """
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if (plain := _plain(layer)) is not None:
+            if (plain := _plain(layer, add_up)) is not None:
                 setattr(parent, name, plain)
 
 
-def _plain(layer: Any) -> nn.Module | None:
+def _plain(layer: Any, add_up: AddUp) -> nn.Module | None:
     if type(layer) is LinearLayer and not layer.gather_output:
         return _linear(layer.weight, layer.bias)
     if type(layer) is LinearAllreduce:
-        return RowSplitLinear(_linear(layer.weight, None), layer.bias, layer.mp_group, None)
+        return RowSplitLinear(_linear(layer.weight, None), layer.bias, add_up, None)
     if type(layer) is LmHeadLinearAllreduce:
         begin = sum(layer._partition_sizes[: layer.tp_index])
-        return RowSplitLinear(_linear(layer.weight, None), layer.bias, layer.mp_group, begin)
+        return RowSplitLinear(_linear(layer.weight, None), layer.bias, add_up, begin)
     return None
 
 

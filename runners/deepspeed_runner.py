@@ -8,22 +8,27 @@ Imported in rank processes only.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from runners.config import DeepSpeedConfig
 from runners.contracts import RunnerState
-from runners.deepspeed_config import for_init_inference
+from runners.deepspeed_config import asks_for_kernels, for_init_inference
 from runners.deepspeed_layers import plain_splits
+from runners.deepspeed_shm import NAME, all_reduce, shared_memory
 from runners.dtypes import choose_dtype
 from runners.errors import ConfigError, IncompleteModel
 from runners.ragged.loading import loading_of, stored_dtype, text_program
-from runners.ragged.lockstep import Ranks
+from runners.ragged.lockstep import Ranks, tells_of_loss
 from runners.ragged.proof import Proof
 from runners.ranks.process_group import RankGroups, connect
 from runners.ranks.worker import RankContext, RankProgram
@@ -37,20 +42,34 @@ def load_program(context: RankContext) -> RankProgram:
     if not isinstance(config, DeepSpeedConfig):
         raise ConfigError(f"the DeepSpeed engine was given a config for {config.engine}")
     torch.set_num_threads(context.num_threads)
-    groups = connect(timeout=max(config.start_timeout, config.step_timeout))
+    groups = connect(context)
     ranks = Ranks(groups.control)
+    model, proof = load_split(
+        config, groups, ranks, lambda detail: context.progress(RunnerState.LOADING, detail)
+    )
+    return text_program(context, model, proof=proof, ranks=ranks)
+
+
+def load_split(
+    config: DeepSpeedConfig, groups: RankGroups, ranks: Ranks, progress: Callable[[str], None]
+) -> tuple[PreTrainedModel, Proof]:
+    """This rank's share of the model, and the logits that all shares together have to give.
+
+    Raises: ConfigError if no way of splitting is right; IncompleteModel.
+    """
     with loading_of(config.name):
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
     _check_heads(own, config)
-    context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
-    model = _load(config, own, groups)
-    context.progress(RunnerState.LOADING, "computing a short prompt with the whole model")
+    progress(f"loading weights from {config.name}")
+    splitting = Splitting(config, own, groups)
+    model = splitting.load()
+    progress("computing a short prompt with the whole model")
     proof = Proof(model, ranks)
     if config.world_size > 1:
-        context.progress(RunnerState.LOADING, f"splitting it over {config.world_size} ranks")
-        model = _split(model, proof, config, own, groups)
+        progress(f"splitting it over {config.world_size} ranks")
+        model = splitting.split(model, proof)
         proof = proof.of(model)
-    return text_program(context, model, proof=proof, ranks=ranks)
+    return model.to(groups.device), proof  # type: ignore[arg-type]
 
 
 def _check_heads(own: PreTrainedConfig, config: DeepSpeedConfig) -> None:
@@ -63,101 +82,117 @@ def _check_heads(own: PreTrainedConfig, config: DeepSpeedConfig) -> None:
         )
 
 
-def _load(
-    config: DeepSpeedConfig, own: PreTrainedConfig, groups: RankGroups, **options: Any
-) -> PreTrainedModel:
-    """The model on the CPU, its weights mapped from their files: what a rank does not keep of it
-    was never in its own memory. Raises: ConfigError, IncompleteModel."""
-    stored = stored_dtype(own, config.model_path)
-    on_cpu = groups.device.type == "cpu"
-    with loading_of(config.name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            config.model_path,
-            config=own,
-            dtype=choose_dtype(config.computed_in(on_cpu=on_cpu), stored, on_cpu=on_cpu),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise IncompleteModel(
-            f"{config.name} lacks {len(missing)} of the weights that "
-            f"{type(model).__name__} needs, such as {', '.join(missing[:3])}"
-        )
-    return cast(PreTrainedModel, model)
+@dataclass(frozen=True)
+class Splitting:
+    """How one model becomes this rank's share of it."""
 
+    config: DeepSpeedConfig
+    own: PreTrainedConfig
+    groups: RankGroups
 
-def _split(
-    model: PreTrainedModel,
-    proof: Proof,
-    config: DeepSpeedConfig,
-    own: PreTrainedConfig,
-    groups: RankGroups,
-) -> PreTrainedModel:
-    """This rank's share of the model. Raises: ConfigError if no way of splitting is right."""
-    ways: dict[str, Callable[[], PreTrainedModel]] = {
-        "DeepSpeed's AutoTP": lambda: _auto_tp(model, config, groups),
-        "transformers' tp_plan": lambda: _load(config, own, groups, tp_plan="auto"),
-    }
-    reasons = []
-    for name, split in ways.items():
+    @property
+    def _on_cpu(self) -> bool:
+        return self.groups.device.type == "cpu"
+
+    @property
+    def _through_memory(self) -> bool:
+        return self._on_cpu and self.config.shm_collectives
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """The model on the CPU, its weights mapped from their files: what a rank does not keep of
+        it was never in its own memory. Raises: ConfigError, IncompleteModel."""
+        config, on_cpu = self.config, self._on_cpu
+        stored = stored_dtype(self.own, config.model_path)
+        with loading_of(config.name):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config.model_path,
+                config=self.own,
+                dtype=choose_dtype(config.computed_in(on_cpu=on_cpu), stored, on_cpu=on_cpu),
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise IncompleteModel(
+                f"{config.name} lacks {len(missing)} of the weights that "
+                f"{type(model).__name__} needs, such as {', '.join(missing[:3])}"
+            )
+        return cast(PreTrainedModel, model)
+
+    def split(self, model: PreTrainedModel, proof: Proof) -> PreTrainedModel:
+        """This rank's share of the model. Raises: ConfigError if no way of splitting is right."""
+        deepspeed = self._connect_deepspeed()
+        ways: dict[str, Callable[[], PreTrainedModel]] = {
+            "DeepSpeed's AutoTP": lambda: self._auto_tp(deepspeed, model),
+            "transformers' tp_plan": lambda: self.load(tp_plan="auto"),
+        }
+        if not self._on_cpu and asks_for_kernels(self.config.deepspeed):
+            kernels = {"DeepSpeed's kernels": lambda: self._auto_tp(deepspeed, self.load(), True)}
+            ways = kernels | ways
+        reasons = []
+        for name, way in ways.items():
+            candidate, reason = self._try(way, model, proof)
+            if reason is None:
+                logger.info("%s is split by %s", self.config.name, name)
+                return candidate
+            reasons.append(f"{name}: {reason}")
+            # Whoever still holds it, the next way needs the room.
+            candidate.to("meta")  # type: ignore[arg-type]
+            gc.collect()
+            torch.cuda.empty_cache()
+        raise ConfigError(
+            f"{type(model).__name__} can not be split over {self.config.world_size} ranks "
+            f"({'; '.join(reasons)}); serve it with engine accelerate, whose device_map places "
+            "whole layers on several GPUs"
+        )
+
+    def _try(
+        self, way: Callable[[], PreTrainedModel], model: PreTrainedModel, proof: Proof
+    ) -> tuple[PreTrainedModel, str | None]:
+        """What it makes of the model, and why that will not do."""
         candidate, failure = model, None
         try:
-            candidate = split()
+            candidate = way()
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a library trips over, this way is none
+            if tells_of_loss(error):
+                raise
             failure = error
-        if proof.agree(failure is None, failure):
-            if proof.of(candidate).batches():
-                logger.info("%s is split by %s", config.name, name)
-                return candidate
-            reasons.append(f"{name}: its logits are not those of the whole model")
-        else:
-            reasons.append(f"{name}: {_sentence(failure)}")
-    raise ConfigError(
-        f"{type(model).__name__} can not be split over {config.world_size} ranks "
-        f"({'; '.join(reasons)}); serve it with engine accelerate, whose device_map places whole "
-        "layers on several GPUs"
-    )
+        if not proof.agree(failure is None, failure):
+            said = str(failure).strip().split("\n")[0] if failure else "it failed on another rank"
+            return candidate, said or type(failure).__name__
+        if not proof.of(candidate).batches():
+            return candidate, "its logits are not those of the whole model"
+        return candidate, None
 
+    def _auto_tp(
+        self, deepspeed: Any, model: PreTrainedModel, inject: bool = False
+    ) -> PreTrainedModel:
+        size = getattr(model.config.get_text_config(), "hidden_size", 0)
+        options = for_init_inference(
+            self.config.deepspeed,
+            world_size=self.config.world_size,
+            # Narrower parts than DeepSpeed's grain would leave some ranks with none.
+            grain=64 if size >= 64 * self.config.world_size else 1,
+            inject=inject,
+        )
+        engine = deepspeed.init_inference(model, config=options | {"dtype": model.dtype})
+        split: PreTrainedModel = engine.module
+        del engine
+        plain_splits(split, all_reduce if self._through_memory else dist.all_reduce)
+        # DeepSpeed's layers hold their weights in circles, for which there is no room beside those
+        # that are packed for our kernels.
+        gc.collect()
+        return split
 
-def _sentence(failure: Exception | None) -> str:
-    if failure is None:
-        return "it failed on another rank"
-    return str(failure).strip().split("\n")[0] or type(failure).__name__
+    def _connect_deepspeed(self) -> Any:  # which carries no types
+        os.environ.setdefault("DS_ACCELERATOR", self.groups.device.type)
+        import deepspeed
 
-
-def _auto_tp(
-    model: PreTrainedModel, config: DeepSpeedConfig, groups: RankGroups
-) -> PreTrainedModel:
-    deepspeed = _deepspeed(groups)
-    on_cpu = groups.device.type == "cpu"
-    size = getattr(model.config.get_text_config(), "hidden_size", 0)
-    options = for_init_inference(
-        config.deepspeed,
-        world_size=config.world_size,
-        # Narrower parts than DeepSpeed's grain would leave some ranks with none.
-        grain=64 if size >= 64 * config.world_size else 1,
-        on_cpu=on_cpu,
-    )
-    engine = deepspeed.init_inference(model, config=options | {"dtype": model.dtype})
-    split: PreTrainedModel = engine.module
-    plain_splits(split)
-    return split
-
-
-def _deepspeed(groups: RankGroups) -> Any:  # carries no types
-    """DeepSpeed, connected to the group that exists."""
-    os.environ.setdefault("DS_ACCELERATOR", groups.device.type)
-    # Its launcher would set it; without, a CPU counts its NUMA nodes as devices.
-    os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
-    import deepspeed
-
-    # Built at the first start for a minute, and a build that is killed leaves a lock behind on
-    # which every later start waits for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if groups.device.type == "cuda" else "gloo")
-    return deepspeed
+        deepspeed.ops.__compatible_ops__[NAME] = False
+        with shared_memory() if self._through_memory else nullcontext():
+            deepspeed.init_distributed(dist_backend="gloo" if self._on_cpu else "nccl")
+        return deepspeed

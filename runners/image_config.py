@@ -8,24 +8,23 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ImageFields(BaseModel):
-    """Fields that mean something where `task` is `text-to-image`."""
+    """What every engine understands of image models."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     max_batch_images: Annotated[int, Field(ge=1, le=256)] = 8
-    """Pictures that a rank paints together in one step (image models)."""
+    """Pictures that a rank paints together in one step."""
     max_pixels: Annotated[int, Field(ge=64)] | None = None
-    """Most pixels of a picture, height times width (image models). Default: four times those of
+    """Most pixels of a picture, height times width. Default: four times those of
     the model's own size."""
     max_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 200
-    """Most denoising steps of a picture (image models)."""
+    """Most denoising steps of a picture."""
     cpu_offload: Literal["model", "sequential"] | None = None
     """Keeps the weights in the CPU's memory and on the GPU only what computes: one `model` of the
-    pipeline at a time, or, slower and with the least memory, one layer: `sequential` (image
-    models)."""
+    pipeline at a time, or, slower and with the least memory, one layer: `sequential`."""
     attention_slicing: bool = False
-    """Computes attention head by head: less memory, slower (image models)."""
+    """Computes attention head by head: less memory, slower."""
     vae_slicing: bool = False
-    """Decodes pictures one by one: less memory (image models)."""
+    """Decodes pictures one by one: less memory."""
     vae_tiling: bool = False
-    """Decodes a picture in overlapping tiles: less memory for large ones (image models)."""
+    """Decodes a picture in overlapping tiles: less memory for large ones."""

@@ -43,7 +43,9 @@ def load_program(context: RankContext) -> ImageProgram:
 def load_deepspeed_program(context: RankContext) -> ImageProgram:
     """The rank program of an image model on one of DeepSpeed's ranks. Raises: ConfigError."""
     config = context.config
-    groups = connect(timeout=max(config.start_timeout, config.step_timeout))
+    if config.rendezvous is not None:
+        raise ConfigError("the ranks of an image model can not be spread over several machines")
+    groups = connect(context)
     if isinstance(config, DeepSpeedConfig) and config.deepspeed and context.rank == 0:
         logger.warning("ds-config.json is ignored: every rank holds the whole image model")
     program = _load(context, str(groups.device), None)

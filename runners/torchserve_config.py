@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from runners.deepspeed_config import DTYPES
 from runners.errors import ConfigError
 
 MODEL_CONFIG = "model-config.yaml"
@@ -28,6 +29,8 @@ HANDLER = {
     "model_path": "model_path",
 }
 """TorchServe's keys and ours."""
+TORCHRUN = {"nnodes": "nnodes", "node-rank": "node_rank", "rdzv-endpoint": "rdzv_endpoint"}
+"""Those of its section `torchrun`."""
 
 NO_USE = {
     "maxBatchDelay": "no request waits for a batch to fill: it joins the running one at once",
@@ -41,25 +44,24 @@ NO_USE = {
 }
 
 
-def read_model_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """`model-config.yaml` of a folder as fields of a RunnerConfig, and its warnings.
-
-    Empty if there is no such file. Raises: ConfigError.
-    """
-    path = folder / MODEL_CONFIG
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises: ConfigError."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}, []
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} can not be read as YAML: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} can not be read as YAML: {reason}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold keys and values")
-    return _values(content)
+    return content
 
 
-def _values(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    left = {k: v for k, v in content.items() if v is not None}
+def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What a `model-config.yaml` holds as fields of a RunnerConfig, and its warnings.
+
+    Raises: ConfigError.
+    """
+    left = {str(k): v for k, v in content.items() if v is not None or k == "deepspeed"}
     values: dict[str, Any] = {}
     warnings: list[str] = []
     handler = _section(left, "handler")
@@ -70,7 +72,7 @@ def _values(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if key in handler:
             values.setdefault(field, handler.pop(key))
     if isinstance(dtype := values.get("dtype"), str):
-        values["dtype"] = dtype.removeprefix("torch.")
+        values["dtype"] = DTYPES.get(dtype, dtype)
     values |= _parallel(left)
     left |= {f"handler.{key}": value for key, value in handler.items()}
     for key in left:
@@ -88,29 +90,33 @@ def _parallel(left: dict[str, Any]) -> dict[str, Any]:
     kind = left.pop("parallelType", None)
     torchrun = _section(left, "torchrun")
     per_node = torchrun.pop("nproc-per-node", None)
-    left |= {f"torchrun.{key}": value for key, value in torchrun.items()}
     values: dict[str, Any] = {}
+    nodes = {f: torchrun.pop(key) for key, f in TORCHRUN.items() if key in torchrun}
+    left |= {f"torchrun.{key}": value for key, value in torchrun.items()}
     if "deepspeed" in left:
-        values |= {"engine": "deepspeed", "deepspeed": left.pop("deepspeed")}
+        values |= {"engine": "deepspeed", "deepspeed": _section(left, "deepspeed")}
     if kind not in (None, "tp", "custom"):
         raise ConfigError(
             f"{MODEL_CONFIG}: parallelType {kind} is not offered: only tp is; engine accelerate "
             "places whole layers on several GPUs"
         )
-    if kind == "tp" and "deepspeed" not in values:
+    if (kind == "tp" or values) and not values.get("deepspeed", {}).get("config"):
         raise ConfigError(
-            f"{MODEL_CONFIG}: parallelType tp needs a deepspeed section with the name of its "
-            "config, such as ds-config.json"
+            f"{MODEL_CONFIG}: deepspeed: config is missing: the name of DeepSpeed's own config, "
+            "such as ds-config.json"
         )
     if per_node is not None and "deepspeed" in values:
-        values["tensor_parallel"] = per_node
+        count = nodes.get("nnodes", 1)
+        whole = isinstance(per_node, int) and isinstance(count, int)
+        values |= nodes | {"tensor_parallel": per_node * count if whole else per_node}
     elif per_node is not None:
         left["torchrun.nproc-per-node"] = per_node
     return values
 
 
 def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
-    section = content.pop(name, {})
+    section = content.pop(name, None)
+    section = {} if section is None else section
     if not isinstance(section, dict):
         raise ConfigError(f"{MODEL_CONFIG}: {name} must hold keys and values")
     return {k: v for k, v in section.items() if v is not None}

@@ -41,9 +41,10 @@ class Triptych:
 
     def prepare(self) -> str:
         """Import the model into a model store of our own. Raises: Unavailable."""
-        from runners.config import AccelerateConfig
+        from runners.config import AccelerateConfig, DeepSpeedConfig
 
-        unknown = self._settings.keys() - AccelerateConfig.model_fields.keys()
+        known = AccelerateConfig.model_fields | DeepSpeedConfig.model_fields
+        unknown = self._settings.keys() - known.keys()
         if unknown:
             raise Unavailable(f"this version has no {', '.join(sorted(unknown))}")
         self._home = cached(f"stores/{self.name}", self._import)

@@ -13,7 +13,8 @@ import diffusers
 import torch
 import transformers
 
-from runners.config import BaseRunnerConfig, read_json
+from runners.config import BaseRunnerConfig
+from runners.config_files import read_json
 from runners.dtypes import choose_dtype, dtype_in
 from runners.errors import ConfigError, IncompleteModel, UnsafeModel
 

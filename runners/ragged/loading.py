@@ -82,7 +82,9 @@ def text_program(
     path = prove_and_pack(model, config.weight_quantization, proof)
     max_context = _max_context(model.config)
     useful = config.max_batch_size * max_context
-    kv_tokens = config.max_kv_tokens or _default_kv_tokens(model, path, useful)
+    kv_tokens = config.max_kv_tokens or _default_kv_tokens(
+        model, path, useful, sharing=config.local_world_size
+    )
     if ranks is not None:
         kv_tokens = ranks.smallest(kv_tokens)
     blocks = max(1, kv_tokens // BLOCK_SIZE)
@@ -199,12 +201,19 @@ def _defaults(model: PreTrainedModel) -> SamplingDefaults:
     )
 
 
-def _default_kv_tokens(model: PreTrainedModel, path: Batching, useful: int) -> int:
-    """As many tokens as the free memory of the tightest device holds, at most `useful`."""
+def _default_kv_tokens(model: PreTrainedModel, path: Batching, useful: int, *, sharing: int) -> int:
+    """As many tokens as the free memory of the tightest device holds, at most `useful`.
+
+    `sharing` ranks have the CPU's memory in common.
+    """
     forward = Forward(model, path, blocks=1)
     forward.run(StepPlan([[0]], [0], [[0]]))
     per_token = forward.bytes_per_token()
-    room = [int(KV_SHARE * _free_bytes(d) / size) for d, size in per_token.items() if size]
+    room = [
+        int(KV_SHARE * _free_bytes(d) / (sharing if d.type == "cpu" else 1) / size)
+        for d, size in per_token.items()
+        if size
+    ]
     fits = min([useful, *room])
     if fits < BLOCK_SIZE:
         raise ConfigError("no memory is left for the KV cache; choose a smaller model or dtype")

@@ -9,6 +9,7 @@ pickled.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -43,8 +44,8 @@ class Ranks:
         work: Any = dist.all_reduce(number, dist.ReduceOp.MIN, group=self._group, async_op=True)
         try:
             work.wait(timedelta(seconds=patience or 0))  # none waits as long as the group does
-        except RuntimeError:
-            if patience is None:
+        except RuntimeError as error:
+            if patience is None or "imed out" not in str(error):
                 raise
             raise TimeoutError("the other ranks are elsewhere") from None
         return int(number)
@@ -96,6 +97,26 @@ def _take(numbers: Iterator[int], count: int) -> list[int]:
     return [next(numbers) for _ in range(count)]
 
 
+class RankLost(Exception):
+    """Another rank of the group ended or can not be reached."""
+
+
+def tells_of_loss(error: Exception) -> bool:
+    """Whether it is what a lost rank makes of a collective; gloo's errors have no type."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Tell what a lost rank does to a collective from other errors. Raises: RankLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if tells_of_loss(error):
+            raise RankLost(f"another rank of the group is lost: {error}") from error
+        raise
+
+
 class Leader:
     """Rank 0's share of the model: has the others run what it runs."""
 
@@ -104,13 +125,15 @@ class Leader:
         self._ranks = ranks
 
     def run(self, plan: StepPlan) -> torch.Tensor:
-        """See `engine.Runs`."""
-        self._ranks.send(plan)
-        return self._model.run(plan)
+        """See `engine.Runs`. Raises: RankLost."""
+        with together():
+            self._ranks.send(plan)
+            return self._model.run(plan)
 
     def idle(self) -> None:
-        """Let no rank wait so long that it takes this one for lost."""
-        self._ranks.send(None)
+        """Let no rank wait so long that it takes this one for lost. Raises: RankLost."""
+        with together():
+            self._ranks.send(None)
 
 
 class Follower:
@@ -126,10 +149,11 @@ class Follower:
         raise ValueError(f"unexpected {type(message).__name__}")
 
     def step(self) -> None:
-        """Run the next step of rank 0, once there is one."""
-        plan = self._ranks.receive()
-        if plan is not None:
-            self._model.run(plan)
+        """Run the next step of rank 0, once there is one. Raises: RankLost."""
+        with together():
+            plan = self._ranks.receive()
+            if plan is not None:
+                self._model.run(plan)
 
     def occupancy(self) -> Occupancy:
         """Rank 0 knows."""

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from runners.errors import ConfigError
 from runners.ragged.attention import PACKED
 from runners.ragged.blocks import BLOCK_SIZE
-from runners.ragged.cpu import load_kernels
+from runners.ragged.cpu import load_kernels, switch_off_kernels
 from runners.ragged.cpu.decoder import fuse_decoder, unfuse_decoder
 from runners.ragged.cpu.fusing import fuse_modules, unfuse_modules
 from runners.ragged.cpu.linear import Quantization, pack_linears, unpack_linears
 from runners.ragged.engine import RaggedEngine
 from runners.ragged.forward import Batching, Forward, input_device
-from runners.ragged.lockstep import Ranks
+from runners.ragged.lockstep import Ranks, tells_of_loss
 from runners.ragged.windows import narrow_windows
 
 logger = logging.getLogger("triptych.ragged")
@@ -86,6 +86,8 @@ class Proof:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever an architecture trips over, this is not its path
+            if tells_of_loss(error):
+                raise
             logger.info("%s on the %s path: %s", type(self._model).__name__, path, error)
             return self.agree(False, error)
         spread = max(float(self._reference.std()), 1e-3)
@@ -128,6 +130,9 @@ def prove_and_pack(
     proof = proof or Proof(model)
     path = proof.choose()
     kernels = load_kernels()
+    if not proof.agree(kernels is not None):
+        switch_off_kernels()  # on every rank, if one has none
+        kernels = None
     if kernels is None:
         if quantization is not None:
             raise ConfigError(

@@ -10,15 +10,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
+import math
 from collections.abc import Callable
 
 from runners.config import BaseRunnerConfig
 from runners.contracts import ImageModelInfo, ModelInfo, RunnerHealth, RunnerState
 from runners.errors import RunnerUnavailable
 from runners.ranks.life import End, Life
-from runners.ranks.messages import Fatal, HostMessage, ImageReady, Progress, RankMessage, Ready
-from runners.ranks.spec import RankSpec
+from runners.ranks.messages import (
+    Broken,
+    Fatal,
+    HostMessage,
+    ImageReady,
+    Progress,
+    RankMessage,
+    Ready,
+)
+from runners.ranks.spec import spec_of
 
 logger = logging.getLogger("triptych.ranks")
 
@@ -42,8 +50,7 @@ class RankGroup:
         on_down: Callable[[str], None],
     ) -> None:
         self._config = config
-        threads = config.num_threads or max(1, _usable_cores() // config.world_size)
-        self._spec = RankSpec(program, config.model_dump_json(), config.world_size, threads)
+        self._spec = spec_of(config, program)
         self._on_message = on_message
         self._on_down = on_down
         self._supervisor: asyncio.Task[None] | None = None
@@ -97,13 +104,15 @@ class RankGroup:
             if self._state is RunnerState.READY:  # it ended by a fault of the watching itself
                 self._on_down(end.reason)
             failed_starts = 0 if self._was_ready else failed_starts + 1
-            if end.final or failed_starts >= MAX_FAILED_STARTS:
+            # Another node may come, or come back, at any time.
+            tries = MAX_FAILED_STARTS if self._spec.rendezvous is None else math.inf
+            if end.final or failed_starts >= tries:
                 self._enter(RunnerState.FAILED, end.reason)
                 return
             self._why = end.reason
             self._restarts += 1
             self._enter(RunnerState.RESTARTING, end.reason)
-            await asyncio.sleep(min(MAX_PAUSE_S, 2.0**failed_starts - 1))
+            await asyncio.sleep(min(MAX_PAUSE_S, 2.0 ** min(failed_starts, 10) - 1))
 
     async def _live_once(self) -> End:
         if self._why is None:
@@ -137,6 +146,8 @@ class RankGroup:
                 self._enter(RunnerState.READY, f"{info.architecture} on {', '.join(info.devices)}")
             case Fatal(_, reason) if self._life is not None:
                 self._life.end(reason, final=True)
+            case Broken(rank, reason) if self._life is not None:
+                self._life.end(reason, told_by=rank)
             case _:
                 self._on_message(message)
 
@@ -151,7 +162,3 @@ class RankGroup:
                 state,
                 detail,
             )
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import sys
 import threading
 from collections import deque
@@ -24,12 +23,10 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
+from runners.ranks.environment import rank_variables
 from runners.ranks.lifeline import die_with_parent, outlive_signals
 from runners.ranks.spec import LOGS, OUTCOME, Outcome, RankSpec, read_spec, write_private
 
-SPIN_COUNT = "20000"
-"""How often a waiting thread looks before it sleeps: half a millisecond. GNU OpenMP's own default
-is fifteen times that, all of it lost when another process has the core that is waited for."""
 TAIL_LINES = 30
 KILL_AFTER_S = 2
 POLL_S = 0.1
@@ -43,7 +40,8 @@ def main() -> None:
     # Its warnings about every signal it sends would read like trouble; outcome.json says it better.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
-    ranks = _start(run_dir, read_spec(run_dir))
+    spec = read_spec(run_dir)
+    ranks = _start(run_dir, spec)
     # After the start, which sets handlers of its own.
     outlive_signals()
     result = None
@@ -53,30 +51,20 @@ def main() -> None:
     result = result or ranks.wait(timeout=POLL_S, period=POLL_S / 2)
     ranks.close(death_sig=signal.SIGKILL, timeout=KILL_AFTER_S)
     if result is not None:
-        write_private(run_dir / OUTCOME, _outcome(result))
+        write_private(run_dir / OUTCOME, _outcome(result, spec.first_rank))
         sys.exit(1 if result.is_failed() else 0)
 
 
 def _start(run_dir: Path, spec: RankSpec) -> PContext:
     logs = run_dir / LOGS
     logs.mkdir(mode=0o700, exist_ok=True)
-    ranks = range(spec.world_size)
-    common = {
-        "WORLD_SIZE": str(spec.world_size),
-        "LOCAL_WORLD_SIZE": str(spec.world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": str(spec.num_threads),
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT),
-        # torch's large tensors in huge pages: weights are read some percent faster.
-        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    ranks = range(spec.local_world_size)
+    common = rank_variables(spec)
     return start_processes(
         name="rank",
         entrypoint=sys.executable,
         args={r: ("-u", "-m", "runners.ranks.worker", str(run_dir), os.getpid()) for r in ranks},
-        envs={r: common | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in ranks},
+        envs={r: common | {"RANK": str(spec.first_rank + r), "LOCAL_RANK": str(r)} for r in ranks},
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), tee=Std.ALL),
     )
 
@@ -88,16 +76,18 @@ def _wait_for_eof(stop: threading.Event) -> None:
     stop.set()
 
 
-def _outcome(result: RunProcsResult) -> Outcome:
+def _outcome(result: RunProcsResult, first_rank: int) -> Outcome:
     if not result.failures:
         return Outcome(reason="the ranks ended by themselves", stderr_tail=[])
-    rank, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    local, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    rank = first_rank + local
     how = (
         f"was killed by {failure.signal_name()}"
         if failure.exitcode < 0
         else f"exited with status {failure.exitcode}"
     )
-    return Outcome(reason=f"rank {rank} {how}", stderr_tail=_tail(result.stderrs.get(rank)))
+    tail = _tail(result.stderrs.get(local))
+    return Outcome(reason=f"rank {rank} {how}", stderr_tail=tail, rank=rank)
 
 
 def _tail(path: str | None) -> list[str]:
@@ -106,12 +96,6 @@ def _tail(path: str | None) -> list[str]:
             return [line.rstrip("\n") for line in deque(file, TAIL_LINES)]
     except OSError:
         return []
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -32,10 +32,13 @@ PRIVATE_VARIABLES = frozenset({"TRIPTYCH_API_KEY"})
 
 @dataclass(frozen=True)
 class End:
-    """Why a life is over; `final` if another can not do better."""
+    """Why a life is over."""
 
     reason: str
     final: bool = False
+    """Whether another can not do better."""
+    told_by: int | None = None
+    """The rank that said it of itself."""
 
 
 class Life:
@@ -110,10 +113,10 @@ class Life:
         """Write to a rank."""
         self._writers[rank].write(encode_frame(message))
 
-    def end(self, reason: str, *, final: bool = False) -> None:
+    def end(self, reason: str, *, final: bool = False, told_by: int | None = None) -> None:
         """Declare this life over; only the first reason counts."""
         if not self._end.done():
-            self._end.set_result(End(reason, final))
+            self._end.set_result(End(reason, final, told_by))
 
     async def watch(self, ready: Callable[[], bool]) -> End:
         """Wait until this life is over, or ends it when a deadline passes."""
@@ -130,7 +133,7 @@ class Life:
             await asyncio.wait({self._exited}, timeout=RANK_EXIT_S)
         await self._end_launcher()
         outcome = read_outcome(self._run_dir)
-        if outcome is None or end.final:
+        if outcome is None or end.final or end.told_by == outcome.rank is not None:
             return end
         said = [line.strip() for line in outcome.stderr_tail if line.strip()]
         errors = [line for line in said if _EXCEPTION.match(line)]
@@ -139,13 +142,13 @@ class Life:
 
     def _overdue(self, ready: bool) -> str | None:
         now, config = time.monotonic(), self._config
-        if not ready:
-            if now - self._began > config.start_timeout:
-                return f"not ready within start_timeout ({config.start_timeout:g} s)"
-            return None
+        if not ready and now - self._began > config.start_timeout:
+            return f"not ready within start_timeout ({config.start_timeout:g} s)"
         for rank, beat in self._beats.items():
+            # Ranks here beat from when they are ready, those elsewhere from when they join.
             if now - beat > config.heartbeat_timeout:
-                return f"rank {rank} hangs: no sign of life for {config.heartbeat_timeout:g} s"
+                what = "hangs" if rank in self._writers else "on another node hangs or is cut off"
+                return f"rank {rank} {what}: no sign of life for {config.heartbeat_timeout:g} s"
         for rank, age in sorted(self._step_ages.items()):
             if age > config.step_timeout:
                 return f"rank {rank} hangs: one step takes longer than {config.step_timeout:g} s"

@@ -91,6 +91,13 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class Broken(msgspec.Struct, frozen=True, tag=True):
+    """Rank: a step failed, and with it the rank, which ends now."""
+
+    rank: int
+    reason: str
+
+
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
     """Rank: alive, once a second. `step_age` is the seconds the current step has taken so far."""
 
@@ -160,6 +167,7 @@ RankMessage = (
     | Ready
     | ImageReady
     | Fatal
+    | Broken
     | Heartbeat
     | Accepted
     | Deltas

@@ -1,14 +1,26 @@
 """The ranks' process group: gloo on CPUs, NCCL on GPUs, and gloo beside it for what ranks tell
-each other."""
+each other.
+
+The ranks of one machine meet in a file of their private folder, those of several at node 0's TCP
+store, which listens on the interface of `rdzv_endpoint` alone.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
+
+from runners.contracts import RunnerState
+from runners.errors import ConfigError
+from runners.ranks.environment import resolve, split_endpoint
+from runners.ranks.nodes import hold_to_the_set_up, keep_in_touch
+from runners.ranks.worker import RankContext
 
 
 @dataclass(frozen=True)
@@ -21,17 +33,63 @@ class RankGroups:
     """Where this rank's share of the model lies."""
 
 
-def connect(*, timeout: float) -> RankGroups:
-    """Join the group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR ...).
-
-    `timeout` is the seconds after which a collective that not all ranks take part in fails.
-    """
-    local = int(os.environ["LOCAL_RANK"])
+def connect(context: RankContext) -> RankGroups:
+    """Join the other ranks. Raises: ConfigError if they are not set up alike."""
+    config = context.config
+    # A collective that not all ranks take part in fails after it.
+    timeout = timedelta(seconds=max(config.start_timeout, config.step_timeout))
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    _check_gpus()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group("nccl" if gpu else "gloo", timeout=limit)
-    control = dist.new_group(backend="gloo", timeout=limit)
-    return RankGroups(control, device)
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=_store(context, timeout),
+        rank=context.rank,
+        world_size=context.world_size,
+        timeout=timeout,
+    )
+    return RankGroups(dist.new_group(backend="gloo", timeout=timeout), device)
+
+
+def _check_gpus() -> None:
+    """Raises: ConfigError if there are some, but not one for each rank."""
+    there, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if 0 < there < wanted:
+        raise ConfigError(
+            f"{wanted} ranks on this machine need as many GPUs, it has {there}; set "
+            "tensor_parallel, or CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+
+
+def _store(context: RankContext, timeout: timedelta) -> Store:
+    if context.rendezvous is None:
+        return FileStore(str(context.work_dir / "rendezvous"), context.world_size)
+    host, port = split_endpoint(context.rendezvous)
+    leads = context.rank == 0
+    context.progress(RunnerState.STARTING, f"waiting for the other nodes at {context.rendezvous}")
+    store = TCPStore(
+        host,
+        port,
+        context.world_size,
+        is_master=leads,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=_listen(context.rendezvous) if leads else None,
+    )
+    hold_to_the_set_up(store, context)
+    keep_in_touch(store, context)
+    return store
+
+
+def _listen(rendezvous: str) -> int:
+    """A socket for the store, which by itself would listen everywhere. Raises: ConfigError."""
+    family, address = resolve(rendezvous)
+    try:
+        listening = socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"rdzv_endpoint {rendezvous} must be a free port of node 0, this machine: {error}"
+        ) from None
+    return listening.detach()

@@ -7,16 +7,45 @@ from pathlib import Path
 
 import msgspec
 
+from runners.config import BaseRunnerConfig
+
 SPEC, SOCKET, OUTCOME, LOGS, WORK = "spec.json", "channel.sock", "outcome.json", "logs", "work"
 
 
 class RankSpec(msgspec.Struct, frozen=True):
-    """How to start a rank group; `program` is a `module:function`, `config` RunnerConfig JSON."""
+    """How to start the ranks of one machine."""
 
     program: str
+    """`module:function`, a `worker.LoadProgram`."""
     config: str
+    """RunnerConfig as JSON."""
     world_size: int
     num_threads: int
+    """Of each rank."""
+    local_world_size: int
+    """The ranks of this machine; the group has `world_size`."""
+    first_rank: int = 0
+    """The first rank of this machine."""
+    rendezvous: str | None = None
+    """`host:port` where the ranks of several machines meet."""
+
+
+def spec_of(config: BaseRunnerConfig, program: str) -> RankSpec:
+    """How to start this machine's ranks of a model."""
+    local = config.local_world_size
+    return RankSpec(
+        program,
+        config.model_dump_json(),
+        world_size=config.world_size,
+        num_threads=config.num_threads or max(1, _usable_cores() // local),
+        local_world_size=local,
+        first_rank=config.first_rank,
+        rendezvous=config.rendezvous,
+    )
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -24,6 +53,8 @@ class Outcome(msgspec.Struct, frozen=True):
 
     reason: str
     stderr_tail: list[str]
+    rank: int | None = None
+    """Which one ended first."""
 
 
 def write_private(path: Path, value: RankSpec | Outcome) -> None:

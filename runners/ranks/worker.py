@@ -25,6 +25,7 @@ from runners.errors import ConfigError
 from runners.ranks.channel import RankChannel
 from runners.ranks.lifeline import die_with_parent, outlive_signals
 from runners.ranks.messages import (
+    Broken,
     Fatal,
     Heartbeat,
     Hello,
@@ -35,7 +36,7 @@ from runners.ranks.messages import (
     Ready,
     Shutdown,
 )
-from runners.ranks.spec import SOCKET, WORK, read_spec
+from runners.ranks.spec import SOCKET, WORK, RankSpec, read_spec
 
 HEARTBEAT_S = 1.0
 
@@ -83,10 +84,12 @@ class RankContext:
     """A private folder that goes with the rank group."""
     emit: Callable[[RankMessage], None]
     """Sends a message to the host; callable from any thread."""
+    rendezvous: str | None = None
+    """`host:port` where the ranks of several machines meet."""
 
     def progress(self, state: RunnerState, detail: str) -> None:
         """Tell the host what the start-up is doing."""
-        if self.rank == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             self.emit(Progress(state, detail))
 
 
@@ -124,36 +127,56 @@ def main() -> None:
     except ConfigError as error:
         channel.send(Fatal(type(error).__name__, error.message))
         sys.exit(2)
-    # What was loaded stays for good: no collection needs to walk over it while streams wait.
-    gc.collect()
-    gc.freeze()
     clock = _StepClock()
     _start_thread(_read, channel, program)
     _start_thread(_beat, channel, program, clock, rank)
-    if rank == 0:
+    if int(os.environ["LOCAL_RANK"]) == 0:
         info = program.info
         channel.send(Ready(info) if isinstance(info, ModelInfo) else ImageReady(info))
-    while True:
-        with clock:
-            program.step()
+    try:
+        while True:
+            with clock:
+                program.step()
+    except Exception as error:
+        said = str(error).strip().split("\n")[0]
+        channel.send(Broken(rank, f"rank {rank} failed: {type(error).__name__}: {said}"))
+        raise
 
 
 def _load(run_dir: Path, rank: int, channel: RankChannel) -> RankProgram:
-    spec = read_spec(run_dir)
     work_dir = run_dir / WORK
     work_dir.mkdir(mode=0o700, exist_ok=True)
+    program = load(read_spec(run_dir), rank, work_dir, channel.send)
+    # What was loaded stays for good: no collection needs to walk over it while streams wait.
+    gc.collect()
+    gc.freeze()
+    return program
+
+
+def load(
+    spec: RankSpec, rank: int, work_dir: Path, emit: Callable[[RankMessage], None]
+) -> RankProgram:
+    """The program of one rank. Raises: ConfigError."""
     context = RankContext(
         config=runner_config_adapter.validate_json(spec.config),
         rank=rank,
         world_size=spec.world_size,
         num_threads=spec.num_threads,
         work_dir=work_dir,
-        emit=channel.send,
+        emit=emit,
+        rendezvous=spec.rendezvous,
     )
     context.progress(RunnerState.LOADING, "importing the engine")
     module, _, function = spec.program.partition(":")
-    load = cast(LoadProgram, getattr(importlib.import_module(module), function))
-    return load(context)
+    try:
+        load_program = cast(LoadProgram, getattr(importlib.import_module(module), function))
+    except ModuleNotFoundError as error:
+        extra = context.config.engine
+        raise ConfigError(
+            f"engine {extra} needs the Python package {error.name}, which is not installed: "
+            f"DS_BUILD_OPS=0 pip install --no-build-isolation 'triptych[{extra}]'"
+        ) from error
+    return load_program(context)
 
 
 def _read(channel: RankChannel, program: RankProgram) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from runners import create_runner
-from runners.config import load_setup_config
+from runners.config_files import load_setup_config
 from runners.contracts import ChatMessage, ChatPrompt, RunnerState
 from runners.errors import ContextLengthExceeded, InvalidRequest
 from tests.support.generating import collect, ids_of, serving, text_of

@@ -17,7 +17,7 @@ import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
 from runners import create_image_runner, create_runner
-from runners.config import load_setup_config
+from runners.config_files import load_setup_config
 from runners.contracts import ImageRequest, ImageRunner, RunnerState
 from runners.errors import (
     ConfigError,

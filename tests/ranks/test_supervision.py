@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runners import create_runner
-from runners.config import load_setup_config
+from runners.config_files import load_setup_config
 from runners.contracts import RunnerState, TextRunner
 from runners.errors import RunnerUnavailable
 from tests.support.generating import collect, ids_of, request, serving, wait_ready

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runners import create_runner
-from runners.config import load_setup_config
+from runners.config_files import load_setup_config
 from runners.contracts import (
     GenerationRequest,
     Prompt,
@@ -56,15 +56,17 @@ async def wait_ready(runner: Runner, timeout: float = 120) -> None:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **overrides: object) -> AsyncIterator[TextRunner]:
-    """A started and ready runner for a model folder."""
+async def serving(
+    folder: Path, *, patience: float = 120, **overrides: object
+) -> AsyncIterator[TextRunner]:
+    """A started runner for a model folder, ready within `patience` seconds."""
     config, _ = load_setup_config(
         folder, name=folder.name, overrides={"num_threads": 1} | overrides
     )
     runner = create_runner(config)
     await runner.start()
     try:
-        await wait_ready(runner)
+        await wait_ready(runner, patience)
         yield runner
     finally:
         await runner.stop()

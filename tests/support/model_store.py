@@ -46,12 +46,23 @@ def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(content | values))
 
 
-def pickled(folder: Path) -> Path:
-    """Turn a model's single safetensors file into `pytorch_model.bin`."""
+def pickled(folder: Path, shards: int = 1) -> Path:
+    """Turn a model's single safetensors file into `pytorch_model.bin`, or shards with an index."""
     from safetensors.torch import load_file
 
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return folder
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        file = f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
+        part = names[i::shards]
+        torch.save({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    edit_json(folder / "pytorch_model.bin.index.json", weight_map=weight_map)
     return folder
 
 

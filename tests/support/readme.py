@@ -13,7 +13,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from runners.config import AccelerateConfig, describe_fields
+from runners.config import (
+    AccelerateConfig,
+    BaseRunnerConfig,
+    DeepSpeedConfig,
+    EngineConfig,
+    describe_fields,
+)
+from runners.image_config import ImageFields
 from settings import describe_settings
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -42,7 +49,13 @@ def examples() -> list[Example]:
 
 def with_tables(text: str) -> str:
     """The README with its tables as the types give them now."""
-    tables = {"settings": describe_settings(), "accelerate": describe_fields(AccelerateConfig)}
+    tables = {
+        "settings": describe_settings(),
+        "common": describe_fields(BaseRunnerConfig),
+        "images": describe_fields(ImageFields),
+        "accelerate": describe_fields(AccelerateConfig, beyond=EngineConfig),
+        "deepspeed": describe_fields(DeepSpeedConfig, beyond=EngineConfig),
+    }
     return _TABLE.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[4]}", text)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from runners import create_runner
-from runners.config import GIVEN, AccelerateConfig, load_setup_config, parse_setup_config, validate
+from runners.config import GIVEN, AccelerateConfig, validate
+from runners.config_files import load_setup_config, parse_setup_config
 from runners.errors import ConfigError, EngineUnavailable, IncompleteModel, ModelNotFound
 from settings import Settings, get_settings
 

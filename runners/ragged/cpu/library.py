@@ -124,8 +124,8 @@ def load_kernels() -> Kernels | None:
         return None
     try:
         try:
-            return Kernels(_compiled(_cache_folder()))
-        except _NoCache as error:
+            return Kernels(_compiled(cache_folder()))
+        except NoCache as error:
             logger.warning("the CPU kernels are compiled anew at each start: %s", error)
             with tempfile.TemporaryDirectory(prefix="triptych-") as own:
                 return Kernels(_compiled(Path(own)))
@@ -135,7 +135,7 @@ def load_kernels() -> Kernels | None:
         return None
 
 
-class _NoCache(Exception):
+class NoCache(Exception):
     """There is no folder to keep compiled kernels in."""
 
 
@@ -184,17 +184,17 @@ def _cpu() -> str:
     return next((x for x in lines if x.startswith(("flags", "Features"))), platform.processor())
 
 
-def _cache_folder() -> Path:
-    """A folder that nobody else can write to: what lies in it gets executed. Raises: _NoCache."""
+def cache_folder() -> Path:
+    """A folder that nobody else can write to: what lies in it gets executed. Raises: NoCache."""
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = base / "triptych"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        raise _NoCache(str(error)) from None
+        raise NoCache(str(error)) from None
     if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise _NoCache(f"{folder} can be written by others")
+        raise NoCache(f"{folder} can be written by others")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise _NoCache(f"{folder} can not be written to")
+        raise NoCache(f"{folder} can not be written to")
     return folder

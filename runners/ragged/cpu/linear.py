@@ -118,15 +118,22 @@ def pack_linears(
     subclasses of Linear are left alone. Whether the model is the same is for the caller to prove.
     """
     replaced = 0
-    for parent, name, layer in list(_linears(model)):
-        weight = layer.weight.detach()
-        if isinstance(layer, Conv1D):
-            weight = weight.t()
-        setattr(parent, name, pack_linear(weight, layer.bias, kernels, quantization))
+    for parent, name in list(_linears(model)):
+        # Held by nobody else, so that what is replaced is freed before the next is packed.
+        setattr(parent, name, _packed(getattr(parent, name), kernels, quantization))
         replaced += 1
     if replaced:
         _let_go_of_files(model)
     return replaced
+
+
+def _packed(
+    layer: nn.Linear | Conv1D, kernels: Kernels, quantization: Quantization | None
+) -> PackedLinear:
+    weight = layer.weight.detach()
+    if isinstance(layer, Conv1D):
+        weight = weight.t()
+    return pack_linear(weight, layer.bias, kernels, quantization)
 
 
 def _let_go_of_files(model: PreTrainedModel) -> None:
@@ -151,7 +158,7 @@ def unpack_linears(model: PreTrainedModel) -> None:
                 setattr(parent, name, plain)
 
 
-def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear | Conv1D]]:
+def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
     for parent in model.modules():
         for name, layer in parent.named_children():
             if type(layer) not in (nn.Linear, Conv1D) or "forward" in vars(layer):
@@ -160,7 +167,7 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear
                 continue
             weight = layer.weight
             if weight.device.type == "cpu" and weight.dtype == torch.float32:
-                yield parent, name, layer  # type: ignore[misc]
+                yield parent, name
 
 
 def _compact(

@@ -1,0 +1,126 @@
+"""What splitting a model over ranks costs where it would fit one: two ranks of one thread each
+against one process with two, the same weights and cores; and what telling the ranks of a step
+costs."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from benchmarks import workload
+from benchmarks.client import run_closed_loop
+from benchmarks.metrics import summarise
+from benchmarks.model import even_model_folder, words
+from benchmarks.servers.base import Server, running
+from benchmarks.servers.triptych import Triptych
+
+TWO: dict[str, Any] = {
+    "model": even_model_folder,
+    "engine": "deepspeed",
+    "tensor_parallel": 2,
+}
+SIDES: dict[str, tuple[Server, int]] = {
+    "one process": (Triptych("whole", model=even_model_folder), 2),
+    "two ranks, gloo": (Triptych("split-gloo", **TWO), 1),
+    "two ranks, shared memory": (Triptych("split-shm", **TWO, shm_collectives=True), 1),
+}
+"""Server, and threads of each of its ranks."""
+REPEATS = 2000
+
+
+def measure(concurrencies: Sequence[int], rounds: int, *, extra: int = 8) -> dict[str, Any]:
+    """Tokens a second of each side by round, and microseconds per plan. Raises: Unavailable."""
+    for server, _ in SIDES.values():
+        server.prepare()
+    cells = []
+    for number in range(1, rounds + 1):
+        for name, (server, threads) in SIDES.items():
+            for cell in asyncio.run(_side(server, threads, concurrencies, extra)):
+                print(f"split {name} at {cell['load']}: {cell['tokens_per_second']:.1f} tok/s")
+                cells.append({"side": name, "round": number, **cell})
+    return {"cells": cells, "control": control()}
+
+
+async def _side(
+    server: Server, threads: int, concurrencies: Sequence[int], extra: int
+) -> list[dict[str, Any]]:
+    probe, *warm = workload.warm_up(words(even_model_folder()), count=5)
+    most = max(concurrencies)
+    cells = []
+    async with running(server, probe, threads=threads, concurrency=most) as up:
+        await run_closed_loop(up.url, up.dialect, warm, concurrency=4, tree=up.tree)
+        for clients in concurrencies:
+            requests = workload.closed_loop(
+                words(even_model_folder()), concurrency=clients, count=clients + extra
+            )
+            outcome = await run_closed_loop(
+                up.url, up.dialect, requests, concurrency=clients, tree=up.tree
+            )
+            cells.append({"load": clients, **asdict(summarise(*outcome))})
+    return cells
+
+
+def control(repeats: int = REPEATS) -> dict[str, float]:
+    """Median microseconds until a plan of 16 decoding sequences, and one with a chunk of 512 tokens
+    beside them, has reached the other rank and been acknowledged; the former also as a pickled
+    object."""
+    from torch.multiprocessing import get_context
+
+    spawn = get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        results = spawn.SimpleQueue()
+        ranks = [
+            spawn.Process(target=_rank, args=(rank, folder, repeats, results)) for rank in (0, 1)
+        ]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        return dict(results.get())
+
+
+def _rank(rank: int, folder: str, repeats: int, results: Any) -> None:
+    import torch.distributed as dist
+
+    from runners.ragged.lockstep import Ranks
+    from runners.ragged.step import StepPlan
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks = Ranks()
+    decode = StepPlan([[7]] * 16, [200] * 16, [list(range(7))] * 16)
+    mixed = StepPlan([*decode.tokens, [7] * 512], [*decode.past, 0], [*decode.tables, [0] * 16])
+
+    def tell(plan: StepPlan) -> None:
+        if rank == 0:
+            ranks.send(plan)
+        else:
+            ranks.receive()
+
+    def pickled() -> None:
+        box: list[Any] = [decode if rank == 0 else None]
+        dist.broadcast_object_list(box)
+
+    found = {
+        "decode_us": _round_trip(lambda: tell(decode), ranks, repeats),
+        "mixed_us": _round_trip(lambda: tell(mixed), ranks, repeats),
+        "pickled_us": _round_trip(pickled, ranks, repeats),
+        "acknowledgement_us": _round_trip(lambda: None, ranks, repeats),
+    }
+    if rank == 0:
+        results.put(found)
+    dist.destroy_process_group()
+
+
+def _round_trip(tell: Callable[[], None], ranks: Any, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        tell()
+        ranks.smallest(1)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e6

@@ -1,0 +1,55 @@
+"""What comes with a model about how to run it: `setup_config.json`, `model-config.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_store_scripts.safety import refuse_code_keys
+from model_store_scripts.sources import refuse_leaving
+from runners.config_files import find_model, read_object, read_setup, setup_files
+from runners.errors import ModelNotFound
+
+
+@dataclass(frozen=True)
+class Given:
+    """Fields of a RunnerConfig, with what was read for them."""
+
+    values: dict[str, Any]
+    notes: list[str]
+    files: frozenset[Path]
+    """What they were read from: part of the stored `setup_config.json`, not of the model."""
+    root: Path | None
+    """Where in the folder the model lies; None for what is no folder."""
+
+
+def read_given(source: Path, *, file: Path | None, engine: object) -> Given:
+    """What `file` says, else what lies in the source if that is a folder.
+
+    `engine` wins over the files' own, if it is not None. Raises: ModelNotFound (no such file),
+    IncompleteModel (no model in the folder), UnsafeModel (it names what lies outside of it, or asks
+    for code), ConfigError.
+    """
+    if file and not file.is_file():
+        raise ModelNotFound(f"{file} does not exist")
+    is_folder = source.is_dir()
+    seen: set[Path] = set()
+
+    def read(path: Path) -> dict[str, Any]:
+        # A file that the user chose may lie anywhere.
+        if not file:
+            refuse_leaving(path, source)
+        content = read_object(path)
+        refuse_code_keys(content, path.name)
+        seen.add(path)
+        return content
+
+    files = [file] if file else setup_files(source) if is_folder else []
+    values, notes = read_setup(files, engine=engine, read=read)
+    model_path = values.pop("model_path", None)
+    root = None
+    if is_folder:
+        root, more = find_model(source, None if file else model_path)
+        notes = notes + more
+    return Given(values, notes, frozenset(seen), root)

@@ -1,0 +1,117 @@
+"""`python -m runners.ranks.join`: holds another machine's ranks of a model that several share.
+
+The service runs on node 0; this runs on each of the others, with the same model and settings and a
+node rank of its own, until it is told to end. Ranks that end are started again: node 0 does the
+same with its own, and they meet anew at `rdzv_endpoint`. Under torchrun, which starts and watches
+the processes itself, each is one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from runners.config import BaseRunnerConfig
+from runners.contracts import RunnerState
+from runners.errors import ConfigError
+from runners.ranks.environment import rank_variables
+from runners.ranks.group import RankGroup
+from runners.ranks.spec import spec_of
+
+logger = logging.getLogger("triptych")
+
+WATCH_S = 0.5
+
+
+def main() -> None:
+    """Run until SIGTERM or Ctrl-C, or until it is clear that this can not work."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    try:
+        config, program = _chosen(_arguments())
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _be_a_rank(config, program)
+        else:
+            asyncio.run(_hold(config, program))
+    except ConfigError as error:
+        sys.exit(f"error: {error.message}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m runners.ranks.join",
+        description="Holds this machine's ranks of a model that is split over several machines.",
+        epilog="Each option has a variable: TRIPTYCH_TEXT_MODEL, TRIPTYCH_NODE_RANK, ...",
+    )
+    parser.add_argument("text_model", nargs="?", help="a folder or a tag of the model store")
+    parser.add_argument("--nnodes", type=int, help="how many machines there are")
+    parser.add_argument("--node-rank", type=int, help="which of them this is, from 1")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 waits")
+    parser.add_argument("--tensor-parallel", type=int, help="how many ranks there are in all")
+    return parser.parse_args()
+
+
+def _chosen(arguments: argparse.Namespace) -> tuple[BaseRunnerConfig, str]:
+    """The config of the model, and the program that loads it. Raises: ConfigError."""
+    # Not above: all else here is below them.
+    from model_choice import model_config
+    from runners import rank_program
+    from settings import get_settings
+
+    given = {k: v for k, v in vars(arguments).items() if v is not None}
+    settings = get_settings().model_copy(update=given)
+    config = model_config(settings.text_model, settings)
+    if config.rendezvous is None or not config.first_rank:
+        raise ConfigError(
+            "a node that joins needs engine deepspeed, nnodes from 2, node_rank from 1 and "
+            "rdzv_endpoint; node_rank 0 is the service"
+        )
+    return config, rank_program(config)
+
+
+async def _hold(config: BaseRunnerConfig, program: str) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    group = RankGroup(
+        config,
+        program=program,
+        on_message=lambda _: None,
+        on_down=lambda _: None,
+    )
+    await group.start()
+    try:
+        while not stop.is_set() and group.health().state is not RunnerState.FAILED:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), WATCH_S)
+        health = group.health()
+    finally:
+        await group.stop()
+    if health.state is RunnerState.FAILED:
+        raise ConfigError(health.detail)
+
+
+def _be_a_rank(config: BaseRunnerConfig, program: str) -> None:
+    spec = spec_of(config, program)
+    if os.environ["LOCAL_WORLD_SIZE"] != str(spec.local_world_size):
+        raise ConfigError(f"torchrun's nproc-per-node must be {spec.local_world_size}")
+    rank = spec.first_rank + int(os.environ["LOCAL_RANK"])
+    os.environ |= rank_variables(spec) | {"RANK": str(rank)}
+    # Not above: what is set now, torch reads when it is loaded.
+    from runners.ranks.worker import load
+
+    with tempfile.TemporaryDirectory(prefix=f"triptych-{os.getpid()}-") as folder:
+        loaded = load(spec, rank, Path(folder), lambda _: None)
+        logger.info("rank %d is ready", rank)
+        while True:
+            loaded.step()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What a rank holds of a model that is split: its share, at no time the whole."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers as tf
+
+from tests.support.generating import collect, serving
+from tests.support.models import EOS, write_model, write_tokenizer
+from tests.support.processes import own_ranks
+
+pytest.importorskip("deepspeed")
+
+
+def write_large(folder: Path) -> Path:
+    """A Llama of 2 GB in float32."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        vocab_size=8192,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=10,
+        num_attention_heads=16,
+        bos_token_id=0,
+        eos_token_id=EOS,
+        max_position_embeddings=512,
+    )
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="500MB")
+    write_tokenizer(folder)
+    return folder
+
+
+def anonymous(process: psutil.Process) -> int:
+    """Bytes that are not of a file; mapped weights give way when memory is short."""
+    try:
+        lines = Path("/proc", str(process.pid), "status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+@contextmanager
+def watching() -> Iterator[dict[int, int]]:
+    """The most that each rank held at once."""
+    most: dict[int, int] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            for rank in own_ranks():
+                most[rank.pid] = max(most.get(rank.pid, 0), anonymous(rank))
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+async def test_a_rank_never_holds_much_more_than_its_share(tmp_path: Path) -> None:
+    two: dict[str, Any] = {"engine": "deepspeed", "tensor_parallel": 2, "max_kv_tokens": 1024}
+    async with serving(write_model("llama", tmp_path / "small"), **two):
+        libraries = max(anonymous(rank) for rank in own_ranks())
+    folder = write_large(tmp_path / "large")
+    whole = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert whole > 2e9
+    with watching() as most:
+        async with serving(folder, patience=250, **two) as runner:
+            await collect(runner, "hello there", max_new_tokens=4, ignore_eos=True)
+            steady = [anonymous(rank) - libraries for rank in own_ranks()]
+    assert len(most) == len(steady) == 2
+    assert max(most.values()) < 0.7 * whole
+    assert max(steady) < 0.6 * whole

@@ -1,0 +1,50 @@
+"""Plans between ranks: what is sent is what is received, short and long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from runners.ragged.lockstep import HEADER, Ranks, decode, encode
+from runners.ragged.step import StepPlan
+
+SHORT = StepPlan([[7], [8, 9]], [200, 0], [[1, 2, 3], [4]])
+LONG = StepPlan([[5], list(range(3 * HEADER))], [31, 64], [[0], list(range(96))])
+
+
+@pytest.mark.parametrize("plan", [SHORT, LONG, StepPlan([], [], [])])
+def test_a_plan_is_made_integers_of_and_back(plan: StepPlan) -> None:
+    assert decode([*encode(plan), 0, 0]) == plan
+
+
+def _rank(rank: int, folder: str, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks = Ranks()
+    got: list[Any] = []
+    for plan in (SHORT, LONG, None, SHORT):
+        if ranks.leads:
+            ranks.send(plan)
+        else:
+            got.append(ranks.receive())
+    got.append(ranks.smallest(rank + 3))
+    if rank == 1:
+        try:
+            ranks.smallest(1, patience=0.2)
+        except TimeoutError as error:
+            got.append(str(error))
+        results.put(got)
+
+
+def test_ranks_receive_what_was_sent_and_do_not_wait_for_ever(tmp_path: Path) -> None:
+    spawn = mp.get_context("spawn")
+    results = spawn.SimpleQueue()
+    ranks = [spawn.Process(target=_rank, args=(r, str(tmp_path), results)) for r in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert results.get() == [SHORT, LONG, None, SHORT, 3, "the other ranks are elsewhere"]

@@ -1,0 +1,154 @@
+"""Importing TorchServe's DeepSpeed set-up: the store has what its files say, in one file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import bentoml
+import pytest
+
+from model_store_scripts.importing import ImportedModel, ImportRequest, import_model
+from runners.config_files import load_setup_config
+from runners.errors import ConfigError, UnsafeModel
+from tests.support.model_store import copy, edit_json, is_empty, pickled, store_at
+from tests.support.models import write_model
+from tests.support.torchserve import DS_CONFIG, edit, published
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def folder(llama: Path, tmp_path: Path) -> Path:
+    copy(llama, tmp_path / "opt-30b" / "checkpoints")
+    return published(tmp_path / "opt-30b")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Path]:
+    with store_at(tmp_path / "home") as models:
+        yield models
+
+
+def run(source: Path, **options: object) -> ImportedModel:
+    return import_model(ImportRequest(str(source), "served", **options))  # type: ignore[arg-type]
+
+
+def stored() -> Path:
+    return Path(bentoml.models.get("served").path)
+
+
+def config_of(folder: Path) -> tuple[dict[str, object], list[str]]:
+    """How a folder is run, but for where it lies, and the warnings."""
+    config, warnings = load_setup_config(folder, name="served")
+    return config.model_dump(exclude={"model_path"}), warnings
+
+
+def test_the_stored_model_is_run_as_the_folder_is(folder: Path, llama: Path, store: Path) -> None:
+    (folder / "deepspeed_handler.py").write_text("")
+    before, warnings = config_of(folder)
+    imported = run(folder)
+    assert list(imported.notes) == [*warnings, "left out: deepspeed_handler.py"]
+    setup = json.loads((stored() / "setup_config.json").read_text())
+    assert setup == {
+        "engine": "deepspeed",
+        "task": "text-generation",
+        "max_length": 80,
+        "max_new_tokens": 50,
+        "tensor_parallel": 2,
+        "step_timeout": 120,
+        "deepspeed": DS_CONFIG,
+    }
+    assert config_of(stored()) == (before, [])
+    taken = {f.name for f in (stored() / "model").iterdir()}
+    assert taken == {f.name for f in llama.iterdir()}
+    assert not run(folder).new
+    assert run(stored()).tag == imported.tag, "what was stored is a source like any other"
+
+
+def test_files_beside_the_weights_are_not_the_models(
+    llama: Path, store: Path, tmp_path: Path
+) -> None:
+    flat = published(copy(llama, tmp_path / "flat"))
+    edit(flat, "checkpoints", ".")
+    assert not any("left out" in note for note in run(flat).notes)
+    assert {f.name for f in (stored() / "model").iterdir()} == {f.name for f in llama.iterdir()}
+
+
+def test_bin_shards_are_converted(folder: Path, store: Path) -> None:
+    before, _ = config_of(folder)
+    pickled(folder / "checkpoints", shards=3)
+    with pytest.raises(UnsafeModel, match=r"pytorch_model-00001-of-00003\.bin is a pickle"):
+        run(folder)
+    run(folder, convert_checkpoints=True)
+    assert len(list((stored() / "model").glob("*.safetensors"))) == 3
+    assert config_of(stored()) == (before, [])
+
+
+@pytest.mark.parametrize("name", ["model-config.yaml", "of-another.yml"])
+def test_a_model_config_as_setup_config(
+    name: str, llama: Path, store: Path, tmp_path: Path
+) -> None:
+    beside = published(tmp_path / "elsewhere")
+    (beside / "model-config.yaml").rename(beside / name)
+    source = copy(llama, tmp_path / "plain")
+    edit_json(source / "setup_config.json", max_length=7)
+    imported = run(source, setup_config=beside / name, overrides={"max_batch_size": 3})
+    assert "left out: setup_config.json" in imported.notes
+    config, warnings = load_setup_config(stored(), name="served")
+    assert (config.engine, config.world_size, config.max_length) == ("deepspeed", 2, 80)
+    assert (config.max_batch_size, warnings) == (3, [])
+
+
+def test_another_engine_drops_what_is_deepspeeds(folder: Path, store: Path) -> None:
+    edit(folder, "torchrun:\n    nproc-per-node: 2\n", "")
+    notes = run(folder, overrides={"engine": "accelerate"}).notes
+    assert "setup_config.json: unknown key deepspeed is ignored" in notes
+    assert load_setup_config(stored(), name="served")[0].engine == "accelerate"
+
+
+@pytest.mark.parametrize("how", ["absolute", "upwards", "linked"])
+def test_a_model_path_that_leads_out(how: str, folder: Path, store: Path, tmp_path: Path) -> None:
+    (folder / "checkpoints").rename(tmp_path / "out")
+    named = {"absolute": str(tmp_path / "out"), "upwards": "../out", "linked": "checkpoints"}[how]
+    edit(folder, "checkpoints", named)
+    if how == "linked":
+        (folder / "checkpoints").symlink_to(tmp_path / "out")
+    with pytest.raises(UnsafeModel, match="leads out of") as caught:
+        run(folder)
+    if how != "linked":
+        assert f"import {folder / named} itself, with --setup-config" in str(caught.value)
+        assert run(tmp_path / "out", setup_config=folder / "model-config.yaml").new
+    else:
+        assert is_empty(store)
+
+
+@pytest.mark.parametrize("how", ["absolute", "upwards", "linked"])
+def test_a_ds_config_that_lies_outside(how: str, folder: Path, store: Path, tmp_path: Path) -> None:
+    (folder / "ds-config.json").rename(tmp_path / "out.json")
+    named = {"absolute": str(tmp_path / "out.json"), "upwards": "../out.json"}.get(how, "in.json")
+    edit(folder, "ds-config.json", named)
+    if how == "linked":
+        (folder / "in.json").symlink_to(tmp_path / "out.json")
+    with pytest.raises(UnsafeModel, match=r"link that leads out|does not lie in the model folder"):
+        run(folder)
+    assert is_empty(store)
+
+
+def test_mistakes_are_told_before_anything_is_copied(folder: Path, store: Path) -> None:
+    edit_json(folder / "ds-config.json", tensor_parallel={"tp_size": 4})
+    with pytest.raises(ConfigError, match="tp_size is 4: they must be equal"):
+        run(folder)
+    edit(folder, "handler:", "handler:\n    trust_remote_code: true")
+    with pytest.raises(UnsafeModel, match=r"model-config\.yaml asks for trust_remote_code"):
+        run(folder)
+    shutil.rmtree(folder / "checkpoints")
+    edit(folder, "    trust_remote_code: true\n", "")
+    with pytest.raises(ConfigError, match="checkpoints is not a model folder: it has neither"):
+        run(folder)
+    assert is_empty(store)

@@ -1,0 +1,197 @@
+"""TorchServe's DeepSpeed set-up, as it was published: what is made of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runners.config import DeepSpeedConfig
+from runners.config_files import load_setup_config
+from runners.deepspeed_config import KEYS
+from runners.errors import ConfigError, UnsafeModel
+from tests.support.torchserve import DS_CONFIG, edit, published
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The published files with a model that nothing is loaded of."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "config.json").write_text("{}")
+    return published(tmp_path)
+
+
+def load(folder: Path, **overrides: object) -> DeepSpeedConfig:
+    config, _ = load_setup_config(folder, name="m", overrides=overrides)
+    assert isinstance(config, DeepSpeedConfig)
+    return config
+
+
+def warnings(folder: Path) -> list[str]:
+    return load_setup_config(folder, name="m")[1]
+
+
+def test_the_published_files_are_taken_as_they_are(folder: Path) -> None:
+    config = load(folder)
+    assert config.model_path == folder / "checkpoints"
+    assert (config.tensor_parallel, config.step_timeout) == (2, 120)
+    assert (config.max_length, config.max_new_tokens) == (80, 50)
+    assert config.deepspeed == DS_CONFIG
+    assert config.computed_in(on_cpu=True) == "auto"
+    assert config.computed_in(on_cpu=False) == "float16"
+    assert [w.split(" is ignored: ")[0] for w in warnings(folder)] == [
+        f"model-config.yaml: {key}"
+        for key in ("minWorkers", "maxWorkers", "maxBatchDelay", "deviceType")
+    ] + ["model-config.yaml: handler.model_name", "model-config.yaml: handler.manual_seed"]
+
+
+def test_what_deepspeed_has_no_use_for_here_is_named_and_dropped(folder: Path) -> None:
+    published(folder, base_dir="/data", max_out_tokens=99, tensor_paralel={})
+    (folder / "checkpoints.json").write_text("{}")
+    edit(folder, "ds-config.json", "ds-config.json\n    checkpoint: checkpoints.json")
+    assert load(folder).deepspeed == DS_CONFIG
+    told = [w.removeprefix("ds-config.json: ") for w in warnings(folder) if w.startswith("ds-")]
+    assert [w.partition(" is ignored")[0] for w in told] == [
+        *("base_dir", "max_out_tokens", "checkpoint", "unknown key tensor_paralel"),
+    ]
+
+
+def test_the_keys_are_deepspeeds() -> None:
+    fields = pytest.importorskip("deepspeed.inference.config").DeepSpeedInferenceConfig.model_fields
+    names = {name for name, field in fields.items()} | {f.alias for f in fields.values() if f.alias}
+    assert names - {"config", "args"} == KEYS
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{"config": "ds-config.json"}, {"config": DS_CONFIG}, DS_CONFIG],
+    ids=["file", "object", "inline"],
+)
+def test_a_setup_config_has_it_by_name_or_in_itself(folder: Path, section: Any) -> None:
+    (folder / "model-config.yaml").unlink()
+    (folder / "checkpoints").rename(folder / "model")
+    setup = {"engine": "deepspeed", "deepspeed": section}
+    (folder / "setup_config.json").write_text(json.dumps(setup))
+    config = load(folder)
+    assert (config.deepspeed, config.tensor_parallel) == (DS_CONFIG, 2)
+
+
+def test_setup_config_wins_over_model_config(folder: Path) -> None:
+    (folder / "setup_config.json").write_text(json.dumps({"max_length": 7}))
+    assert (load(folder).max_length, load(folder).max_new_tokens) == (7, 50)
+
+
+def test_a_model_path_that_is_none(folder: Path) -> None:
+    edit(folder, '"checkpoints"', "/path/to/model/checkpoints")
+    (folder / "checkpoints").rename(folder / "model")
+    assert load(folder).model_path == folder / "model"
+    assert "model_path is ignored: /path/to/model/checkpoints is not a" in warnings(folder)[-1]
+
+
+def rewrite(name: str, text: str) -> Any:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def ds_config(**values: object) -> Any:
+    return lambda folder: published(folder, **values)
+
+
+def change(*pairs: str) -> Any:
+    def spoil(folder: Path) -> None:
+        for old, new in zip(pairs[::2], pairs[1::2], strict=True):
+            edit(folder, old, new)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (change("config: ds-config.json", "{}"), "deepspeed: config is missing: the name of"),
+        (change("config: ds-config.json", "config:"), "deepspeed: config is missing: the name of"),
+        (change("deepspeed:\n    config: ds-config.json\n", ""), "deepspeed: config is missing"),
+        (
+            change('"tp"', "custom", "    config: ds-config.json\n", ""),
+            "deepspeed: config is missing",
+        ),
+        (change("ds-config.json", "[a]"), "deepspeed: config must be a file name or an object"),
+        (change("    config: ds-config.json", "    - a"), "deepspeed must hold keys and values"),
+        (lambda f: (f / "ds-config.json").unlink(), "ds-config.json does not exist"),
+        (rewrite("ds-config.json", "{"), "ds-config.json can not be read as JSON: "),
+        (rewrite("ds-config.json", "[]"), "ds-config.json must hold a JSON object, not list"),
+        (
+            change("ds-config.json", "ds-config.json\n    checkpoint: checkpoints.json"),
+            "deepspeed: checkpoint: {folder}/checkpoints.json does not exist",
+        ),
+        (ds_config(checkpoint="checkpoints.json"), "{folder}/checkpoints.json does not exist"),
+        (
+            ds_config(tensor_parallel={"tp_size": 4}),
+            "tensor_parallel (or torchrun's nproc-per-node) is 2, but ds-config.json's "
+            "tensor_parallel.tp_size is 4: they must be equal",
+        ),
+        (change("nproc-per-node: 2", "nproc-per-node: 3"), "nproc-per-node) is 3, but ds-config"),
+        (ds_config(tensor_parallel={"tp_size": "2"}), "tp_size must be a whole number from 1"),
+        (ds_config(dtype="int8"), "dtype must be one of bfloat16, float16, float32"),
+        (change('"tp"', '"pp"'), "parallelType pp is not offered: only tp is"),
+        (change('parallelType: "tp"', "a: [b"), "model-config.yaml can not be read as YAML: "),
+        (rewrite("model-config.yaml", "a"), "model-config.yaml must hold keys and values"),
+        (change("handler:", "handler: 3\nx:"), "handler must hold keys and values"),
+    ],
+)
+def test_mistakes_are_one_sentence(folder: Path, spoil: Any, said: str) -> None:
+    load(folder)
+    spoil(folder)
+    with pytest.raises(ConfigError) as caught:
+        load(folder)
+    assert said.format(folder=folder) in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.bin", "a.pt"])
+def test_pickled_weights_are_refused_with_what_to_do(folder: Path, name: str) -> None:
+    (folder / "checkpoints" / name).write_bytes(b"")
+    with pytest.raises(UnsafeModel, match="pickle, which can carry code") as caught:
+        load(folder)
+    command = f"`python -m model_store_scripts.import_model {folder} --name NAME --convert-checkp"
+    assert command in caught.value.message
+    (folder / "checkpoints" / "model.safetensors").write_bytes(b"")
+    load(folder)
+
+
+def test_the_nodes_that_torchrun_was_told_of_are_ours(folder: Path) -> None:
+    edit(
+        folder, "nproc-per-node: 2", "nproc-per-node: 1\n    nnodes: 2\n    rdzv-endpoint: a:29400"
+    )
+    config = load(folder)
+    assert (config.tensor_parallel, config.nnodes, config.rdzv_endpoint) == (2, 2, "a:29400")
+    assert (config.local_world_size, config.rendezvous) == (1, "a:29400")
+
+
+def test_an_engine_that_splits_nothing_may_take_over(folder: Path) -> None:
+    config, told = load_setup_config(folder, name="m", overrides={"engine": "accelerate"})
+    assert (config.engine, config.tensor_parallel) == ("accelerate", 1)
+    assert "tensor_parallel is ignored: engine accelerate splits no layers" in told
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"tensor_parallel": 2}, "tensor_parallel must be an object"),
+        ({"dtype": ["fp16"]}, "dtype must be one of bfloat16, float16, float32"),
+        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32"),
+    ],
+)
+def test_what_no_deepspeed_config_may_hold_is_refused(
+    folder: Path, change: dict[str, Any], problem: str
+) -> None:
+    published(folder, **change)
+    with pytest.raises(ConfigError, match=problem):
+        load(folder)
+
+
+def test_an_error_names_the_file_it_is_in(folder: Path) -> None:
+    edit(folder, "responseTimeout: 120", "responseTimeout: 0")
+    with pytest.raises(ConfigError, match=r"^model-config.yaml: step_timeout: "):
+        load(folder)
