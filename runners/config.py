@@ -23,8 +23,9 @@ from pydantic import (
     model_validator,
 )
 
-from runners import deepspeed_config
+from runners import deepspeed_config, mii_config
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound
+from runners.mii_config import MIISection
 from runners.torchserve_config import read_model_config
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
@@ -168,10 +169,17 @@ class DeepSpeedConfig(BaseRunnerConfig):
 
 
 class MIIConfig(BaseRunnerConfig):
-    """MII: DeepSpeed-MII."""
+    """MII: DeepSpeed-MII, in our ranks or as a deployment of its own."""
 
     engine: Literal["mii"]
     """Chooses this engine."""
+    mii: MIISection = MIISection()
+    """What MII itself is told: its own fields, and how it is run."""
+
+    @property
+    def world_size(self) -> int:
+        """Our rank processes: a persistent deployment has ranks of its own."""
+        return self.tensor_parallel if self.mii.mode == "pipeline" else 1
 
 
 RunnerConfig = Annotated[
@@ -208,6 +216,9 @@ def load_setup_config(
     engine = {k: v for k, v in wanted.items() if k == "engine"}
     own, more = parse_setup_config(values | read_json(folder / SETUP_CONFIG) | engine)
     warnings += more
+    if own["engine"] == "mii":
+        own, more = mii_config.read_section(own)
+        warnings += more
     if "deepspeed" in own:
         config = deepspeed_config.read_section(own["deepspeed"], folder, read_json)
         own["deepspeed"] = config
@@ -236,15 +247,17 @@ def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     Returns the values and the warnings.
     """
     values, warnings = {k: v for k, v in raw.items() if v is not None}, []
-    values.setdefault("engine", "accelerate")
+    values.setdefault("engine", "mii" if mii_config.is_forerunners(values) else "accelerate")
     for key, instead in OBSOLETE.items():
         if values.pop(key, None) is not None:
             warnings.append(f"{SETUP_CONFIG}: {key} is obsolete and ignored: {instead}")
     if "torch_dtype" in values:
         old = values.pop("torch_dtype")
         values.setdefault("dtype", old.removeprefix("torch.") if isinstance(old, str) else old)
-    model = _engine_model(values["engine"])
-    for key in sorted(values.keys() - model.model_fields.keys()):
+    known = set(_engine_model(values["engine"]).model_fields)
+    if values["engine"] == "mii":
+        known |= {"model_name", *mii_config.FORERUNNERS}
+    for key in sorted(values.keys() - known):
         del values[key]
         warnings.append(f"{SETUP_CONFIG}: unknown key {key} is ignored")
     return values, warnings
@@ -275,7 +288,8 @@ def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:
     """A ValidationError as one sentence that never repeats the offending value."""
     parts = []
     for problem in error.errors(include_url=False, include_context=False, include_input=False):
-        where = [str(p) for p in problem["loc"] if p not in get_args(Engine)]
+        loc = problem["loc"]
+        where = [str(p) for p in (loc[1:] if loc[:1] and loc[0] in get_args(Engine) else loc)]
         # The names of a union's branches, which pydantic puts in between, mean nothing to a user.
         where = [p for p in where if re.fullmatch(r"[\w-]*", p) and p not in ("str", "int")]
         field = ".".join([name(where[0]), *where[1:]]) if where else "value"

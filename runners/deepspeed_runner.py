@@ -38,18 +38,31 @@ def load_program(context: RankContext) -> RankProgram:
     torch.set_num_threads(context.num_threads)
     groups = connect(timeout=max(config.start_timeout, config.step_timeout))
     ranks = Ranks(groups.control)
+    model, proof = load_split(
+        config, groups, ranks, lambda detail: context.progress(RunnerState.LOADING, detail)
+    )
+    return text_program(context, model, proof=proof, ranks=ranks)
+
+
+def load_split(
+    config: DeepSpeedConfig, groups: RankGroups, ranks: Ranks, progress: Callable[[str], None]
+) -> tuple[PreTrainedModel, Proof]:
+    """This rank's share of the model, and the logits that all shares together have to give.
+
+    Raises: ConfigError if no way of splitting is right; IncompleteModel.
+    """
     with loading_of(config.name):
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
     _check_heads(own, config)
-    context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
+    progress(f"loading weights from {config.name}")
     model = _load(config, own, groups)
-    context.progress(RunnerState.LOADING, "computing a short prompt with the whole model")
+    progress("computing a short prompt with the whole model")
     proof = Proof(model, ranks)
     if config.world_size > 1:
-        context.progress(RunnerState.LOADING, f"splitting it over {config.world_size} ranks")
+        progress(f"splitting it over {config.world_size} ranks")
         model = _split(model, proof, config, own, groups)
         proof = proof.of(model)
-    return text_program(context, model, proof=proof, ranks=ranks)
+    return model, proof
 
 
 def _check_heads(own: PreTrainedConfig, config: DeepSpeedConfig) -> None:
