@@ -28,9 +28,7 @@ from runners.ragged.lockstep import Ranks
 from runners.ragged.proof import Proof
 from runners.ranks.process_group import connect
 
-COMMON = frozenset(
-    {"dtype", "cpu_kernels", "weight_quantization", "prefix_caching", "num_threads"}
-)
+COMMON = frozenset({"dtype", "cpu_kernels", "weight_quantization", "prefix_caching", "num_threads"})
 """Fields of our own config that a stand-in has a use for."""
 
 settings: dict[str, Any] = {}

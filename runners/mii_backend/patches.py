@@ -14,26 +14,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # MII and DeepSpeed look at the environment when they are imported.
-import deepspeed.ops  # noqa: E402
-import mii.api  # noqa: E402
-import mii.backend  # noqa: E402
-import mii.backend.server  # noqa: E402
-import mii.batching  # noqa: E402
-import mii.modeling.models  # noqa: E402
-import mii.utils  # noqa: E402
-import zmq  # noqa: E402
-from mii.batching import ragged_batching  # noqa: E402
-from mii.batching.data_classes import Request, RequestBatch  # noqa: E402
-from mii.grpc_related import modelresponse_server, task_methods  # noqa: E402
+import deepspeed.ops
+import mii.api
+import mii.backend
+import mii.backend.server
+import mii.batching
+import mii.modeling.models
+import mii.utils
+import zmq
+from mii.batching import ragged_batching
+from mii.batching.data_classes import Request, RequestBatch
+from mii.grpc_related import modelresponse_server, task_methods
 
-from runners.mii_backend.batching import MendedAsyncPipeline, MendedPipeline  # noqa: E402
-from runners.mii_backend.guard import Overlay, check  # noqa: E402
-from runners.mii_backend.loading import loader, on_gpu  # noqa: E402
-from runners.mii_backend.server import KeptServer, parse  # noqa: E402
-from runners.mii_backend.sockets import LoopbackContext  # noqa: E402
-from runners.mii_backend.wire import Replies, serve_on_loopback  # noqa: E402
-from runners.mii_deployment.places import private_cache  # noqa: E402
-from runners.mii_deployment.proto import pack  # noqa: E402
+from runners.mii_backend.batching import MendedAsyncPipeline, MendedPipeline
+from runners.mii_backend.guard import Overlay, check
+from runners.mii_backend.loading import loader, on_gpu
+from runners.mii_backend.server import KeptServer, parse
+from runners.mii_backend.sockets import LoopbackContext
+from runners.mii_backend.wire import Replies, serve_on_loopback
+from runners.mii_deployment.places import private_cache
+from runners.mii_deployment.proto import pack
 
 KNOWN: dict[str, tuple[Callable[..., Any] | type, str]] = {
     "RaggedBatchBase": (ragged_batching.RaggedBatchBase, "2c869fd85237"),

@@ -102,7 +102,5 @@ def _device_map(device_map: Any, replicas: int, tp: int) -> list[list[int]]:
         raise ConfigError("device_map: replicas run on this machine only")
     slots = [list(each) for host in device_map.values() for each in host]
     if [len(each) for each in slots] != [tp] * replicas:
-        raise ConfigError(
-            f"device_map must name {tp} devices for each of {replicas} replicas"
-        )
+        raise ConfigError(f"device_map must name {tp} devices for each of {replicas} replicas")
     return slots

@@ -47,9 +47,7 @@ class StandInEngine:
         """Tokens that still fit into the last block of a sequence."""
         return -self._lengths.get(uid, 0) % BLOCK_SIZE
 
-    def query(
-        self, uid: int, max_request_tokens: int, max_request_blocks: int
-    ) -> tuple[int, int]:
+    def query(self, uid: int, max_request_tokens: int, max_request_blocks: int) -> tuple[int, int]:
         """How many of so many tokens a sequence could be given, and the blocks they would take."""
         length = self._lengths.get(uid)
         if length is None:

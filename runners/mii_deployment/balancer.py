@@ -19,6 +19,8 @@ from runners.mii_deployment.proto import OPTIONS, SERVICE
 
 UNARY, STREAM = "GeneratorReply", "GeneratorReplyStream"
 TERMINATE = "Terminate"
+PATIENCE_S = 3.0
+"""How long a request waits while no replica is up."""
 GRACE_S = 1.0
 """How long answers may take to leave after a Terminate."""
 
@@ -102,9 +104,15 @@ class Balancer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc carries no
             await replica._channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
 
     async def _next(self, context: Any) -> Replica:
-        for replica in itertools.islice(self._turns, len(self._replicas)):
-            if replica.up():
-                return replica
+        for _ in range(2):
+            for replica in itertools.islice(self._turns, len(self._replicas)):
+                if replica.up():
+                    return replica
+            # One that just came up may not be connected yet.
+            coming = [asyncio.create_task(replica.come_up()) for replica in self._replicas]
+            await asyncio.wait(coming, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in coming:
+                task.cancel()
         await context.abort(grpc.StatusCode.UNAVAILABLE, "no replica is up; one is being started")
         raise AssertionError  # not reached: abort raises
 

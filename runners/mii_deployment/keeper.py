@@ -1,9 +1,9 @@
 """`python -m runners.mii_deployment.keeper PLAN PARENT_PID|--detached`: keeps a deployment.
 
-A replica that loses a process is ended whole and started again; so are the balancer and the gateway.
-When a client terminates the deployment, all processes are ended and the plan is removed. With a
-parent, the deployment goes with it; without, it outlives everybody. MII's own launcher watches
-nothing of this.
+A replica that loses a process is ended whole and started again; so are the balancer and the
+gateway. When a client terminates the deployment, all processes are ended and the plan is removed.
+With a parent, the deployment goes with it; without, it outlives everybody. MII's own launcher
+watches nothing of this.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ async def keep(path: Path) -> None:
             # MII's client asks it to end too, and minds if it is gone already.
             await asyncio.wait(rest, timeout=GATEWAY_EXIT_S)
     finally:
-        path.unlink(missing_ok=True)
+        os.unlink(path)
         for task in (at_door, *models, *rest):
             task.cancel()
         await asyncio.gather(at_door, *models, *rest, return_exceptions=True)

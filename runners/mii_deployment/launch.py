@@ -50,11 +50,11 @@ def main() -> None:
 
 
 def _replica(plan: DeploymentPlan, replica: ReplicaPlan, rank: int) -> None:
-    from runners.mii_backend import loading  # first: it patches
-
     import mii.api
     from mii.config import ModelConfig
     from mii.grpc_related import modelresponse_server
+
+    from runners.mii_backend import loading  # first: it patches
 
     loading.settings.update(plan.settings)
     config: Any = ModelConfig(**plan.model_config)

@@ -12,6 +12,9 @@ from runners.mii_deployment.places import listens
 from runners.mii_deployment.plan import PLAN, DeploymentPlan, read_plan
 from runners.ranks.life import PRIVATE_VARIABLES, PROJECT_ROOT
 
+LOG = "deployment.log"
+"""Beside the plan: what the processes of a deployment print that outlives its maker."""
+
 
 def start(plan: DeploymentPlan, folder: Path, *, outlives: bool) -> subprocess.Popen[bytes]:
     """Start the process that keeps a deployment, with its plan in `folder`.
@@ -24,9 +27,13 @@ def start(plan: DeploymentPlan, folder: Path, *, outlives: bool) -> subprocess.P
     search = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
     env = {k: v for k, v in os.environ.items() if k not in PRIVATE_VARIABLES}
     command = [sys.executable, "-m", "runners.mii_deployment.keeper", str(path)]
+    log = (folder / LOG).open("wb") if outlives else None
     return subprocess.Popen(
         [*command, "--detached" if outlives else str(os.getpid())],
         stdin=subprocess.DEVNULL if outlives else subprocess.PIPE,
+        # Whoever reads our output would wait for its end.
+        stdout=log,
+        stderr=log,
         env=env | {"PYTHONPATH": search},
         start_new_session=True,
     )

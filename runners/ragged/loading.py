@@ -157,15 +157,13 @@ def batch(
     if not config.cpu_kernels:
         switch_off_kernels()
     path = prove_and_pack(model, config.weight_quantization, proof)
-    max_context = _max_context(model.config)
+    max_context = context_length(model.config)
     useful = config.max_batch_size * max_context
     kv_tokens = config.max_kv_tokens or _default_kv_tokens(model, path, useful)
     if ranks is not None:
         kv_tokens = ranks.smallest(kv_tokens)
     blocks = max(1, kv_tokens // BLOCK_SIZE)
-    return Batched(
-        Forward(model, path, blocks=blocks), blocks, max_context, config.prefix_caching
-    )
+    return Batched(Forward(model, path, blocks=blocks), blocks, max_context, config.prefix_caching)
 
 
 def serve(
@@ -218,7 +216,8 @@ def loading_of(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} can not be loaded: {type(error).__name__}: {reason}") from error
 
 
-def _max_context(config: PreTrainedConfig) -> int:
+def context_length(config: PreTrainedConfig) -> int:
+    """Longest prompt plus output of a model, in tokens."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
