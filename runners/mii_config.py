@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from runners.errors import ConfigError
 
@@ -70,9 +70,13 @@ class QuantizationSection(_Section):
 class EngineSection(_Section):
     """`RaggedInferenceEngineConfig`, as DeepSpeed has it."""
 
-    tensor_parallel: TensorParallelSection | None = Field(None, alias="tp")
+    tensor_parallel: Annotated[
+        TensorParallelSection | None, Field(validation_alias=AliasChoices("tensor_parallel", "tp"))
+    ] = None
     """How many ranks hold the model."""
-    state_manager: StateManagerSection = Field(StateManagerSection(), alias="manager")
+    state_manager: Annotated[
+        StateManagerSection, Field(validation_alias=AliasChoices("state_manager", "manager"))
+    ] = StateManagerSection()
     """Bounds of the ragged batches."""
     quantization: QuantizationSection = QuantizationSection()
     """Weight-only quantization."""

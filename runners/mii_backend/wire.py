@@ -90,7 +90,7 @@ def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
 
 def _first_problem(error: ValueError) -> str:
     """A pydantic error as a sentence without the value, which may be a client's text."""
-    problems = getattr(error, "errors", list)()
+    problems: list[Any] = getattr(error, "errors", list)()
     if not problems:
         return "the request is not valid"
     field = ".".join(map(str, problems[0]["loc"])) or "request"

@@ -122,11 +122,17 @@ async def _lasting(replica: Part, head: list[str]) -> None:
 async def _until_eof(path: Path) -> None:
     """Keep it until its parent closes our stdin, too."""
     loop = asyncio.get_running_loop()
-    eof = loop.create_future()
-    loop.add_reader(0, lambda: os.read(0, 4096) or eof.done() or eof.set_result(None))
+    eof = asyncio.Event()
+
+    def read() -> None:
+        if not os.read(0, 4096):
+            eof.set()
+            loop.remove_reader(0)
+
+    loop.add_reader(0, read)
+    gone = asyncio.create_task(eof.wait())
     keeping = asyncio.create_task(keep(path))
-    await asyncio.wait({keeping, eof}, return_when=asyncio.FIRST_COMPLETED)
-    loop.remove_reader(0)
+    await asyncio.wait({keeping, gone}, return_when=asyncio.FIRST_COMPLETED)
     keeping.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await keeping
