@@ -300,15 +300,24 @@ def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:
 def describe_fields(model: type[BaseModel], *, name: Callable[[str], str] = str) -> str:
     """A Markdown table of a model's fields, defaults and meanings, from its types."""
     rows = ["| name | default | meaning |", "|---|---|---|"]
+    return "\n".join(rows + _rows(model, name))
+
+
+def _rows(model: type[BaseModel], name: Callable[[str], str]) -> list[str]:
+    rows = []
     for field, info in model.model_fields.items():
         if field in GIVEN:
+            continue
+        if isinstance(info.default, BaseModel):  # a section: its fields, by their whole names
+            outer = name(field)
+            rows += _rows(type(info.default), f"{outer}.{{}}".format)
             continue
         default = "required" if info.is_required() else f"`{info.default}`"
         default = "" if info.default in (None, "") else default
         rows.append(
             f"| `{name(field)}` | {default} | {' '.join((info.description or '').split())} |"
         )
-    return "\n".join(rows)
+    return rows
 
 
 def _engine_model(engine: object) -> type[BaseRunnerConfig]:

@@ -188,7 +188,7 @@ def model_values(config: MIIConfig) -> dict[str, Any]:
     if config.max_kv_tokens is not None:
         size = max(1, config.max_kv_tokens // FASTGEN_BLOCK)
         manager["memory_config"] = {"mode": "allocate", "size": size}
-    taken = {"sync_debug", "profile_model_time", "replica_num", "device_map"}
+    taken = {"sync_debug", "profile_model_time", "replica_num"}
     quantization = (
         section.quantization_mode or section.inference_engine_config.quantization.quantization_mode
     )

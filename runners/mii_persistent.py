@@ -32,7 +32,7 @@ from runners.errors import (
 )
 from runners.mii_deployment.client import Deployment
 from runners.mii_deployment.places import free_port, listens, private_cache
-from runners.mii_deployment.plan import PLAN, DeploymentPlan, ReplicaPlan
+from runners.mii_deployment.plan import PLAN, DeploymentPlan, plan_replicas
 from runners.mii_deployment.proto import tokens_of
 from runners.mii_deployment.starting import running, start, why_ended
 from runners.mii_fastgen import model_values
@@ -134,21 +134,14 @@ def _start(context: RankContext, config: MIIConfig) -> tuple[int, subprocess.Pop
 def plan_of(config: MIIConfig, name: str, threads: int) -> DeploymentPlan:
     """The deployment that a config describes, with ports found free where it says none."""
     section, ranks = config.mii, config.tensor_parallel
-    replicas = []
-    for i in range(section.replica_num):
-        own = section.replica_configs[i] if section.replica_configs else None
-        dist = section.torch_dist_port and section.torch_dist_port + 100 * i
-        zmq = section.zmq_port_number and section.zmq_port_number + i
-        ports = own.tensor_parallel_ports if own else []
-        gpus = (own.gpu_indices if own else []) or list(range(i * ranks, (i + 1) * ranks))
-        replicas.append(
-            ReplicaPlan(
-                port=ports[0] if ports else free_port(),
-                torch_dist_port=(own and own.torch_dist_port) or dist or free_port(),
-                zmq_port=(own and own.zmq_port) or zmq or free_port(),
-                gpu_indices=gpus,
-            )
-        )
+    replicas = plan_replicas(
+        [replica.model_dump() for replica in section.replica_configs],
+        section.device_map,
+        replicas=section.replica_num,
+        ranks=ranks,
+        torch_dist_port=section.torch_dist_port,
+        zmq_port=section.zmq_port_number,
+    )
     each = max(1, threads // (section.replica_num * ranks))
     rest_port = section.restful_api_port or free_port() if section.enable_restful_api else None
     return DeploymentPlan(

@@ -11,13 +11,12 @@ from mii.backend.server import MIIServer
 from mii.config import MIIConfig
 from mii.score import generated_score_path
 
-from runners.errors import ConfigError, EngineUnavailable
+from runners.errors import EngineUnavailable
 from runners.mii_deployment.places import free_port, listens, private_cache
-from runners.mii_deployment.plan import PLAN, DeploymentPlan, ReplicaPlan
+from runners.mii_deployment.plan import PLAN, DeploymentPlan, plan_replicas
 from runners.mii_deployment.starting import start, why_ended
 
 POLL_S = 0.2
-LOCAL = frozenset({"", "localhost", "127.0.0.1"})
 
 
 class KeptServer(MIIServer):  # type: ignore[misc]  # MII carries no types
@@ -63,25 +62,14 @@ def parse(stock: Callable[..., MIIConfig]) -> Callable[..., MIIConfig]:
 def plan_deployment(config: MIIConfig, settings: Mapping[str, Any] | None = None) -> DeploymentPlan:
     """The processes that MII's config asks for. Raises: ConfigError."""
     model: Any = config.model_conf
-    given = model.replica_configs
-    if any(replica.hostname not in LOCAL for replica in given):
-        raise ConfigError("replica_configs: replicas run on this machine only")
-    tp = model.tensor_parallel
-    chosen = _device_map(model.device_map, model.replica_num, tp)
-    replicas = []
-    for i in range(model.replica_num):
-        own = given[i] if given else None
-        replicas.append(
-            ReplicaPlan(
-                port=own.tensor_parallel_ports[0]
-                if own and own.tensor_parallel_ports
-                else free_port(),
-                torch_dist_port=(own and own.torch_dist_port)
-                or free_port(model.torch_dist_port + 100 * i),
-                zmq_port=(own and own.zmq_port) or free_port(model.zmq_port_number + i),
-                gpu_indices=list(own.gpu_indices) if own and own.gpu_indices else chosen[i],
-            )
-        )
+    replicas = plan_replicas(
+        [replica.model_dump() for replica in model.replica_configs],
+        model.device_map,
+        replicas=model.replica_num,
+        ranks=model.tensor_parallel,
+        torch_dist_port=model.torch_dist_port,
+        zmq_port=model.zmq_port_number,
+    )
     return DeploymentPlan(
         name=config.deployment_name,
         port=config.port_number,
@@ -92,15 +80,3 @@ def plan_deployment(config: MIIConfig, settings: Mapping[str, Any] | None = None
         rest_port=config.restful_api_port if config.enable_restful_api else None,
         rest_limit=config.restful_processes,
     )
-
-
-def _device_map(device_map: Any, replicas: int, tp: int) -> list[list[int]]:
-    """GPU indices of each replica's ranks. Raises: ConfigError."""
-    if device_map == "auto":
-        return [list(range(i * tp, (i + 1) * tp)) for i in range(replicas)]
-    if not set(device_map) <= LOCAL:
-        raise ConfigError("device_map: replicas run on this machine only")
-    slots = [list(each) for host in device_map.values() for each in host]
-    if [len(each) for each in slots] != [tp] * replicas:
-        raise ConfigError(f"device_map must name {tp} devices for each of {replicas} replicas")
-    return slots

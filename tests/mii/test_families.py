@@ -26,7 +26,7 @@ FAMILIES = [
     "qwen2_moe",
     "falcon",
 ]
-COUNT = 16
+COUNT = 40
 
 
 def prompts_of(folder: Path) -> list[list[int]]:

@@ -78,7 +78,7 @@ async def test_what_a_deployment_can_not_do_is_refused(model: Path) -> None:
         for refused in ({"logprobs": 1}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.2}):
             with pytest.raises(InvalidRequest, match="not available from a persistent MII"):
                 await collect(runner, "hello", **refused)
-        with pytest.raises(InvalidRequest, match="use mii.mode pipeline"):
+        with pytest.raises(InvalidRequest, match=r"use mii\.mode pipeline"):
             await collect(runner, [ord("h"), ord("e"), 200, 201], max_new_tokens=2)
 
 

@@ -55,9 +55,8 @@ def pipeline(folder: Path, *, stock: bool = False, **limits: int) -> Any:
 class Served:
     """A client of a pipeline's own server. What hangs fails with DEADLINE_EXCEEDED."""
 
-    def __init__(self, pipeline: Any, port: int) -> None:
+    def __init__(self, pipeline: Any, channel: grpc.Channel) -> None:
         self.pipeline = pipeline
-        channel = grpc.insecure_channel(f"127.0.0.1:{port}")
         self._stub = modelresponse_pb2_grpc.ModelResponseStub(channel)
 
     def ask(self, *prompts: str, **kwargs: Any) -> list[Any]:
@@ -96,8 +95,11 @@ def served(folder: Path, *, stock: bool = False, **limits: int) -> Iterator[Serv
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        yield Served(made, port)
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield Served(made, channel)
     finally:
         made.stop_thread = True
         made.thread.join(5)
-        server.stop(0)
+        server.stop(0).wait()
+        made.socket.close(linger=0)
+        made._zmq_context.destroy(linger=0)

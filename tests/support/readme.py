@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runners.config import AccelerateConfig, describe_fields
+from runners.mii_config import MIISection
 from settings import describe_settings
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -42,7 +43,11 @@ def examples() -> list[Example]:
 
 def with_tables(text: str) -> str:
     """The README with its tables as the types give them now."""
-    tables = {"settings": describe_settings(), "accelerate": describe_fields(AccelerateConfig)}
+    tables = {
+        "settings": describe_settings(),
+        "accelerate": describe_fields(AccelerateConfig),
+        "mii": describe_fields(MIISection, name="mii.{}".format),
+    }
     return _TABLE.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[4]}", text)
 
 
