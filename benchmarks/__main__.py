@@ -8,12 +8,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gap, limit, machine, memory, overhead, plot, quality, report, results, table
+from benchmarks import (
+    gap,
+    limit,
+    machine,
+    memory,
+    mii_pipeline,
+    overhead,
+    plot,
+    quality,
+    report,
+    results,
+    table,
+)
 from benchmarks.cache import Unavailable, cache
 from benchmarks.servers import SERVERS
 
-PARTS = ("table", "limit", "overhead", "gap", "memory", "quality")
+PARTS = ("table", "limit", "overhead", "gap", "memory", "quality", "mii")
 OVERHEAD_CONCURRENCIES = (1, 16, 64)
+MII_CONCURRENCIES = (1, 16)
 LIMIT_CONCURRENCIES = (1, 4, 8, 16, 32)
 HERE = Path(__file__).resolve().parent
 
@@ -50,6 +63,12 @@ def _measure(
             args.threads, long_prompt=1000 if args.quick else gap.LONG_PROMPT
         ),
         "quality": lambda: quality.measure(args.threads),
+        "mii": lambda: mii_pipeline.measure(
+            args.threads,
+            MII_CONCURRENCIES,
+            1 if args.quick else args.rounds,
+            batches=1 if args.quick else mii_pipeline.BATCHES,
+        ),
         "memory": lambda: memory.measure(
             args.threads, requests=32 if args.quick else memory.REQUESTS
         ),

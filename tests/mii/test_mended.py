@@ -151,34 +151,37 @@ def test_the_models_own_end_token_ends_beside_stop_strings(stock: bool, tmp_path
         ({"max_new_tokens": 0}, 0),
         ({"max_new_tokens": 1}, 1),
         ({"max_new_tokens": 99, "max_length": 11}, 7),
-        ({"max_new_tokens": 20, "min_new_tokens": 12, "ignore_eos": False}, 20),
     ],
 )
-def test_lengths_are_exact(
-    limits: dict[str, Any], count: int, stock: bool, tmp_path: Path, request: Any
-) -> None:
-    folder = write_model("llama", tmp_path / "llama")
-    prompt_tokens = len(tf.AutoTokenizer.from_pretrained(folder)("the cat").input_ids)
+def test_lengths_are_exact(limits: dict[str, Any], count: int, stock: bool, model: Path) -> None:
+    prompt_tokens = len(tf.AutoTokenizer.from_pretrained(model)("the cat").input_ids)
     if "max_length" in limits:
         limits = limits | {"max_length": prompt_tokens + count}
-    if "min_new_tokens" in limits:
-        # What is sampled first is the end token, which counts only from the 13th token on.
-        ban = greedy(folder, ["the cat"], 1)[0][0]
-        file = folder / "generation_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": ban}))
-        config = folder / "tokenizer_config.json"
-        eos = tf.AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(ban)
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": eos}))
-    elif stock and limits == {"max_new_tokens": 1}:
-        request.applymarker(pytest.mark.xfail(raises=AssertionError))
+    if stock and limits == {"max_new_tokens": 1}:
         pytest.xfail("this one stock MII does rightly")
-    with served(folder, stock=stock) as client:
+    with served(model, stock=stock) as client:
         answer = client.ask("the cat", **{**GREEDY, **limits})[0]
-    if "min_new_tokens" in limits:
-        assert answer.generated_tokens >= 12
-        assert eos not in answer.response
-    else:
-        assert (answer.generated_tokens, answer.finish_reason) == (count, "length")
+    assert (answer.generated_tokens, answer.finish_reason) == (count, "length")
+
+
+@OURS_AND_STOCK
+def test_the_end_token_is_not_taken_too_early(stock: bool, tmp_path: Path) -> None:
+    """The end token is what would be sampled first; the prompt counts for nothing."""
+    folder = write_model("llama", tmp_path / "llama")
+    end = greedy(folder, ["the cat"], 1)[0][0]
+    tokenizer: Any = tf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.save_pretrained(folder)
+    model: Any = tf.AutoModelForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
+    model.generation_config.save_pretrained(folder)
+    inputs = tokenizer("the cat", return_tensors="pt")
+    want = model.generate(**inputs, do_sample=False, min_new_tokens=12, max_new_tokens=30)
+    new = want[0, inputs.input_ids.shape[1] :].tolist()
+    with served(folder, stock=stock) as client:
+        answer = client.ask("the cat", do_sample=False, min_new_tokens=12, max_new_tokens=30)[0]
+    assert answer.generated_tokens == len(new)
+    assert answer.response == tokenizer.decode(new, skip_special_tokens=True)
 
 
 @OURS_AND_STOCK
