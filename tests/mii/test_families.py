@@ -9,9 +9,10 @@ import mii.api
 import pytest
 import transformers as tf
 
+from runners.mii_backend.loading import load_stand_in
 from runners.mii_fastgen import CountedEngine, PutModel
 from runners.ragged.blocks import BLOCK_SIZE
-from tests.support.mii import load_stand_in, model_config
+from tests.support.mii import model_config
 from tests.support.models import greedy, write_model
 from tests.support.scheduling import Run, generation
 

@@ -20,6 +20,7 @@ from runners.mii_backend import guard
 from runners.mii_backend.patches import KNOWN
 from runners.mii_backend.sockets import LoopbackContext
 from runners.mii_deployment.places import free_port, private_cache
+from runners.ragged.blocks import BLOCK_SIZE
 from tests.support import mii as support
 from tests.support.mii import served
 from tests.support.models import greedy, write_model
@@ -78,7 +79,8 @@ def test_a_failing_step_fails_its_requests_and_no_others(
 ) -> None:
     with served(model, stock=stock) as client:
         engine = client.pipeline.inference_engine
-        put, failed = engine.put, []
+        put = engine.put
+        failed: list[bool] = []
 
         def fails_once(*args: Any, **kwargs: Any) -> Any:
             if not failed:
@@ -97,7 +99,7 @@ def test_a_failing_step_fails_its_requests_and_no_others(
 
 def _all_free(client: support.Served) -> bool:
     engine = client.pipeline.inference_engine
-    return int(engine.free_blocks[0]) * 32 == engine.total_tokens
+    return bool(int(engine.free_blocks[0]) * BLOCK_SIZE == engine.total_tokens)
 
 
 @OURS_AND_STOCK

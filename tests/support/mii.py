@@ -100,6 +100,8 @@ def served(folder: Path, *, stock: bool = False, **limits: int) -> Iterator[Serv
     finally:
         made.stop_thread = True
         made.thread.join(5)
+        for answers in list(made.result_queues.values()):
+            answers.put(())  # stock MII's threads would wait for ever, and the process for them
         server.stop(0).wait()
         made.socket.close(linger=0)
         made._zmq_context.destroy(linger=0)
