@@ -114,9 +114,13 @@ def local_folder(name: str) -> Path:
 @contextmanager
 def building_kernels() -> Iterator[None]:
     """torch builds extensions under a lock file, which a killed build leaves behind for everybody
-    to wait on for ever. While ours is held, which ends with its process, such a file is stale."""
+    to wait on for ever. In a folder of ours such a file is stale while we hold a lock that ends
+    with its process. A folder that somebody else chose is theirs to look after."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych"
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default / "extensions")))
+    folder = default / "extensions"
+    if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / ".triptych.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
