@@ -61,9 +61,10 @@ def test_openai_streams_and_stops(served: tuple[Server, str]) -> None:
     server, _ = served
     body = {
         "model": server.get("/v1/models").json()["data"][0]["id"],
-        "messages": [{"role": "user", "content": "hello"}],
+        "messages": [{"role": "user", "content": "who are you"}],
         "max_tokens": COUNT,
         "temperature": 0,
+        "ignore_eos": True,
         "stream": True,
     }
     whole = ""
@@ -73,10 +74,10 @@ def test_openai_streams_and_stops(served: tuple[Server, str]) -> None:
             if line.startswith("data: {"):
                 choices = json.loads(line.removeprefix("data: "))["choices"]
                 whole += choices[0]["delta"].get("content") or "" if choices else ""
-    assert whole
-    stopped = server.post("/v1/chat/completions", body | {"stream": False, "stop": [whole[3:5]]})
+    stop = whole[1]
+    stopped = server.post("/v1/chat/completions", body | {"stream": False, "stop": [stop]})
     choice = stopped.json()["choices"][0]
-    assert choice["message"]["content"] == whole[: whole.index(whole[3:5])]
+    assert choice["message"]["content"] == whole[: whole.index(stop)] != ""
     assert choice["finish_reason"] == "stop"
 
 

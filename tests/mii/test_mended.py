@@ -29,6 +29,8 @@ from tests.support.processes import wait_until
 OURS_AND_STOCK = pytest.mark.parametrize(
     "stock", [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, raises=Exception))]
 )
+# The scheduler's thread of stock MII dies of most of this.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 GREEDY: dict[str, Any] = {"do_sample": False, "ignore_eos": True}
 PROMPTS = ["hello", "the cat sat on", "a long prompt of several steps, " * 3, "x", "mat 12"]
 
@@ -51,7 +53,6 @@ def texts(folder: Path, prompts: list[str], count: int) -> list[str]:
 
 
 @OURS_AND_STOCK
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_requests_of_all_kinds_run_together(stock: bool, model: Path) -> None:
     kinds: list[dict[str, Any]] = [
         GREEDY,
@@ -73,7 +74,6 @@ def test_requests_of_all_kinds_run_together(stock: bool, model: Path) -> None:
 
 
 @OURS_AND_STOCK
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failing_step_fails_its_requests_and_no_others(
     stock: bool, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +104,6 @@ def _all_free(client: support.Served) -> bool:
 
 @OURS_AND_STOCK
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_starved_kv_loses_no_token(stream: bool, stock: bool, model: Path) -> None:
     """Five requests that need 400 tokens of KV together, with 256."""
     with served(model, stock=stock, kv_blocks=2, step=32) as client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -99,9 +100,11 @@ def served(folder: Path, *, stock: bool = False, **limits: int) -> Iterator[Serv
             yield Served(made, channel)
     finally:
         made.stop_thread = True
+        if stock:  # whose threads would wait for ever, and the process for them
+            made.generate = sys.exit
+            for answers in list(made.result_queues.values()):
+                answers.put(())
         made.thread.join(5)
-        for answers in list(made.result_queues.values()):
-            answers.put(())  # stock MII's threads would wait for ever, and the process for them
         server.stop(0).wait()
         made.socket.close(linger=0)
         made._zmq_context.destroy(linger=0)
