@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runners.config import AccelerateConfig, BaseRunnerConfig, DeepSpeedConfig, describe_fields
+from runners.mii_config import MIISection
 from settings import describe_settings
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -47,6 +48,7 @@ def with_tables(text: str) -> str:
         "common": describe_fields(BaseRunnerConfig),
         "accelerate": describe_fields(AccelerateConfig, beyond=BaseRunnerConfig),
         "deepspeed": describe_fields(DeepSpeedConfig, beyond=BaseRunnerConfig),
+        "mii": describe_fields(MIISection, name="mii.{}".format),
     }
     return _TABLE.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[4]}", text)
 

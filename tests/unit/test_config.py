@@ -107,8 +107,8 @@ def test_missing_and_incomplete_folders(tmp_path: Path) -> None:
 
 
 def test_engines_of_later_versions_are_refused_with_a_sentence() -> None:
-    config = validate({"engine": "mii", "name": "m", "model_path": "."})
-    with pytest.raises(EngineUnavailable, match="runs on: accelerate, deepspeed"):
+    config = validate({"engine": "mii", "name": "m", "model_path": ".", "task": "text-to-image"})
+    with pytest.raises(EngineUnavailable, match="runs on: accelerate, deepspeed, mii"):
         create_runner(config)
 
 
