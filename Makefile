@@ -5,6 +5,7 @@ PYTHON ?= python3
 PORT ?= 3000
 HOST ?= 127.0.0.1
 VENV := .venv
+MII := deepspeed-mii==0.3.3
 BIN := $(VENV)/bin
 export BENTOML_DO_NOT_TRACK ?= True
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -30,7 +31,8 @@ lint: setup
 setup: $(VENV)/.installed
 
 # torch goes first and pinned: whatever else asks for torch must find this one, not the newest.
-# DeepSpeed asks for torch while it is built, which an isolated build would fetch again.
+# DeepSpeed asks for torch while it is built, which an isolated build would fetch again. MII's own
+# requirements are wrong; pyproject.toml has the right ones.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { \
 		echo "Triptych needs Python 3.11 or 3.12; say which with: make PYTHON=python3.11 ..." >&2; exit 1; }
@@ -38,7 +40,8 @@ $(VENV)/.installed: pyproject.toml
 		echo "no virtual environment could be made; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	@echo "installing torch and the rest into $(VENV) (minutes the first time) ..."
 	@{ $(BIN)/pip install --quiet torch==2.13.0 'setuptools>=77' && \
-		DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,deepspeed]'; } || { \
+		DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,mii]' && \
+		$(BIN)/pip install --quiet --no-deps $(MII); } || { \
 		echo "the packages could not be installed; see pip's message above, then run make again" >&2; exit 1; }
 	@touch $@
 

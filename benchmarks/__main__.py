@@ -14,6 +14,7 @@ from benchmarks import (
     limit,
     machine,
     memory,
+    mii_pipeline,
     overhead,
     plot,
     quality,
@@ -25,8 +26,9 @@ from benchmarks import (
 from benchmarks.cache import Unavailable, cache
 from benchmarks.servers import SERVERS
 
-PARTS = ("table", "limit", "overhead", "gap", "memory", "quality", "split", "images")
+PARTS = ("table", "limit", "overhead", "gap", "memory", "quality", "split", "mii", "images")
 OVERHEAD_CONCURRENCIES = (1, 16, 64)
+MII_CONCURRENCIES = (1, 16)
 LIMIT_CONCURRENCIES = (1, 4, 8, 16, 32)
 HERE = Path(__file__).resolve().parent
 
@@ -69,6 +71,12 @@ def _measure(
             per_client=1 if args.quick else images.PER_CLIENT,
         ),
         "split": lambda: split.measure((1, 4) if args.quick else (1, 16), 1 if args.quick else 3),
+        "mii": lambda: mii_pipeline.measure(
+            args.threads,
+            MII_CONCURRENCIES,
+            1 if args.quick else args.rounds,
+            batches=1 if args.quick else mii_pipeline.BATCHES,
+        ),
         "memory": lambda: memory.measure(
             args.threads, requests=32 if args.quick else memory.REQUESTS
         ),

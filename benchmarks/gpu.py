@@ -81,7 +81,7 @@ def report(found: results.Results) -> str:
 def main(argv: Sequence[str]) -> None:
     """Without an argument: measure. With one: describe the GPU, in the fresh process."""
     if argv:
-        print(json.dumps(_gpu()))
+        print(json.dumps(measure_bandwidth()))
         return
     try:
         print(report(measure()))
@@ -89,7 +89,8 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(str(error))
 
 
-def _gpu() -> dict[str, Any]:
+def measure_bandwidth() -> dict[str, Any]:
+    """The GPU, and how fast it copies. Raises whatever torch does without one."""
     import torch
 
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import tempfile
@@ -62,14 +63,24 @@ async def _over_http(server: Triptych, threads: int, clients: int, extra: int) -
 class InProcess:
     """The program of a rank, driven by its messages as `runners.ranks.worker` does."""
 
-    def __init__(self, clients: int, threads: int, work_dir: Path) -> None:
-        from runners.accelerate_runner import load_program
-        from runners.config import AccelerateConfig
+    def __init__(
+        self, clients: int, threads: int, work_dir: Path, *, engine: str = "accelerate"
+    ) -> None:
+        from runners import TEXT_PROGRAMS
+        from runners.config import validate
         from runners.ranks.worker import RankContext
 
-        config = AccelerateConfig(
-            name="bench", model_path=model_folder(), max_batch_size=clients, num_threads=threads
+        config = validate(
+            {
+                "engine": engine,
+                "name": "bench",
+                "model_path": model_folder(),
+                "max_batch_size": clients,
+                "num_threads": threads,
+            }
         )
+        module, _, function = TEXT_PROGRAMS[engine].partition(":")
+        load_program = getattr(importlib.import_module(module), function)
         self._records: dict[str, Record] = {}
         self._left: list[workload.Request] = []
         self._finished = 0

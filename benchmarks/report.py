@@ -204,6 +204,8 @@ def _others(results: Results) -> Iterable[str]:
             rows.append([clients, _spread(http, 1), _spread(engine, 1), _spread(share, 3)])
         head = ["clients", "over HTTP, tokens/s", "engine alone, tokens/s", "HTTP / engine"]
         yield f"## What serving costs\n\n{_table(head, rows)}"
+    if entries := results.get("mii"):
+        yield _mii(entries)
     if gap := results.get("gap"):
         yield _gap(gap)
     if memory := results.get("memory"):
@@ -214,6 +216,20 @@ def _others(results: Results) -> Iterable[str]:
         yield _images(images)
     if split := results.get("split"):
         yield _split(split)
+
+
+def _mii(entries: list[dict[str, Any]]) -> str:
+    rows = []
+    for clients in sorted({e["concurrency"] for e in entries}):
+        mine = [e for e in entries if e["concurrency"] == clients]
+        ours, stock = ([e[side] for e in mine] for side in ("ours", "stock"))
+        ratio = [a / b for a, b in zip(ours, stock, strict=True)]
+        rows.append([clients, _spread(ours, 1), _spread(stock, 1), _spread(ratio, 2)])
+    head = ["sequences", "our pipeline mode, tokens/s", "stock MIIPipeline, tokens/s", "ratio"]
+    return (
+        "## DeepSpeed-MII\n\n"
+        f"The same requests in batches, on the same engine.\n\n{_table(head, rows)}"
+    )
 
 
 def _gap(gap: dict[str, Any]) -> str:

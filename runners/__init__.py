@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 TEXT_PROGRAMS = {
     "accelerate": "runners.accelerate_runner:load_program",
     "deepspeed": "runners.deepspeed_runner:load_program",
+    "mii": "runners.mii_runner:load_program",
 }
 
 

@@ -24,6 +24,7 @@ from pydantic import (
 from runners import deepspeed_config
 from runners.errors import ConfigError
 from runners.image_config import ImageFields
+from runners.mii_config import MIISection
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
 Task = Literal["text-generation", "text-to-image"]
@@ -231,10 +232,17 @@ class DeepSpeedConfig(EngineConfig):
 
 
 class MIIConfig(EngineConfig):
-    """MII: DeepSpeed-MII."""
+    """MII: DeepSpeed-MII, in our ranks or as a deployment of its own."""
 
     engine: Literal["mii"]
     """Chooses this engine."""
+    mii: MIISection = MIISection()
+    """What MII itself is told: its own fields, and how it is run."""
+
+    @property
+    def world_size(self) -> int:
+        """Our rank processes: a persistent deployment has ranks of its own."""
+        return self.tensor_parallel if self.mii.mode == "pipeline" else 1
 
 
 RunnerConfig = Annotated[
@@ -259,7 +267,8 @@ def explain(error: ValidationError, *, name: Callable[[str], str] = str) -> str:
     """A ValidationError as one sentence that never repeats the offending value."""
     parts = []
     for problem in error.errors(include_url=False, include_context=False, include_input=False):
-        where = [str(p) for p in problem["loc"] if p not in get_args(Engine)]
+        loc = problem["loc"]
+        where = [str(p) for p in (loc[1:] if loc[:1] and loc[0] in get_args(Engine) else loc)]
         # The names of a union's branches, which pydantic puts in between, mean nothing to a user.
         where = [p for p in where if re.fullmatch(r"[\w-]*", p) and p not in ("str", "int")]
         field = ".".join([name(where[0]), *where[1:]]) if where else "value"
@@ -278,15 +287,24 @@ def describe_fields(
     Those that `beyond` has too are left out.
     """
     rows = ["| name | default | meaning |", "|---|---|---|"]
+    return "\n".join(rows + _rows(model, name, beyond))
+
+
+def _rows(model: type[BaseModel], name: Callable[[str], str], beyond: type[BaseModel]) -> list[str]:
+    rows = []
     for field, info in model.model_fields.items():
         if field in GIVEN or field in beyond.model_fields:
+            continue
+        if isinstance(info.default, BaseModel):  # a section: its fields, by their whole names
+            outer = name(field)
+            rows += _rows(type(info.default), f"{outer}.{{}}".format, BaseModel)
             continue
         default = "required" if info.is_required() else f"`{info.default}`"
         default = "" if info.default in (None, "") else default
         rows.append(
             f"| `{name(field)}` | {default} | {' '.join((info.description or '').split())} |"
         )
-    return "\n".join(rows)
+    return rows
 
 
 def engine_model(engine: object) -> type[BaseRunnerConfig]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runners import deepspeed_config
+from runners import deepspeed_config, mii_config
 from runners.config import (
     SETUP_CONFIG,
     AccelerateConfig,
@@ -100,6 +100,9 @@ def read_setup(
             warnings.append("tensor_parallel is ignored: engine accelerate splits no layers")
     own, more = parse_setup_config(raw)
     warnings += more
+    if own["engine"] == "mii":
+        own, more = mii_config.read_section(own)
+        warnings += more
     if "deepspeed" in own:
         folder = files[-1].parent
         own["deepspeed"], more = deepspeed_config.read_section(own["deepspeed"], folder, read)
@@ -146,15 +149,17 @@ def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     Returns the values and the warnings.
     """
     values, warnings = {k: v for k, v in raw.items() if v is not None}, []
-    values.setdefault("engine", "accelerate")
+    values.setdefault("engine", "mii" if mii_config.is_forerunners(values) else "accelerate")
     for key, instead in OBSOLETE.items():
         if values.pop(key, None) is not None:
             warnings.append(f"{SETUP_CONFIG}: {key} is obsolete and ignored: {instead}")
     if "torch_dtype" in values:
         old = values.pop("torch_dtype")
         values.setdefault("dtype", old.removeprefix("torch.") if isinstance(old, str) else old)
-    model = engine_model(values["engine"])
-    for key in sorted(values.keys() - model.model_fields.keys()):
+    known = set(engine_model(values["engine"]).model_fields)
+    if values["engine"] == "mii":
+        known |= {"model_name", *mii_config.FORERUNNERS}
+    for key in sorted(values.keys() - known):
         del values[key]
         warnings.append(f"{SETUP_CONFIG}: unknown key {key} is ignored")
     return values, warnings

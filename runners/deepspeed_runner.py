@@ -30,7 +30,7 @@ from runners.errors import ConfigError, IncompleteModel
 from runners.ragged.loading import loading_of, stored_dtype, text_program
 from runners.ragged.lockstep import Ranks, tells_of_loss
 from runners.ragged.proof import Proof
-from runners.ranks.process_group import RankGroups, connect
+from runners.ranks.process_group import RankGroups, connect, meet
 from runners.ranks.worker import RankContext, RankProgram
 
 logger = logging.getLogger("triptych.deepspeed")
@@ -42,7 +42,7 @@ def load_program(context: RankContext) -> RankProgram:
     if not isinstance(config, DeepSpeedConfig):
         raise ConfigError(f"the DeepSpeed engine was given a config for {config.engine}")
     torch.set_num_threads(context.num_threads)
-    groups = connect(context)
+    groups = connect(config, meet(context))
     ranks = Ranks(groups.control)
     model, proof = load_split(
         config, groups, ranks, lambda detail: context.progress(RunnerState.LOADING, detail)

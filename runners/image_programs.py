@@ -20,7 +20,7 @@ from runners.contracts import RunnerState
 from runners.errors import ConfigError
 from runners.imaging.pipeline import load_pipeline
 from runners.imaging.program import ImageProgram, image_program
-from runners.ranks.process_group import connect
+from runners.ranks.process_group import connect, meet
 from runners.ranks.worker import RankContext
 
 logger = logging.getLogger("triptych.imaging")
@@ -45,7 +45,7 @@ def load_deepspeed_program(context: RankContext) -> ImageProgram:
     config = context.config
     if config.rendezvous is not None:
         raise ConfigError("the ranks of an image model can not be spread over several machines")
-    groups = connect(context)
+    groups = connect(config, meet(context))
     if isinstance(config, DeepSpeedConfig) and config.deepspeed and context.rank == 0:
         logger.warning("ds-config.json is ignored: every rank holds the whole image model")
     program = _load(context, str(groups.device), None)

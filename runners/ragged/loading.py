@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from runners.config import BaseRunnerConfig
 from runners.contracts import ModelInfo, RunnerState
 from runners.dtypes import dtype_in
 from runners.errors import ConfigError
 from runners.ragged.blocks import BLOCK_SIZE
 from runners.ragged.cpu import switch_off_kernels
-from runners.ragged.engine import RaggedEngine
+from runners.ragged.engine import Engine, RaggedEngine
 from runners.ragged.forward import Batching, Forward
 from runners.ragged.lockstep import Follower, Leader, Ranks
 from runners.ragged.program import TextProgram
@@ -68,19 +70,69 @@ def text_program(
     *,
     proof: Proof | None = None,
     ranks: Ranks | None = None,
+    longest: int | None = None,
 ) -> TextProgram | Follower:
     """Wrap a placed model: prove its batching, measure its KV, read its tokenizer and defaults.
 
-    `ranks` hold the model together, of which `proof` was made before it was split.
+    `ranks` hold the model together, of which `proof` was made before it was split; `longest` bounds
+    prompt plus output where the context is longer.
     Raises: ConfigError if the model can not be served rightly.
     """
     config = context.config
-    if not config.cpu_kernels:
-        switch_off_kernels()
     parameters = sum(p.numel() for p in model.parameters())
     context.progress(RunnerState.WARMUP, "comparing batched steps with the model's own forward")
+    batched = batch(model, config, proof=proof, ranks=ranks)
+    info = ModelInfo(
+        architecture=type(model).__name__,
+        engine=config.engine,
+        parameters=parameters,
+        dtype=str(model.dtype).removeprefix("torch."),
+        devices=_devices(model),
+        max_context=min(batched.max_context, longest or batched.max_context),
+        vocab_size=batched.forward.vocab_size,
+        max_kv_tokens=batched.blocks * BLOCK_SIZE,
+        has_chat_template=False,
+    )
+    if ranks is not None and not ranks.leads:
+        return Follower(batched.forward, ranks, info)
+    return serve(context, batched.engine(ranks), info, model.generation_config)
+
+
+@dataclass(frozen=True)
+class Batched:
+    """A model that runs in batches of steps."""
+
+    forward: Forward
+    blocks: int
+    """Blocks of KV."""
+    max_context: int
+    """Longest prompt plus output, in tokens."""
+    prefix_caching: bool
+
+    def engine(self, ranks: Ranks | None = None) -> RaggedEngine:
+        """The engine over it; with `ranks`, rank 0's, which the others follow."""
+        return RaggedEngine(
+            self.forward if ranks is None else Leader(self.forward, ranks),
+            blocks=self.blocks,
+            prefix_caching=self.prefix_caching,
+        )
+
+
+def batch(
+    model: PreTrainedModel,
+    config: BaseRunnerConfig,
+    *,
+    proof: Proof | None = None,
+    ranks: Ranks | None = None,
+) -> Batched:
+    """Prove how a placed model can be batched, and measure its KV; see `text_program`.
+
+    Raises: ConfigError if the model can not be served rightly.
+    """
+    if not config.cpu_kernels:
+        switch_off_kernels()
     path = prove_and_pack(model, config.weight_quantization, proof)
-    max_context = _max_context(model.config)
+    max_context = context_length(model.config)
     useful = config.max_batch_size * max_context
     kv_tokens = config.max_kv_tokens or _default_kv_tokens(
         model, path, useful, sharing=config.local_world_size
@@ -88,34 +140,30 @@ def text_program(
     if ranks is not None:
         kv_tokens = ranks.smallest(kv_tokens)
     blocks = max(1, kv_tokens // BLOCK_SIZE)
-    forward = Forward(model, path, blocks=blocks)
-    defaults = _defaults(model)
-    tokenizer = _load_tokenizer(config.model_path)
-    info = ModelInfo(
-        architecture=type(model).__name__,
-        engine=config.engine,
-        parameters=parameters,
-        dtype=str(model.dtype).removeprefix("torch."),
-        devices=_devices(model),
-        max_context=max_context,
-        vocab_size=forward.vocab_size,
-        max_kv_tokens=blocks * BLOCK_SIZE,
-        has_chat_template=bool(tokenizer.chat_template),
-        default_temperature=defaults.temperature or None,
-    )
-    if ranks is not None and not ranks.leads:
-        return Follower(forward, ranks, info)
-    _warn_of_ignored(model)
+    return Batched(Forward(model, path, blocks=blocks), blocks, max_context, config.prefix_caching)
+
+
+def serve(
+    context: RankContext, engine: Engine, info: ModelInfo, generation: GenerationConfig | None
+) -> TextProgram:
+    """The program that schedules on an engine, with the model's tokenizer and defaults.
+
+    What `info` says of the tokenizer and the defaults is filled in.
+    """
+    config = context.config
+    defaults = sampling_defaults(generation)
+    tokenizer = load_tokenizer(config.model_path)
+    _warn_of_ignored(generation)
     return TextProgram(
-        info=info,
-        engine=RaggedEngine(
-            forward if ranks is None else Leader(forward, ranks),
-            blocks=blocks,
-            prefix_caching=config.prefix_caching,
+        info=replace(
+            info,
+            has_chat_template=bool(tokenizer.chat_template),
+            default_temperature=defaults.temperature or None,
         ),
-        tokenizer=PromptTokenizer(tokenizer, forward.vocab_size),
+        engine=engine,
+        tokenizer=PromptTokenizer(tokenizer, info.vocab_size),
         limits=Limits(config.max_batch_size, config.max_step_tokens),
-        eos_ids=_eos_ids(model, forward.vocab_size),
+        eos_ids=eos_ids(generation, info.vocab_size),
         defaults=defaults,
         max_prompt_tokens=config.max_length,
         default_new_tokens=config.max_new_tokens,
@@ -123,7 +171,8 @@ def text_program(
     )
 
 
-def _load_tokenizer(path: Path) -> Any:  # AutoTokenizer's class is only known at run time
+def load_tokenizer(path: Path) -> Any:  # AutoTokenizer's class is only known at run time
+    """The tokenizer of a model folder. Raises: ConfigError."""
     with loading_of(f"the tokenizer of {path.name}"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
@@ -144,7 +193,8 @@ def loading_of(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} can not be loaded: {type(error).__name__}: {reason}") from error
 
 
-def _max_context(config: PreTrainedConfig) -> int:
+def context_length(config: PreTrainedConfig) -> int:
+    """Longest prompt plus output of a model, in tokens."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
@@ -160,8 +210,9 @@ def _max_context(config: PreTrainedConfig) -> int:
     return 2048  # ALiBi models name no limit; this is what they were usually trained on
 
 
-def _eos_ids(model: PreTrainedModel, vocab_size: int) -> frozenset[int]:
-    eos = model.generation_config.eos_token_id if model.generation_config else None
+def eos_ids(generation: GenerationConfig | None, vocab_size: int) -> frozenset[int]:
+    """The end tokens that a generation config names."""
+    eos = generation.eos_token_id if generation else None
     ids = frozenset([eos] if isinstance(eos, int) else eos or ())
     outside = {i for i in ids if not 0 <= i < vocab_size}
     if outside:
@@ -169,8 +220,7 @@ def _eos_ids(model: PreTrainedModel, vocab_size: int) -> frozenset[int]:
     return ids - outside
 
 
-def _warn_of_ignored(model: PreTrainedModel) -> None:
-    own = model.generation_config
+def _warn_of_ignored(own: GenerationConfig | None) -> None:
     neutral = GenerationConfig()  # type: ignore[no-untyped-call]
     ignored = [
         name
@@ -181,9 +231,8 @@ def _warn_of_ignored(model: PreTrainedModel) -> None:
         logger.warning("generation_config.json: ignored here: %s", ", ".join(ignored))
 
 
-def _defaults(model: PreTrainedModel) -> SamplingDefaults:
+def sampling_defaults(own: GenerationConfig | None) -> SamplingDefaults:
     """The model's generation config where it says something, as vLLM and transformers do."""
-    own = model.generation_config
     neutral = SamplingDefaults()
     if own is None:
         return neutral

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
+from runners.config import BaseRunnerConfig
 from runners.contracts import RunnerState
 from runners.errors import ConfigError
 from runners.ranks.environment import resolve, split_endpoint
@@ -33,11 +34,12 @@ class RankGroups:
     """Where this rank's share of the model lies."""
 
 
-def connect(context: RankContext) -> RankGroups:
-    """Join the other ranks. Raises: ConfigError if they are not set up alike."""
-    config = context.config
-    # A collective that not all ranks take part in fails after it.
-    timeout = timedelta(seconds=max(config.start_timeout, config.step_timeout))
+def connect(config: BaseRunnerConfig, store: Store | None = None) -> RankGroups:
+    """Join the other ranks at `store`; without, where the environment says (MASTER_ADDR ...).
+
+    Raises: ConfigError if there are GPUs, but not one for each rank.
+    """
+    timeout = _timeout(config)
     gpu = torch.cuda.is_available()
     _check_gpus()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
@@ -45,12 +47,17 @@ def connect(context: RankContext) -> RankGroups:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if gpu else "gloo",
-        store=_store(context, timeout),
-        rank=context.rank,
-        world_size=context.world_size,
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timeout,
     )
     return RankGroups(dist.new_group(backend="gloo", timeout=timeout), device)
+
+
+def _timeout(config: BaseRunnerConfig) -> timedelta:
+    """After which a collective fails that not all ranks take part in."""
+    return timedelta(seconds=max(config.start_timeout, config.step_timeout))
 
 
 def _check_gpus() -> None:
@@ -63,7 +70,8 @@ def _check_gpus() -> None:
         )
 
 
-def _store(context: RankContext, timeout: timedelta) -> Store:
+def meet(context: RankContext) -> Store:
+    """Where the ranks of our own groups meet. Raises: ConfigError if they are not set up alike."""
     if context.rendezvous is None:
         return FileStore(str(context.work_dir / "rendezvous"), context.world_size)
     host, port = split_endpoint(context.rendezvous)
@@ -74,7 +82,7 @@ def _store(context: RankContext, timeout: timedelta) -> Store:
         port,
         context.world_size,
         is_master=leads,
-        timeout=timeout,
+        timeout=_timeout(context.config),
         wait_for_workers=False,
         master_listen_fd=_listen(context.rendezvous) if leads else None,
     )

@@ -21,6 +21,7 @@ from runners.config import (
     describe_fields,
 )
 from runners.image_config import ImageFields
+from runners.mii_config import MIISection
 from settings import describe_settings
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -55,6 +56,7 @@ def with_tables(text: str) -> str:
         "images": describe_fields(ImageFields),
         "accelerate": describe_fields(AccelerateConfig, beyond=EngineConfig),
         "deepspeed": describe_fields(DeepSpeedConfig, beyond=EngineConfig),
+        "mii": describe_fields(MIISection, name="mii.{}".format),
     }
     return _TABLE.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[4]}", text)
 

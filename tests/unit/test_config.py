@@ -107,8 +107,8 @@ def test_missing_and_incomplete_folders(tmp_path: Path) -> None:
 
 
 def test_engines_of_later_versions_are_refused_with_a_sentence() -> None:
-    config = validate({"engine": "mii", "name": "m", "model_path": "."})
-    with pytest.raises(EngineUnavailable, match="runs on: accelerate, deepspeed"):
+    config = validate({"engine": "mii", "name": "m", "model_path": ".", "task": "text-to-image"})
+    with pytest.raises(EngineUnavailable, match="runs on: accelerate, deepspeed, mii"):
         create_runner(config)
 
 
@@ -154,7 +154,7 @@ def test_miis_published_image_config_is_taken(tmp_path: Path, engine: dict[str, 
     published = {"model_name": "stabilityai/stable-diffusion-2-1", "task": "text-to-image"}
     (tmp_path / "setup_config.json").write_text(json.dumps(published | engine))
     config, _ = load_setup_config(tmp_path, name="painter")
-    assert (config.task, config.engine) == ("text-to-image", engine.get("engine", "accelerate"))
+    assert (config.task, config.engine) == ("text-to-image", "mii")
 
 
 def test_a_pipelines_folder_alone_is_an_image_model(tmp_path: Path) -> None:

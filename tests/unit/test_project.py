@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,10 @@ def imports(path: Path) -> set[str]:
                              "runners.contracts", "runners.dtypes", "runners.errors")),
         ("runners/ranks", ("runners.ranks", "runners.config", "runners.contracts",
                            "runners.errors")),
+        ("runners/mii_deployment", ("runners.mii_deployment", "runners.ranks", "runners.errors")),
+        ("runners/mii_backend", ("runners.mii_backend", "runners.mii_deployment",
+                                 "runners.mii_config", "runners.ragged", "runners.ranks",
+                                 "runners.config", "runners.contracts", "runners.errors")),
         ("model_store_scripts", ("model_store_scripts", "runners.config", "runners.errors")),
     ],
 )  # fmt: skip
@@ -55,6 +60,16 @@ def test_imports_run_one_way(folder: str, allowed: tuple[str, ...]) -> None:
                 assert module.startswith(allowed), f"{path.relative_to(ROOT)} imports {module}"
 
 
+def test_nothing_of_a_deployment_loads_mii_but_the_models_processes() -> None:
+    for path in (ROOT / "runners/mii_deployment").glob("*.py"):
+        assert not {m for m in imports(path) if m.split(".")[0] in ("mii", "torch", "deepspeed")}
+
+
 def test_no_file_is_too_long_to_read() -> None:
     long = {str(p.relative_to(ROOT)) for p in SOURCES if len(p.read_text().splitlines()) > 400}
     assert long == set()
+
+
+def test_packages_that_are_not_what_mii_takes_them_for_stay_out() -> None:
+    installed = {found.name.lower() for found in distributions()}
+    assert not installed & {"fastchat", "asyncio"}

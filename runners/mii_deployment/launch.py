@@ -1,0 +1,88 @@
+"""`python -m runners.mii_deployment.launch PLAN PARENT_PID ROLE ...`: one process of a deployment.
+
+Roles: `replica N RANK` (MII's gRPC server and scheduler, or a rank that follows it), `balancer`,
+`gateway`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from runners.errors import ConfigError
+from runners.mii_deployment.plan import DeploymentPlan, ReplicaPlan, read_plan
+from runners.ranks.lifeline import die_with_parent, outlive_signals
+
+FATAL = 3
+"""Exit status of a process that can never run, however often it is started."""
+FAILURE = "failure.txt"
+"""Beside the plan: why."""
+
+
+def main() -> None:
+    """Run the role until the deployment ends."""
+    path, parent, role, *arguments = sys.argv[1:]
+    die_with_parent(int(parent))
+    outlive_signals()
+    plan = read_plan(Path(path))
+    if role == "replica":
+        number, rank = map(int, arguments)
+        try:
+            _replica(plan, plan.replicas[number], rank)
+        except ConfigError as error:
+            Path(path).with_name(FAILURE).write_text(error.message)
+            print(error.message, file=sys.stderr, flush=True)
+            os._exit(FATAL)
+    elif role == "balancer":
+        from runners.mii_deployment.balancer import balance
+
+        asyncio.run(balance(plan.port, [replica.port for replica in plan.replicas]))
+    else:
+        from runners.mii_deployment.gateway import gateway
+
+        asyncio.run(gateway(plan))
+    # gRPC's threads would keep the process for as long as they like.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _replica(plan: DeploymentPlan, replica: ReplicaPlan, rank: int) -> None:
+    import mii.api
+    from mii.config import ModelConfig
+    from mii.grpc_related import modelresponse_server
+
+    from runners.mii_backend import loading  # first: it patches
+
+    loading.settings.update(plan.settings)
+    config: Any = ModelConfig(**plan.model_config)
+    config.zmq_port_number = replica.zmq_port
+    config.torch_dist_port = replica.torch_dist_port
+    pipeline: Any = mii.api.async_pipeline(config)
+    if rank == 0:
+        modelresponse_server.serve_inference(pipeline, replica.port)
+    else:
+        pipeline()
+
+
+def environment(replica: ReplicaPlan, rank: int, threads: int) -> dict[str, str]:
+    """What MII's launcher would set for a rank of a replica."""
+    ranks = str(len(replica.gpu_indices))
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "LOCAL_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(replica.torch_dist_port),
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, replica.gpu_indices)),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""MII in the tests: its own cache folder, no name of another deployment in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import ROOT
+
+pytest.importorskip("mii")
+pytest.importorskip("zmq")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    folder = tmp_path / "mii-cache"
+    monkeypatch.setenv("MII_CACHE_PATH", str(folder))
+    return folder
+
+
+class Scripts:
+    """Runs Python programs as a user would, each in a process of its own."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder = folder
+        self.env = os.environ | {
+            "MII_CACHE_PATH": str(cache),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+        }
+
+    def run(self, code: str, *, fails: bool = False, timeout: float = 120) -> str:
+        """What the program prints; it must end well, unless it `fails`."""
+        out = self.folder / "out.txt"
+        with out.open("w") as file:
+            status = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=self.folder,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+            ).returncode
+        printed = out.read_text(encoding="utf-8", errors="replace")
+        assert (status != 0) == fails, printed[-4000:]
+        return printed
+
+
+@pytest.fixture
+def scripts(tmp_path: Path, cache: Path) -> Scripts:
+    """Programs run in a folder of their own."""
+    return Scripts(tmp_path, cache)

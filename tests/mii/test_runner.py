@@ -1,0 +1,271 @@
+"""The MII engine behind our runner, in both modes: the tokens of `generate`, faults, refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from runners import create_runner
+from runners.config_files import load_setup_config
+from runners.contracts import ChatMessage, ChatPrompt, RunnerState, TextRunner
+from runners.errors import ConfigError, ContextLengthExceeded, InvalidRequest, RunnerUnavailable
+from tests.conftest import CHAT_TEMPLATE
+from tests.mii.conftest import Scripts
+from tests.mii.test_published import processes
+from tests.support.generating import collect, ids_of, request, serving, text_of, wait_ready
+from tests.support.models import greedy, write_model
+from tests.support.processes import wait_until
+
+PROMPTS = ["hello", "the cat sat on", "a long prompt that takes several steps, " * 4, "x", "mat 12"]
+COUNT = 16
+PERSISTENT = {"mode": "persistent"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_model("mistral", tmp_path_factory.mktemp("models") / "mistral")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
+
+
+@asynccontextmanager
+async def mii(folder: Path, section: dict[str, Any], **overrides: Any) -> AsyncIterator[TextRunner]:
+    async with serving(folder, engine="mii", mii=section, **overrides) as runner:
+        yield runner
+
+
+async def all_at_once(runner: TextRunner) -> list[list[int]]:
+    deltas = await asyncio.gather(
+        *(collect(runner, p, max_new_tokens=COUNT, ignore_eos=True) for p in PROMPTS)
+    )
+    return [ids_of(each) for each in deltas]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("section", [{}, PERSISTENT], ids=["pipeline", "persistent"])
+async def test_both_modes_give_the_tokens_of_generate(
+    section: dict[str, Any], ranks: int, model: Path, cache: Path
+) -> None:
+    async with mii(model, section, tensor_parallel=ranks, max_step_tokens=32) as runner:
+        assert runner.info is not None
+        assert runner.info.engine == "mii"
+        assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
+        chat = ChatPrompt(messages=[ChatMessage(role="user", content="hello")])
+        ids = await runner.tokenize(chat)
+        answer = await collect(runner, chat, max_new_tokens=COUNT, ignore_eos=True)
+        assert [ids_of(answer)] == greedy(model, [ids], COUNT)
+        sampled = {"temperature": 1.0, "seed": 7, "max_new_tokens": 12, "ignore_eos": True}
+        once, again = [await collect(runner, "mat", **sampled) for _ in range(2)]
+        assert ids_of(once) == ids_of(again)
+        with pytest.raises(ContextLengthExceeded):
+            await collect(runner, "hello", max_new_tokens=10_000)
+    wait_until(lambda: not processes(cache), 5, "all of the deployment is gone")
+
+
+async def test_what_a_deployment_can_not_do_is_refused(model: Path) -> None:
+    async with mii(model, PERSISTENT) as runner:
+        for refused in ({"logprobs": 1}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.2}):
+            with pytest.raises(InvalidRequest, match="not available from a persistent MII"):
+                await collect(runner, "hello", **refused)
+        with pytest.raises(InvalidRequest, match=r"use mii\.mode pipeline"):
+            await collect(runner, [ord("h"), ord("e"), 200, 201], max_new_tokens=2)
+
+
+async def test_six_clients_of_two_replicas(model: Path) -> None:
+    """20 requests each: greedy, sampled, stop strings, streams that are left."""
+    want = dict(zip(PROMPTS, greedy(model, PROMPTS, COUNT), strict=True))
+    async with mii(model, PERSISTENT | {"replica_num": 2}) as runner:
+
+        async def client(seed: int) -> int:
+            rng, checked = random.Random(seed), 0
+            for _ in range(20):
+                prompt = rng.choice(PROMPTS)
+                match rng.randrange(4):
+                    case 0:
+                        deltas = await collect(
+                            runner, prompt, max_new_tokens=COUNT, ignore_eos=True
+                        )
+                        assert ids_of(deltas) == want[prompt]
+                        checked += 1
+                    case 1:
+                        await collect(
+                            runner,
+                            prompt,
+                            max_new_tokens=rng.randrange(1, 24),
+                            temperature=rng.choice([0.3, 1.0, 2.0]),
+                            top_k=rng.choice([0, 5, None]),
+                            top_p=rng.choice([1.0, 0.4, None]),
+                        )
+                    case 2:
+                        stop = rng.sample(["a", "e", "th", "zq"], rng.randrange(1, 4))
+                        deltas = await collect(runner, prompt, max_new_tokens=24, stop=stop)
+                        assert not any(s in text_of(deltas) for s in stop)
+                    case _:
+                        stream = await runner.generate(
+                            request(prompt, max_new_tokens=300, ignore_eos=True)
+                        )
+                        async for _ in stream:
+                            break
+                        await stream.aclose()
+            return checked
+
+        async with asyncio.timeout(200):
+            assert sum(await asyncio.gather(*map(client, range(6)))) > 10
+        assert await all_at_once(runner) == list(want.values())
+        assert runner.health().restarts == 0
+
+
+async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
+    model: Path, cache: Path
+) -> None:
+    async with mii(model, PERSISTENT | {"replica_num": 2}) as runner:
+        streams = [
+            await runner.generate(request("hello", max_new_tokens=450, ignore_eos=True))
+            for _ in range(2)
+        ]
+        readers = [aiter(stream) for stream in streams]
+        for reader in readers:
+            await anext(reader)
+        lost = next(p for p in processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
+        killed_at = time.monotonic()
+        os.kill(lost.pid, signal.SIGKILL)
+
+        async def rest(reader: Any) -> str:
+            try:
+                return "".join([delta.text async for delta in reader])
+            except RunnerUnavailable as error:
+                assert time.monotonic() - killed_at < 5
+                return error.message
+
+        ends = await asyncio.gather(*map(rest, readers))
+        down = [end for end in ends if "replica 1 went down with the request in flight" in end]
+        assert len(down) == 1
+        assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
+        assert runner.health().restarts == 0
+        async with asyncio.timeout(60):
+            while not [p for p in processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"]]:
+                await asyncio.sleep(0.1)
+        assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
+
+
+async def test_a_deployment_that_is_kept_alive_is_found_again(
+    model: Path, cache: Path, scripts: Scripts
+) -> None:
+    """It outlives its runner, serves stock MII's client, and ends when that says so."""
+    section = PERSISTENT | {"keep_alive": True, "deployment_name": "kept"}
+    async with mii(model, section) as runner:
+        before = {p.pid for p in processes(cache)}
+        assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
+        assert not {p.pid for p in psutil.Process().children(recursive=True)} & before
+    async with mii(model, section) as runner:
+        assert {p.pid for p in processes(cache)} == before
+        assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
+        port = json.loads((cache / "kept" / "deployment.json").read_text())["port"]
+        connected = PERSISTENT | {"host": "127.0.0.1", "port_number": port}
+        async with mii(model, connected) as other:
+            assert await all_at_once(other) == greedy(model, PROMPTS, COUNT)
+    printed = scripts.run(
+        """
+import mii
+client = mii.client("kept")
+print(len(client("hello", max_new_tokens=5, ignore_eos=True)[0].generated_text) > 0)
+client.terminate_server()
+"""
+    )
+    assert "True" in printed
+    wait_until(lambda: not processes(cache), 10, "all of the deployment is gone")
+
+
+async def test_a_lost_rank_takes_its_deployment_along_and_both_come_back(
+    model: Path, cache: Path
+) -> None:
+    async with mii(model, PERSISTENT) as runner:
+        before = {p.pid for p in processes(cache)}
+        rank = next(
+            p
+            for p in psutil.Process().children(recursive=True)
+            if "runners.ranks.worker" in p.cmdline()
+        )
+        rank.kill()
+        async with asyncio.timeout(30):
+            while runner.health().ready:
+                await asyncio.sleep(0.01)
+        await wait_ready(runner)
+        assert not {p.pid for p in processes(cache)} & before
+        assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
+
+
+async def test_a_model_that_can_not_be_loaded_fails_with_the_reason(tmp_path: Path) -> None:
+    folder = write_model("llama", tmp_path / "llama")
+    (folder / "model.safetensors").unlink()
+    config, _ = load_setup_config(
+        folder, name="llama", overrides={"engine": "mii", "mii": PERSISTENT}
+    )
+    runner = create_runner(config)
+    await runner.start()
+    try:
+        async with asyncio.timeout(90):
+            while runner.health().state is not RunnerState.FAILED:
+                await asyncio.sleep(0.05)
+        assert "can not be loaded" in runner.health().detail
+    finally:
+        await runner.stop()
+
+
+async def test_the_forerunners_file_runs_as_it_was(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(model)
+    file = {"model_name": "mistralai/Mistral-7B-v0.1", "task": "text-generation"}
+    for key in (None, "mii_config", "mii_configs"):
+        section = {key: {"dtype": "fp32", "tensor_parallel": 1}} if key else {}
+        (tmp_path / "setup_config.json").write_text(json.dumps(file | section))
+        config, warnings = load_setup_config(tmp_path, name="m")
+        assert (config.engine, warnings) == ("mii", [])
+    async with serving(tmp_path) as runner:
+        assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"nope": 1}, "mii.nope"),
+        ({"generate": {"top_q": 1}}, "mii.generate.top_q"),
+        ({"inference_engine_config": {"state_manager": {"x": 1}}}, "state_manager.x"),
+        ({"replica_num": 2}, "replica_num needs mode persistent"),
+        ({"mode": "persistent", "host": "a"}, "host needs port_number"),
+        ({"mode": "elsewhere"}, "mii.mode"),
+        ({"dtype": "int3"}, "mii.dtype must be one of"),
+        ({"task": "fill-mask"}, "mii.task"),
+        ([], "mii must be an object"),
+    ],
+)
+def test_mistakes_are_named(section: Any, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "setup_config.json").write_text(json.dumps({"engine": "mii", "mii": section}))
+    with pytest.raises(ConfigError) as error:
+        load_setup_config(tmp_path, name="m")
+    assert said in error.value.message
+
+
+async def test_miis_defaults_apply_where_a_request_says_nothing(model: Path) -> None:
+    section = {"generate": {"max_new_tokens": 5, "ignore_eos": True, "do_sample": False}}
+    (setup := model / "setup_config.json").write_text(
+        json.dumps({"engine": "mii", "mii": section | {"max_length": 100}})
+    )
+    try:
+        async with serving(model) as runner:
+            assert [ids_of(await collect(runner, "hello"))] == greedy(model, ["hello"], 5)
+            assert runner.info is not None
+            assert runner.info.max_context == 100
+    finally:
+        setup.unlink()
