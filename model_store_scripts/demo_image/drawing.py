@@ -26,9 +26,8 @@ def draw(scene: Scene, rng: random.Random | None = None) -> Pixels:
     """The picture as (SIDE, SIDE, 3) from 0 to 1. Positions vary a little, but without `rng`."""
     picture = np.empty((SIDE, SIDE, 3), np.float32)
     picture[:] = _rgb(scene.background)
-    for shape in scene.shapes:
-        cover = np.clip(0.5 - _distance(shape, rng), 0.0, 1.0)[..., None]
-        picture += cover * (_rgb(shape.colour) - picture)
+    cover = np.clip(0.5 - _distance(scene.shape, rng), 0.0, 1.0)[..., None]
+    picture += cover * (_rgb(scene.shape.colour) - picture)
     return picture
 
 

@@ -62,6 +62,9 @@ def new_denoiser() -> Any:
         layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=_TEXT_WIDTH,
+        # What the prompt says as a whole reaches every layer, beside the time step.
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
         norm_num_groups=4,
     )
 

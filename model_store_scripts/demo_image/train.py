@@ -1,6 +1,7 @@
 """Trains the demo image model from scratch: `python -m model_store_scripts.demo_image.train`.
 
-First the autoencoder, then the denoiser together with the text encoder. The result is the folder
+First the autoencoder; then the text encoder learns to read: to tell from a prompt what is asked
+for; then the denoiser, and the text encoder with it. The result is the folder
 `weights` beside this file, which the repository holds; nobody needs to train in order to use the
 model. Takes under an hour on one processor core. A run that was broken off goes on where its last
 checkpoint (`--work`) was written.
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import l1_loss, mse_loss
+from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_cosine_schedule_with_warmup
@@ -29,15 +30,20 @@ from model_store_scripts.demo_image.parts import (
     new_text_encoder,
 )
 from model_store_scripts.demo_image.tokenizer import train_tokenizer
-from model_store_scripts.demo_image.world import Scene, scene
+from model_store_scripts.demo_image.world import COLOURS, PLACES, SHAPES, SIZES, Scene, scene
 
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_RATE = 1800, 16, 2e-3
+READER_STEPS, READER_BATCH, READER_RATE = 1200, 64, 1e-3
 DENOISER_STEPS, DENOISER_BATCH, DENOISER_RATE = 5000, 32, 1.2e-3
 KL_WEIGHT = 1e-6
 UNPROMPTED = 0.1
 """Share of pictures learnt without their prompt, which classifier-free guidance needs
 (arXiv:2207.12598)."""
 EMA_DECAY = 0.998
+PARTS: tuple[list[Any], ...] = tuple(
+    list(part) for part in (SHAPES, COLOURS, SIZES, PLACES, COLOURS)
+)
+"""What a prompt says: kind, colour, size and place of the shape, and the background."""
 _SCENES = 12_000
 _TOKENIZER_PROMPTS = 5000
 _SAVE_EVERY = 200
@@ -46,15 +52,37 @@ _SAVE_EVERY = 200
 class Denoiser(torch.nn.Module):
     """What is trained together: the U-Net and the text encoder that tells it what to paint."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, text_encoder: Any) -> None:
         super().__init__()
         self.unet = new_denoiser()
-        self.text_encoder = new_text_encoder(tokenizer)
+        self.text_encoder = text_encoder
 
     def forward(self, latents: torch.Tensor, times: torch.Tensor, ids: torch.Tensor) -> Any:
         """The velocity, for latents (n, 4, 16, 16), times (n) and token ids (n, 32)."""
         states = self.text_encoder(ids).last_hidden_state
         return self.unet(latents, times, states).sample
+
+
+class Reader(torch.nn.Module):
+    """A text encoder with what it takes to learn to read: a guess of each part of the scene."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.text_encoder = new_text_encoder(tokenizer)
+        width = self.text_encoder.config.hidden_size
+        self.guess = torch.nn.ModuleList(torch.nn.Linear(width, len(part)) for part in PARTS)
+
+    def forward(self, ids: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        """The loss, for token ids (n, 32) and the index in each of `PARTS` (n, parts)."""
+        states = self.text_encoder(ids).last_hidden_state
+        # Every token from the end token on has seen the whole prompt.
+        ended = (ids == self.text_encoder.config.eos_token_id).cumsum(1) > 0
+        rows = ended.nonzero()[:, 0]
+        losses = [
+            cross_entropy(guess(states[ended]), answers[rows, part])
+            for part, guess in enumerate(self.guess)
+        ]
+        return torch.stack(losses).sum()
 
 
 class Run:
@@ -142,9 +170,37 @@ def _latents(autoencoder: Any, pixels: torch.Tensor) -> torch.Tensor:
         return torch.cat([autoencoder.encode(part).latent_dist.mode() for part in parts])
 
 
-def fit_denoiser(autoencoder: Any, tokenizer: Any, work: Path, rng: random.Random) -> Any:
+def fit_reader(tokenizer: Any, work: Path, rng: random.Random) -> Any:
+    """A text encoder that reads prompts."""
+    run = Run(Reader(tokenizer), READER_RATE, READER_STEPS, work / "reader.pt")
+    for progress in run.steps_left():
+        scenes = [scene(rng) for _ in range(READER_BATCH)]
+        loss = run.model(_ids(tokenizer, [s.prompt(rng) for s in scenes]), _answers(scenes))
+        run.learn(loss)
+        progress.set_postfix(loss=f"{loss.item():.4f}")
+    return run.model.text_encoder
+
+
+def _ids(tokenizer: Any, prompts: list[str]) -> torch.Tensor:
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+    ids: torch.Tensor = tokens.input_ids
+    return ids
+
+
+def _answers(scenes: list[Scene]) -> torch.Tensor:
+    told = [
+        (s.shape.kind, s.shape.colour, s.shape.size, s.shape.place, s.background) for s in scenes
+    ]
+    return torch.tensor(
+        [[part.index(word) for part, word in zip(PARTS, row, strict=True)] for row in told]
+    )
+
+
+def fit_denoiser(
+    autoencoder: Any, text_encoder: Any, tokenizer: Any, work: Path, rng: random.Random
+) -> Any:
     """The trained U-Net and text encoder, in one `Denoiser`."""
-    run = Run(Denoiser(tokenizer), DENOISER_RATE, DENOISER_STEPS, work / "denoiser.pt")
+    run = Run(Denoiser(text_encoder), DENOISER_RATE, DENOISER_STEPS, work / "denoiser.pt")
     if run.done == run.steps:
         return run.average.module.eval()
     scenes = [scene(rng) for _ in range(_SCENES)]
@@ -158,11 +214,10 @@ def fit_denoiser(autoencoder: Any, tokenizer: Any, work: Path, rng: random.Rando
     for progress in run.steps_left():
         chosen = rng.sample(range(_SCENES), DENOISER_BATCH)
         prompts = ["" if rng.random() < UNPROMPTED else scenes[i].prompt(rng) for i in chosen]
-        ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         latents, noise = stored[chosen], torch.randn(DENOISER_BATCH, *stored.shape[1:])
         times = torch.randint(0, scheduler.config.num_train_timesteps, (DENOISER_BATCH,))
         noisy = scheduler.add_noise(latents, noise, times)
-        predicted = run.model(noisy, times, ids.input_ids)
+        predicted = run.model(noisy, times, _ids(tokenizer, prompts))
         loss = mse_loss(predicted, scheduler.get_velocity(latents, noise, times))
         run.learn(loss)
         smooth = loss.item() if smooth == 0.0 else 0.98 * smooth + 0.02 * loss.item()
@@ -185,7 +240,8 @@ def main() -> None:
     prompts = [scene(rng).prompt(rng) for _ in range(_TOKENIZER_PROMPTS)]
     tokenizer = train_tokenizer(prompts, arguments.work / "tokenizer")
     autoencoder = fit_autoencoder(arguments.work, rng)
-    denoiser = fit_denoiser(autoencoder, tokenizer, arguments.work, rng)
+    text_encoder = fit_reader(tokenizer, arguments.work, rng)
+    denoiser = fit_denoiser(autoencoder, text_encoder, tokenizer, arguments.work, rng)
     pipeline = assemble(copy.deepcopy(autoencoder), denoiser.unet, denoiser.text_encoder, tokenizer)
     pipeline.to(dtype=torch.float16).save_pretrained(arguments.out)
 

@@ -1,4 +1,4 @@
-"""The world of the demo image model: one or two flat shapes, and the many ways to ask for them."""
+"""The world of the demo image model: a flat shape somewhere, and the many ways to ask for it."""
 
 import random
 from dataclasses import dataclass
@@ -30,14 +30,11 @@ PLACES = {
     (2, 2): ("in the bottom right corner", "at the bottom right", "in the lower right"),
 }
 """Column and row of the picture's thirds, as words; a shape of which none is named is central."""
-PAIRS = (((0, 1), (2, 1)), ((1, 0), (1, 2)), ((0, 0), (2, 2)), ((2, 0), (0, 2)))
-"""Where two shapes stand, in either order."""
 BACKGROUND = "white"
 """The background of which none is named."""
 
 _OPENINGS = ("", "", "", "a picture of ", "an image of ", "a painting of ", "draw ", "paint ")
 _GROUNDS = ("on a {} background", "on {}", "in front of a {} background")
-_TWO_SHAPES = 0.1
 _NAMED_GROUND = 0.3
 
 
@@ -63,12 +60,12 @@ class Shape:
 class Scene:
     """What a picture shows."""
 
-    shapes: tuple[Shape, ...]
+    shape: Shape
     background: str = BACKGROUND
 
     def prompt(self, rng: random.Random) -> str:
         """The scene in words, one of many ways."""
-        text = " and ".join(shape.phrase(rng) for shape in self.shapes)
+        text = self.shape.phrase(rng)
         if self.background != BACKGROUND or rng.random() < 0.2:
             text = f"{text} {rng.choice(_GROUNDS).format(self.background)}"
         text = rng.choice(_OPENINGS) + text
@@ -76,18 +73,12 @@ class Scene:
 
 
 def scene(rng: random.Random) -> Scene:
-    """Any scene; every shape differs in colour from the background."""
+    """Any scene; the shape differs in colour from the background."""
     background = BACKGROUND
     if rng.random() < _NAMED_GROUND:
         background = rng.choice(list(COLOURS))
     colours = [name for name in COLOURS if name != background]
-    if rng.random() < _TWO_SHAPES:
-        places = list(rng.choice(PAIRS))
-        rng.shuffle(places)
-    else:
-        places = [rng.choice(list(PLACES))]
     sizes = ("", "", *SIZES)
-    shapes = (
-        Shape(rng.choice(SHAPES), rng.choice(colours), rng.choice(sizes), place) for place in places
-    )
-    return Scene(tuple(shapes), background)
+    place = rng.choice(list(PLACES))
+    shape = Shape(rng.choice(SHAPES), rng.choice(colours), rng.choice(sizes), place)
+    return Scene(shape, background)

@@ -19,14 +19,14 @@ from model_store_scripts.demo_image.world import SHAPES, Scene, Shape, scene
 MEGABYTE = 1_000_000
 LEFT, RIGHT, TOP, BOTTOM, MIDDLE = (0, 1), (2, 1), (1, 0), (1, 2), (1, 1)
 PAINTED = {
-    "a red circle on the left": Scene((Shape("circle", "red", place=LEFT),)),
-    "a large blue square on the right": Scene((Shape("square", "blue", "large", RIGHT),)),
-    "a green triangle at the bottom": Scene((Shape("triangle", "green", place=BOTTOM),)),
+    "a red circle on the left": Scene(Shape("circle", "red", place=LEFT)),
+    "a large blue square on the right": Scene(Shape("square", "blue", "large", RIGHT)),
+    "a green triangle at the bottom": Scene(Shape("triangle", "green", place=BOTTOM)),
     "a yellow circle at the top on a blue background": Scene(
-        (Shape("circle", "yellow", place=TOP),), "blue"
+        Shape("circle", "yellow", place=TOP), "blue"
     ),
-    "a purple square": Scene((Shape("square", "purple", place=MIDDLE),)),
-    "a black diamond on the left": Scene((Shape("diamond", "black", place=LEFT),)),
+    "a purple square": Scene(Shape("square", "purple", place=MIDDLE)),
+    "a black diamond on the left": Scene(Shape("diamond", "black", place=LEFT)),
 }
 
 
@@ -74,15 +74,14 @@ def test_what_is_drawn_is_right_and_anything_else_wrong() -> None:
         wanted = scene(rng)
         drawn = as_bytes(draw(wanted, rng))
         assert faults(drawn, wanted) == []
-        for shape in wanted.shapes:
-            assert likeliest_kind(drawn, wanted, shape) == shape.kind
-    red = Scene((Shape("circle", "red", place=LEFT),))
+        assert likeliest_kind(drawn, wanted) == wanted.shape.kind
+    red = Scene(Shape("circle", "red", place=LEFT))
     for other in (
-        Scene((Shape("circle", "blue", place=LEFT),)),
-        Scene((Shape("circle", "red", place=RIGHT),)),
-        Scene((Shape("circle", "red", place=(0, 0)),)),
-        Scene((Shape("circle", "red", place=LEFT),), "green"),
-        Scene(()),
+        Scene(Shape("circle", "blue", place=LEFT)),
+        Scene(Shape("circle", "red", place=RIGHT)),
+        Scene(Shape("circle", "red", place=(0, 0))),
+        Scene(Shape("circle", "red", place=LEFT), "green"),
+        Scene(Shape("circle", "white", place=LEFT)),
     ):
         assert faults(as_bytes(draw(other, rng)), red) != []
 
