@@ -76,6 +76,11 @@ def difference(one: Pixels, other: Pixels) -> int:
 
 def plain(folder: Path, request: ImageRequest) -> Pixels:
     """The picture that diffusers alone paints, with nothing of ours."""
+    with warnings.catch_warnings(action="ignore"):  # of diffusers' own
+        return _plain(folder, request)
+
+
+def _plain(folder: Path, request: ImageRequest) -> Pixels:
     import diffusers
     import torch
 
@@ -89,11 +94,10 @@ def plain(folder: Path, request: ImageRequest) -> Pixels:
         for name in ("height", "width", "guidance_scale", "negative_prompt")
         if (value := getattr(request, name)) is not None
     }
-    with warnings.catch_warnings(action="ignore"):  # of diffusers' own
-        image = pipeline(
-            request.prompt,
-            num_inference_steps=request.num_inference_steps,
-            generator=torch.Generator().manual_seed(request.seed),
-            **wishes,
-        ).images[0]
+    image = pipeline(
+        request.prompt,
+        num_inference_steps=request.num_inference_steps,
+        generator=torch.Generator().manual_seed(request.seed),
+        **wishes,
+    ).images[0]
     return np.asarray(image)
