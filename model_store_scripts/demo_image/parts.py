@@ -78,6 +78,6 @@ def new_scheduler() -> Any:
         clip_sample=False,
         prediction_type="v_prediction",
         set_alpha_to_one=True,
-        steps_offset=0,
+        steps_offset=1,
         timestep_spacing="trailing",
     )

@@ -33,7 +33,7 @@ from model_store_scripts.demo_image.world import COLOURS, PLACES, SHAPES, SIZES,
 
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_RATE = 1800, 16, 2e-3
 READER_STEPS, READER_BATCH, READER_RATE = 1200, 64, 1e-3
-DENOISER_STEPS, DENOISER_BATCH, DENOISER_RATE = 4200, 32, 1.5e-3
+DENOISER_STEPS, DENOISER_BATCH, DENOISER_RATE = 3200, 32, 1.5e-3
 KL_WEIGHT = 1e-6
 UNPROMPTED = 0.1
 """Share of pictures learnt without their prompt, which classifier-free guidance needs
