@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import bentoml
 from bentoml.exceptions import BentoMLException
 
-from runners import create_runner
+from runners import TEXT_TASKS, create_runner, create_task_runner
 from runners.config import BaseRunnerConfig
 from runners.config_files import load_setup_config
-from runners.contracts import TextRunner
+from runners.contracts import TaskRunner, TextRunner
 from runners.errors import ConfigError, ModelNotFound
 from settings import PREFIX, Settings, variable
 
@@ -58,9 +59,20 @@ def text_config(choice: str, settings: Settings) -> BaseRunnerConfig:
     return config
 
 
-def text_runner(choice: str, settings: Settings) -> TextRunner:
-    """A runner for the chosen text model, not yet started. Raises: ConfigError."""
-    return create_runner(text_config(choice, settings))
+@dataclass(frozen=True)
+class Runners:
+    """What was chosen, not yet started; one of the two."""
+
+    text: TextRunner | None = None
+    task: TaskRunner | None = None
+
+
+def chosen_runners(choice: str, settings: Settings) -> Runners:
+    """The runner for the chosen text model, by what it does. Raises: ConfigError."""
+    config = text_config(choice, settings)
+    if config.task in (*TEXT_TASKS, "text-to-image"):
+        return Runners(text=create_runner(config))
+    return Runners(task=create_task_runner(config))
 
 
 def _locate(choice: str) -> tuple[str, Path]:

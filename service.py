@@ -35,9 +35,11 @@ from api.native.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from api.openai.app import create_app, serve_model
-from model_choice import is_folder, text_runner
-from runners.contracts import RunnerState
+from api.openai.app import create_app, serve_models
+from api.served import Served
+from api.tasks.model import TaskModel
+from model_choice import chosen_runners, is_folder
+from runners.contracts import Runner, RunnerState
 from runners.errors import ConfigError, EngineUnavailable
 from settings import Settings, get_settings, unknown_variables
 
@@ -94,10 +96,17 @@ class Triptych:
 
     def __init__(self) -> None:
         admission = Admission(settings.max_queue)
-        self.runner = text_runner(_chosen_text_model(), settings)
-        self.text = TextModel(self.runner, admission)
+        runners = chosen_runners(_chosen_text_model(), settings)
+        text = task = None
+        if runners.text is not None:
+            self.runner: Runner = runners.text
+            text = TextModel(runners.text, admission)
+        if runners.task is not None:
+            self.runner = runners.task
+            task = TaskModel(runners.task, admission)
+        self.served = Served(text, task)
         self.metrics = RunnerMetrics(self.runner, admission)
-        serve_model(openai_app, self.text)
+        serve_models(openai_app, self.served)
 
     @bentoml.on_deployment
     @staticmethod
@@ -108,7 +117,7 @@ class Triptych:
         try:
             if settings.image_model or arguments.image_model:
                 raise EngineUnavailable("image models are not part of this version of Triptych")
-            text_runner(_chosen_text_model(), settings)
+            chosen_runners(_chosen_text_model(), settings)
         except ConfigError as error:
             raise SystemExit(f"triptych: {error}") from None
 
@@ -145,27 +154,27 @@ class Triptych:
     @routes.answers
     async def generate(self, body: GenerateRequest, /) -> GenerateResponse:
         """Continue one prompt or several."""
-        return await routes.generate(self.text, body)
+        return await routes.generate(self.served.text, body)
 
     @bentoml.api
     async def generate_stream(
         self, body: StreamRequest, /, ctx: bentoml.Context
     ) -> AsyncGenerator[str, None]:
         """Continue one prompt and send the text as it grows, as server-sent events."""
-        async for event in routes.generate_stream(self.text, body, ctx.response):
+        async for event in routes.generate_stream(self.served, body, ctx.response):
             yield event
 
     @bentoml.api
     @routes.answers
     async def tokenize(self, body: TokenizeRequest, /) -> TokenizeResponse:
         """Token ids of a text or a conversation."""
-        return await routes.tokenize(self.text, body)
+        return await routes.tokenize(self.served.text, body)
 
     @bentoml.api
     @routes.answers
     async def detokenize(self, body: DetokenizeRequest, /) -> DetokenizeResponse:
         """The text of token ids."""
-        return await routes.detokenize(self.text, body)
+        return await routes.detokenize(self.served.text, body)
 
 
 def _chosen_text_model() -> str:

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from api.admission import Admission
-from runners.contracts import TextRunner
+from runners.contracts import Runner
 
 FILES = "PROMETHEUS_MULTIPROC_DIR"
 if FILES in os.environ:
@@ -36,6 +36,11 @@ ROUTES = frozenset(
         "/generate_stream",
         "/tokenize",
         "/detokenize",
+        "/tasks/fill-mask",
+        "/tasks/token-classification",
+        "/tasks/question-answering",
+        "/tasks/text-classification",
+        "/tasks/conversational",
         "/v1/completions",
         "/v1/chat/completions",
         "/v1/models",
@@ -54,6 +59,7 @@ DURATION = Histogram(
 )
 SEQUENCES = Counter("triptych_sequences", "Sequences by how they ended", ["route", "finish_reason"])
 PROMPT_TOKENS = Counter("triptych_prompt_tokens", "Prompt tokens accepted", ["route"])
+TASK_INPUTS = Counter("triptych_task_inputs", "Inputs of tasks answered", ["route"])
 GENERATED_TOKENS = Counter("triptych_generated_tokens", "Tokens generated", ["route"])
 FIRST_TOKEN = Histogram(
     "triptych_time_to_first_token_seconds",
@@ -77,7 +83,7 @@ def route_label(path: str) -> str:
 class RunnerMetrics:
     """The runner's state as gauges; a prometheus_client collector."""
 
-    def __init__(self, runner: TextRunner, admission: Admission) -> None:
+    def __init__(self, runner: Runner, admission: Admission) -> None:
         self._runner = runner
         self._admission = admission
 

@@ -164,7 +164,8 @@ def _setup_config(request: ImportRequest, source: Source, given: Given) -> dict[
     if source.revision:
         values["revision"] = source.revision
     config = validate(values | {"name": request.name, "model_path": source.root})
-    if config.task != task:
+    conversing = (task, config.task) == ("text-generation", "conversational")
+    if config.task != task and not conversing:
         raise ConfigError(f"the model is for {task}, not for {config.task}")
     chosen = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "model_path"})
     return {"engine": config.engine, "task": task} | chosen

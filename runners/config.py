@@ -22,11 +22,12 @@ from pydantic import (
 )
 
 from runners import deepspeed_config
+from runners.contracts import PipelineTask
 from runners.errors import ConfigError
 from runners.mii_config import MIISection
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
-Task = Literal["text-generation", "text-to-image"]
+Task = Literal["text-generation", "text-to-image", "conversational", PipelineTask]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 Device = Annotated[str, Field(pattern=r"^(cpu|disk|(cuda|xpu|npu|mps)(:\d+)?)$")]

@@ -33,6 +33,7 @@ from api.native.schemas import (
     TokenizeResponse,
 )
 from api.schemas import chat_prompt
+from api.served import Served
 from runners.contracts import FinishReason, TextDelta, TokenLogprob
 from runners.errors import InvalidRequest
 
@@ -67,15 +68,14 @@ async def generate(model: TextModel, body: GenerateRequest) -> GenerateResponse:
     )
 
 
-async def generate_stream(
-    model: TextModel, body: StreamRequest, response: Any
-) -> AsyncIterator[str]:
+async def generate_stream(served: Served, body: StreamRequest, response: Any) -> AsyncIterator[str]:
     """Server-sent events for one prompt; `response` is BentoML's, read after the first of them.
 
     An error before the first token becomes the whole answer, with its own status.
     """
     try:
         body.require_valid()
+        model = served.text
         model.require(body.model)
         generation = await model.generate([body.prompt], body.for_runner())
         response.headers.update(sse.HEADERS)

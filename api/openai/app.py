@@ -1,4 +1,6 @@
-"""The FastAPI app with the OpenAI-compatible routes, mounted into the BentoML service."""
+"""The FastAPI app with the OpenAI-compatible routes and those of tasks, mounted into the BentoML
+service.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,24 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from api.errors import as_response
-from api.generation import TextModel
 from api.openai.chat import create_chat_completion
 from api.openai.completions import create_completion
 from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import ChatCompletion, Completion, Error, Model, ModelList
+from api.served import Served
+from api.tasks.routes import ROUTES, TaskRoute
+from runners.errors import ModelNotServed
 
 STARTED = int(time.time())
 
 
-def serve_model(app: FastAPI, model: TextModel) -> None:
-    """Give the app its model, which comes later than the app: routes must exist at import."""
-    app.state.text_model = model
+def serve_models(app: FastAPI, served: Served) -> None:
+    """Give the app its models, which come later than the app: routes must exist at import."""
+    app.state.served = served
 
 
 def create_app() -> FastAPI:
-    """The app, still without a model."""
+    """The app, still without models."""
     # BentoML's own docs page covers these routes.
     app = FastAPI(title="Triptych", docs_url=None, redoc_url=None, openapi_url=None)
     # Starlette's plain answer instead, which `UnknownRouteMiddleware` words for all routes alike.
@@ -37,40 +41,56 @@ def create_app() -> FastAPI:
     async def completions(request: Request) -> Response:
         """Continue prompts, as OpenAI's completions API does."""
         body = CompletionRequest.parse(await request.body())
-        return await create_completion(_model(request), body)
+        return await create_completion(_served(request).text, body)
 
     @app.post("/v1/chat/completions", **_documented(ChatRequest, ChatCompletion))
     @as_response
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation, as OpenAI's chat API does."""
         body = ChatRequest.parse(await request.body())
-        return await create_chat_completion(_model(request), body)
+        return await create_chat_completion(_served(request).text, body)
 
     @app.get("/v1/models", response_model=ModelList)
     @as_response
     async def list_models(request: Request) -> Response:
         """The models this server holds."""
-        return _json(ModelList(data=[_card(_model(request))]))
+        return _json(ModelList(data=_cards(_served(request))))
 
     @app.get("/v1/models/{model_id:path}", response_model=Model)
     @as_response
     async def retrieve_model(request: Request, model_id: str) -> Response:
         """One of the models this server holds."""
-        model = _model(request)
-        model.require(model_id)
-        return _json(_card(model))
+        for card in _cards(_served(request)):
+            if card.id == model_id:
+                return _json(card)
+        raise ModelNotServed("this server does not hold that model", param="model")
 
+    for task, route in ROUTES.items():
+        _add_task(app, task, route)
     return app
 
 
-def _model(request: Request) -> TextModel:
-    model: TextModel = request.app.state.text_model
-    return model
+def _add_task(app: FastAPI, task: str, route: TaskRoute) -> None:
+    @as_response
+    async def run_task(request: Request) -> Response:
+        return _json(await route.handle(_served(request), await request.body()))
+
+    documented = _documented(route.body, route.answer) | {"description": route.body.__doc__}
+    app.post(f"/tasks/{task}", name=task, **documented)(run_task)
 
 
-def _card(model: TextModel) -> Model:
-    length = model.info.max_model_len if model.info else None
-    return Model(id=model.name, created=STARTED, max_model_len=length)
+def _served(request: Request) -> Served:
+    served: Served = request.app.state.served
+    return served
+
+
+def _cards(served: Served) -> list[Model]:
+    cards = []
+    for model in (served.text_model, served.task_model):
+        if model is not None:
+            length = model.info.max_model_len if model.info else None
+            cards.append(Model(id=model.name, created=STARTED, max_model_len=length))
+    return cards
 
 
 def _json(content: BaseModel) -> Response:

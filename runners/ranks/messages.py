@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import msgspec
 
-from runners.contracts import GenerationRequest, ModelInfo, Prompt, RunnerState, TextDelta
+from runners.contracts import (
+    Finding,
+    GenerationRequest,
+    ModelInfo,
+    Prompt,
+    RunnerState,
+    TaskRequest,
+    TextDelta,
+)
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """Host: generate this. Answered by `Accepted` then `Deltas`, or by `Failed`."""
 
     request: GenerationRequest
+
+
+class RunTask(msgspec.Struct, frozen=True, tag=True):
+    """Host: one input of a task. Answered by `Found` or `Failed`."""
+
+    request: TaskRequest
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -101,6 +115,13 @@ class Deltas(msgspec.Struct, frozen=True, tag=True):
     deltas: list[TextDelta]
 
 
+class Found(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0: answer to `RunTask`."""
+
+    request_id: str
+    findings: list[Finding]
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """Rank 0: this request ends with an error; `kind` names a class of `runners.errors`."""
 
@@ -133,7 +154,7 @@ class CallFailed(msgspec.Struct, frozen=True, tag=True):
     param: str | None = None
 
 
-HostMessage = Submit | Abort | Tokenize | Detokenize | Shutdown
+HostMessage = Submit | RunTask | Abort | Tokenize | Detokenize | Shutdown
 RankMessage = (
     Hello
     | Progress
@@ -143,6 +164,7 @@ RankMessage = (
     | Heartbeat
     | Accepted
     | Deltas
+    | Found
     | Failed
     | Tokens
     | Text
