@@ -111,7 +111,9 @@ class QuestionAnsweringBody(TaskBody):
 
 
 Turn = Annotated[str, Field(min_length=1, max_length=200_000)]
-Turns = Annotated[list[Turn], Field(max_length=MAX_TURNS)]
+Turns = Annotated[
+    list[Annotated[str, Field(max_length=200_000)]], Field(max_length=MAX_TURNS, fail_fast=True)
+]
 
 
 class ConversationalBody(TaskBody, SamplingFields):

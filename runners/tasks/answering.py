@@ -124,8 +124,8 @@ def _best(
         none, scores = _scores(window, start, end, allowed)
         no_answer = min(no_answer, none)
         for first, last, score in _likeliest(scores, options):
-            if not (allowed[first] and allowed[last]):
-                continue
+            if not (allowed[first] and allowed[last] and first <= last):
+                continue  # no span, though it is among as many as were asked for
             span = _characters(window, first, last)
             spans[span] = max(score, spans.get(span, 0.0))
     findings = [
