@@ -43,7 +43,7 @@ CONFIGS: dict[str, Any] = {
     "bert": lambda: tf.BertConfig(**_SIZES, max_position_embeddings=POSITIONS, pad_token_id=0),
     # Counts its positions from behind the padding token's.
     "roberta": lambda: tf.RobertaConfig(
-        **_SIZES, max_position_embeddings=POSITIONS + 1, pad_token_id=0
+        **_SIZES, max_position_embeddings=POSITIONS + 1, pad_token_id=0, type_vocab_size=2
     ),
 }
 
@@ -61,7 +61,10 @@ def write_wordpiece_tokenizer(folder: Path) -> None:
     )
     names = ("pad", "unk", "cls", "sep", "mask")
     special = {f"{name}_token": token for name, token in zip(names, SPECIAL, strict=True)}
-    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=inputs, **special
+    ).save_pretrained(folder)
 
 
 def write_task_model(task: PipelineTask, folder: Path, *, family: str = "bert") -> Path:
