@@ -155,7 +155,8 @@ def _scores(
 
 def _likeliest(scores: torch.Tensor, options: TaskOptions) -> Iterator[tuple[int, int, float]]:
     spans = scores.triu().tril(options.max_answer_len - 1).flatten()
-    best = spans.topk(min(options.top_k or 1, len(spans)))
+    # More than asked for: several may be parts of the same words.
+    best = spans.topk(min(2 * (options.top_k or 1) + 10, len(spans)))
     for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         yield index // len(scores), index % len(scores), score
 
