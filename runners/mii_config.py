@@ -195,6 +195,12 @@ class MIISection(_Section):
     def _plain(cls, value: object) -> object:
         return value.replace("_", "-").lower() if isinstance(value, str) else value
 
+    @property
+    def longest(self) -> int:
+        """Prompt plus output in tokens, at most, as MII is told in three places."""
+        asked = (self.max_length, self.generate.max_length)
+        return min([self.inference_engine_config.state_manager.max_context, *filter(None, asked)])
+
     @model_validator(mode="after")
     def _fits_mode(self) -> MIISection:
         asked = {"replica_num": self.replica_num > 1, "host": self.host is not None}

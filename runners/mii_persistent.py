@@ -36,7 +36,6 @@ from runners.mii_deployment.plan import PLAN, DeploymentPlan, plan_replicas
 from runners.mii_deployment.proto import tokens_of
 from runners.mii_deployment.starting import running, start, why_ended
 from runners.mii_fastgen import model_values
-from runners.mii_runner import longest
 from runners.ragged.loading import (
     context_length,
     load_tokenizer,
@@ -92,7 +91,7 @@ def load_persistent(context: RankContext, config: MIIConfig) -> PersistentProgra
         parameters=_parameters(config.model_path),
         dtype=str(stored or "unknown").removeprefix("torch."),
         devices=[f"{host}:{port}"],
-        max_context=min(context_length(own), longest(config.mii)),
+        max_context=min(context_length(own), config.mii.longest),
         vocab_size=own.get_text_config().vocab_size,
         max_kv_tokens=config.max_kv_tokens or context_length(own),
         has_chat_template=False,
