@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from runners.mii_deployment.proto import OPTIONS, SERVICE
+from runners.mii_deployment.proto import OPTIONS, SERVER_OPTIONS, SERVICE, bind
 
 UNARY, STREAM = "GeneratorReply", "GeneratorReplyStream"
 TERMINATE = "Terminate"
@@ -128,13 +128,15 @@ def _blame(error: grpc.aio.AioRpcError, replica: Replica) -> tuple[grpc.StatusCo
 
 
 async def balance(port: int, replicas: Sequence[int]) -> None:
-    """Serve on loopback until a client calls Terminate."""
-    server = grpc.aio.server(options=OPTIONS)
+    """Serve on loopback until a client calls Terminate. Raises: ConfigError."""
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     balancer = Balancer(replicas)
     server.add_generic_rpc_handlers((balancer,))
-    server.add_insecure_port(f"127.0.0.1:{port}")
-    await server.start()
     watching = asyncio.create_task(balancer.watch())
-    await balancer.terminated.wait()
-    await server.stop(GRACE_S)
-    watching.cancel()
+    try:
+        bind(server, port)
+        await server.start()
+        await balancer.terminated.wait()
+    finally:
+        await server.stop(GRACE_S)
+        watching.cancel()
