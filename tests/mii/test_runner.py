@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from runners import create_runner
 from runners.config_files import load_setup_config
 from runners.contracts import ChatMessage, ChatPrompt, RunnerState, TextRunner
 from runners.errors import ConfigError, ContextLengthExceeded, InvalidRequest, RunnerUnavailable
+from runners.mii_deployment.places import listens
 from tests.conftest import CHAT_TEMPLATE
 from tests.mii.conftest import Scripts
 from tests.mii.test_published import processes
@@ -246,6 +248,11 @@ async def test_the_forerunners_file_runs_as_it_was(model: Path, tmp_path: Path) 
         ({"mode": "elsewhere"}, "mii.mode"),
         ({"dtype": "int3"}, "mii.dtype must be one of"),
         ({"task": "fill-mask"}, "mii.task"),
+        ({"deployment_name": "../x"}, "mii.deployment_name"),
+        (
+            {"mode": "persistent", "host": "a", "port_number": 1, "replica_num": 2},
+            "replica_num has no use with host",
+        ),
         ([], "mii must be an object"),
     ],
 )
@@ -255,6 +262,47 @@ def test_mistakes_are_named(section: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_setup_config(tmp_path, name="m")
     assert said in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("section", "ignored"),
+    [
+        (
+            {"device_map": 0, "port_number": 1, "deployment_name": "x", "torch_dist_port": 1234},
+            ["port_number", "deployment_name", "device_map", "torch_dist_port"],
+        ),
+        ({"mode": "persistent", "device_map": 0, "port_number": 1, "deployment_name": "x"}, []),
+        (
+            {"mode": "persistent", "host": "a", "port_number": 1, "deployment_name": "x"},
+            ["deployment_name"],
+        ),
+        ({"tokenizer": "other/tokenizer"}, ["tokenizer"]),
+        ({"model_name_or_path": "a/b", "tokenizer": "a/b"}, []),
+        ({"generate": {"prompt_length": 3}}, ["generate.prompt_length"]),
+    ],
+)
+def test_what_has_no_use_is_named(section: Any, ignored: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "setup_config.json").write_text(json.dumps({"engine": "mii", "mii": section}))
+    _, warnings = load_setup_config(tmp_path, name="m")
+    assert [each.split(" ")[1] for each in warnings] == [f"mii.{name}" for name in ignored]
+
+
+def test_the_forerunners_file_is_known_by_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    raw = {"model_name": "a/b", "task": "text_generation", "max_new_tokens": 7}
+    (tmp_path / "setup_config.json").write_text(json.dumps(raw))
+    config, warnings = load_setup_config(tmp_path, name="m")
+    assert (config.engine, config.task, config.max_new_tokens) == ("mii", "text-generation", 7)
+    assert warnings == []
+
+
+def test_a_host_is_a_name_or_an_address_of_either_kind() -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        assert listens(server.getsockname()[1], "::1")
+    assert not listens(1, "::1")
+    with pytest.raises(ConfigError, match=r"no-such-host\.invalid has no address"):
+        listens(1, "no-such-host.invalid")
 
 
 async def test_miis_defaults_apply_where_a_request_says_nothing(model: Path) -> None:
