@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from runners import create_runner
+from runners import create_runner, mii_persistent
 from runners.config_files import load_setup_config
 from runners.contracts import RunnerState
 from runners.errors import ConfigError
@@ -157,3 +157,29 @@ async def test_two_balancers_do_not_share_a_port() -> None:
     assert not first.done()
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
+
+
+async def test_a_link_is_lost_once_it_stays_away() -> None:
+    port = free_port()
+    serving = asyncio.create_task(balance(port, [free_port()]))
+    deployment = await mii_persistent._connected("127.0.0.1", port)
+    lost = asyncio.create_task(deployment.lost(2.0))
+    await asyncio.sleep(0.1)
+    for comes_back in (True, False):
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        if comes_back:
+            serving = asyncio.create_task(balance(port, [free_port()]))
+            await asyncio.sleep(3)
+        done, _ = await asyncio.wait({lost}, timeout=0 if comes_back else 10)
+        assert bool(done) is not comes_back
+    await deployment.close()
+
+
+async def test_a_stranger_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mii_persistent, "CONNECT_S", 0.5)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as stranger,
+        pytest.raises(ConfigError, match="is no deployment of MII"),
+    ):
+        await mii_persistent._connected("127.0.0.1", stranger.getsockname()[1])
