@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,15 @@ from tests.support.models import greedy, write_model
 from tests.support.processes import wait_until
 
 KEPT = {"mode": "persistent", "keep_alive": True, "deployment_name": "kept"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(cache: Path) -> Iterator[None]:
+    """Nor does what a failing test leaves behind."""
+    yield
+    for process in processes(cache):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 async def failure(folder: Path, section: dict[str, Any]) -> str:
