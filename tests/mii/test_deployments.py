@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import psutil
 import pytest
 
@@ -161,18 +163,36 @@ async def test_what_never_listens_is_given_up_however_long_it_takes(
 
 async def test_two_balancers_do_not_share_a_port() -> None:
     port = free_port()
-    first = asyncio.create_task(balance(port, [free_port()]))
+    first = asyncio.create_task(balance(port, []))
     await asyncio.sleep(0.5)
     with pytest.raises(ConfigError, match=f"port {port} is taken"):
-        await asyncio.wait_for(balance(port, [free_port()]), 5)
+        await asyncio.wait_for(balance(port, []), 5)
     assert not first.done()
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
 
 
+async def test_requests_wait_until_all_replicas_are_connected() -> None:
+    """The first ones would all meet the replica that came up first."""
+    port, early, late = free_port(), free_port(), free_port()
+    balancing = asyncio.create_task(balance(port, [early, late]))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        ready = asyncio.create_task(channel.channel_ready())
+        replicas = []
+        for replica_port in (early, late):
+            done, _ = await asyncio.wait({ready}, timeout=1.5)
+            assert not done
+            replicas.append(grpc.aio.server())
+            replicas[-1].add_insecure_port(f"127.0.0.1:{replica_port}")
+            await replicas[-1].start()
+        await asyncio.wait_for(ready, 20)
+    balancing.cancel()
+    await asyncio.gather(balancing, *(r.stop(0) for r in replicas), return_exceptions=True)
+
+
 async def test_a_link_is_lost_once_it_stays_away() -> None:
     port = free_port()
-    serving = asyncio.create_task(balance(port, [free_port()]))
+    serving = asyncio.create_task(balance(port, []))
     deployment = await mii_persistent._connected("127.0.0.1", port)
     lost = asyncio.create_task(deployment.lost(2.0))
     await asyncio.sleep(0.1)
@@ -180,7 +200,7 @@ async def test_a_link_is_lost_once_it_stays_away() -> None:
         serving.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         if comes_back:
-            serving = asyncio.create_task(balance(port, [free_port()]))
+            serving = asyncio.create_task(balance(port, []))
             await asyncio.sleep(3)
         done, _ = await asyncio.wait({lost}, timeout=0 if comes_back else 10)
         assert bool(done) is not comes_back

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -129,17 +130,21 @@ async def test_six_clients_of_two_replicas(model: Path) -> None:
 
 
 async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
-    model: Path, cache: Path
+    model: Path, cache: Path, tmp_path: Path
 ) -> None:
-    async with mii(model, PERSISTENT | {"replica_num": 2}) as runner:
+    # Long enough for neither stream to end before the other has begun.
+    longer = shutil.copytree(model, tmp_path / "longer")
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    async with mii(longer, PERSISTENT | {"replica_num": 2}, max_kv_tokens=16384) as runner:
+        lost = next(p for p in processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
         streams = [
-            await runner.generate(request("hello", max_new_tokens=450, ignore_eos=True))
+            await runner.generate(request("hello", max_new_tokens=3000, ignore_eos=True))
             for _ in range(2)
         ]
         readers = [aiter(stream) for stream in streams]
         for reader in readers:
             await anext(reader)
-        lost = next(p for p in processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
         killed_at = time.monotonic()
         os.kill(lost.pid, signal.SIGKILL)
 
@@ -152,7 +157,7 @@ async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
 
         ends = await asyncio.gather(*map(rest, readers))
         down = [end for end in ends if "replica 1 went down with the request in flight" in end]
-        assert len(down) == 1
+        assert len(down) == 1, [end[-200:] for end in ends]
         assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
         assert runner.health().restarts == 0
         async with asyncio.timeout(60):
