@@ -64,7 +64,9 @@ def _measure(
             args.threads, long_prompt=1000 if args.quick else gap.LONG_PROMPT
         ),
         "quality": lambda: quality.measure(args.threads),
-        "split": lambda: split.measure((1, 4) if args.quick else (1, 16), 1 if args.quick else 3),
+        "split": lambda: split.measure(
+            (1, 4) if args.quick else (1, 16), 1 if args.quick else args.rounds
+        ),
         "mii": lambda: mii_pipeline.measure(
             args.threads,
             MII_CONCURRENCIES,
