@@ -5,17 +5,25 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bentoml
 from bentoml.exceptions import BentoMLException
 
-from runners import create_image_runner, create_runner
+from runners import (
+    IMAGE_TASK,
+    TEXT_TASKS,
+    create_image_runner,
+    create_runner,
+    create_task_runner,
+)
 from runners.config import BaseRunnerConfig
 from runners.config_files import load_setup_config
-from runners.contracts import ImageRunner, TextRunner
+from runners.contracts import TextRunner
 from runners.errors import ConfigError, ModelNotFound
+from runners.image_contracts import ImageRunner
+from runners.task_contracts import TaskRunner
 from settings import PREFIX, Settings, variable
 
 logger = logging.getLogger("triptych")
@@ -51,10 +59,11 @@ def is_folder(choice: str) -> bool:
 
 @dataclass(frozen=True)
 class Runners:
-    """What was chosen, not yet started; at least one of the two."""
+    """What was chosen, not yet started; not both of `text` and `task`."""
 
-    text: TextRunner | None
-    image: ImageRunner | None
+    text: TextRunner | None = None
+    task: TaskRunner | None = None
+    image: ImageRunner | None = None
 
 
 def chosen_runners(text: str, image: str, settings: Settings) -> Runners:
@@ -64,9 +73,26 @@ def chosen_runners(text: str, image: str, settings: Settings) -> Runners:
             f"no model is chosen: set {PREFIX}TEXT_MODEL or {PREFIX}IMAGE_MODEL to a folder or a "
             f"tag of the model store; {_models_in_store()}"
         )
-    return Runners(
-        create_runner(model_config(text, settings, OVERRIDES)) if text else None,
-        create_image_runner(model_config(image, settings, IMAGE_OVERRIDES)) if image else None,
+    runners = Runners()
+    if text:
+        config = model_config(text, settings, OVERRIDES)
+        if config.task == IMAGE_TASK:
+            raise _misplaced("TEXT_MODEL", text, config, "IMAGE_MODEL")
+        if config.task in TEXT_TASKS:
+            runners = Runners(text=create_runner(config))
+        else:
+            runners = Runners(task=create_task_runner(config))
+    if image:
+        config = model_config(image, settings, IMAGE_OVERRIDES)
+        if config.task != IMAGE_TASK:
+            raise _misplaced("IMAGE_MODEL", image, config, "TEXT_MODEL")
+        runners = replace(runners, image=create_image_runner(config))
+    return runners
+
+
+def _misplaced(variable: str, choice: str, config: BaseRunnerConfig, right: str) -> ConfigError:
+    return ConfigError(
+        f"{PREFIX}{variable}={choice} is a model for {config.task}: choose it with {PREFIX}{right}"
     )
 
 

@@ -42,6 +42,7 @@ from api.openai.app import create_app, serve_models
 from api.painting import ImageModel
 from api.served import Served
 from api.task_results import choose_file, make_folder
+from api.tasks.model import TaskModel
 from model_choice import chosen_runners, is_folder
 from runners.contracts import Runner, RunnerHealth, RunnerState
 from runners.errors import ConfigError
@@ -104,18 +105,22 @@ class Triptych:
     def __init__(self) -> None:
         runners = chosen_runners(_chosen("text"), _chosen("image"), settings)
         self.runners: list[tuple[Runner, Admission]] = []
-        text = image = None
+        text = task = image = None
         if runners.text is not None:
-            admission = Admission(settings.max_queue)
-            text = TextModel(runners.text, admission)
-            self.runners.append((runners.text, admission))
+            text = TextModel(runners.text, self._admitted(runners.text, settings.max_queue))
+        if runners.task is not None:
+            task = TaskModel(runners.task, self._admitted(runners.task, settings.max_queue))
         if runners.image is not None:
-            admission = Admission(settings.max_image_queue, "pictures")
-            image = ImageModel(runners.image, admission)
-            self.runners.append((runners.image, admission))
-        self.served = Served(text, image)
+            limit = settings.max_image_queue
+            image = ImageModel(runners.image, self._admitted(runners.image, limit, "pictures"))
+        self.served = Served(text, task, image)
         self.metrics = RunnerMetrics(self.runners)
         serve_models(openai_app, self.served)
+
+    def _admitted(self, runner: Runner, limit: int, *noun: str) -> Admission:
+        admission = Admission(limit, *noun)
+        self.runners.append((runner, admission))
+        return admission
 
     @bentoml.on_deployment
     @staticmethod

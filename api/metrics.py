@@ -39,6 +39,11 @@ ROUTES = frozenset(
         "/detokenize",
         "/generate_image",
         "/generate_image_task/submit",
+        "/tasks/fill-mask",
+        "/tasks/token-classification",
+        "/tasks/question-answering",
+        "/tasks/text-classification",
+        "/tasks/conversational",
         "/v1/completions",
         "/v1/chat/completions",
         "/v1/images/generations",
@@ -58,6 +63,7 @@ DURATION = Histogram(
 )
 SEQUENCES = Counter("triptych_sequences", "Sequences by how they ended", ["route", "finish_reason"])
 PROMPT_TOKENS = Counter("triptych_prompt_tokens", "Prompt tokens accepted", ["route"])
+TASK_INPUTS = Counter("triptych_task_inputs", "Inputs of tasks answered", ["route"])
 GENERATED_TOKENS = Counter("triptych_generated_tokens", "Tokens generated", ["route"])
 FIRST_TOKEN = Histogram(
     "triptych_time_to_first_token_seconds",

@@ -1,4 +1,4 @@
-"""The models a server holds: a text model, an image model, or both."""
+"""The models a server holds: one for text, one for images, or both."""
 
 from __future__ import annotations
 
@@ -6,26 +6,51 @@ from dataclasses import dataclass
 
 from api.generation import TextModel
 from api.painting import ImageModel
+from api.tasks.model import TaskModel
 from runners.errors import ModelNotServed
 
 
 @dataclass(frozen=True)
 class Served:
-    """What there is; at least one of the two."""
+    """What there is; at least one of them, and not both of `text_model` and `task_model`."""
 
     text_model: TextModel | None = None
+    task_model: TaskModel | None = None
     image_model: ImageModel | None = None
 
     @property
     def text(self) -> TextModel:
         """The text model. Raises: ModelNotServed."""
         if self.text_model is None:
-            raise ModelNotServed("this server holds no text model, only one for images")
+            raise self._missing("that generates text")
         return self.text_model
+
+    @property
+    def conversing(self) -> TextModel:
+        """The text model, for a conversation. Raises: ModelNotServed."""
+        if self.text_model is None:
+            raise self._missing("for conversational, a text-generation model with a chat template")
+        return self.text_model
+
+    def task(self, name: str) -> TaskModel:
+        """The model for a task. Raises: ModelNotServed."""
+        if self.task_model is None or self.task_model.task != name:
+            raise self._missing(f"for {name}")
+        return self.task_model
 
     @property
     def image(self) -> ImageModel:
         """The image model. Raises: ModelNotServed."""
         if self.image_model is None:
-            raise ModelNotServed("this server holds no image model, only one for text")
+            raise self._missing("that paints images")
         return self.image_model
+
+    def _missing(self, what: str) -> ModelNotServed:
+        held = []
+        if self.text_model is not None:
+            held.append("one for text-generation")
+        if self.task_model is not None:
+            held.append(f"one for {self.task_model.task} (POST /tasks/{self.task_model.task})")
+        if self.image_model is not None:
+            held.append("one for text-to-image")
+        return ModelNotServed(f"this server holds no model {what}, only {' and '.join(held)}")

@@ -70,7 +70,9 @@ def _measure(
             1 if args.quick else args.rounds,
             per_client=1 if args.quick else images.PER_CLIENT,
         ),
-        "split": lambda: split.measure((1, 4) if args.quick else (1, 16), 1 if args.quick else 3),
+        "split": lambda: split.measure(
+            (1, 4) if args.quick else (1, 16), 1 if args.quick else args.rounds
+        ),
         "mii": lambda: mii_pipeline.measure(
             args.threads,
             MII_CONCURRENCIES,

@@ -70,9 +70,7 @@ def describe(imported: ImportedModel) -> str:
     """The outcome in two lines: the tag, and the command that serves it."""
     about = imported.metadata
     how = "imported" if imported.new else "already in the store, unchanged"
-    variable = (
-        "TRIPTYCH_TEXT_MODEL" if imported.task == "text-generation" else "TRIPTYCH_IMAGE_MODEL"
-    )
+    variable = "TRIPTYCH_IMAGE_MODEL" if imported.task == "text-to-image" else "TRIPTYCH_TEXT_MODEL"
     return (
         f"{imported.tag}  {how}: {about['architecture']}, {about['parameters']:,} parameters, "
         f"{about['dtype']}, {about['total_bytes']:,} bytes, for {about['engine']}\n"

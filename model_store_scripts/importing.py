@@ -15,7 +15,7 @@ from model_store_scripts.safetensors_header import summarise
 from model_store_scripts.safety import refuse_unsafe_configs, refuse_unsafe_names
 from model_store_scripts.sources import FolderSource, Source
 from runners.config import validate
-from runners.config_files import MODEL_FOLDER, MODEL_HEADS, read_json
+from runners.config_files import MODEL_FOLDER, MODEL_HEADS, read_json, task_of
 from runners.errors import ConfigError, ModelNotFound
 
 if TYPE_CHECKING:
@@ -159,12 +159,13 @@ def _open(request: ImportRequest, folder: Path, given: Given) -> Source:
 
 def _setup_config(request: ImportRequest, source: Source, given: Given) -> dict[str, Any]:
     overrides = {k: v for k, v in request.overrides.items() if v is not None}
-    task = layout.task_of(source.root)
+    task = task_of(source.root)
     values = {"task": task} | given.values | overrides
     if source.revision:
         values["revision"] = source.revision
     config = validate(values | {"name": request.name, "model_path": source.root})
-    if config.task != task:
+    conversing = (task, config.task) == ("text-generation", "conversational")
+    if config.task != task and not conversing:
         raise ConfigError(f"the model is for {task}, not for {config.task}")
     chosen = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "model_path"})
     return {"engine": config.engine, "task": task} | chosen
@@ -199,7 +200,7 @@ def _describe(request: ImportRequest, looked: _Looked, files: Mapping[str, Path]
 
 
 def _architecture(root: Path) -> str:
-    if layout.task_of(root) == "text-to-image":
+    if task_of(root) == "text-to-image":
         return str(read_json(root / "model_index.json")["_class_name"])
     config = read_json(root / "config.json")
     names = config.get("architectures") or [config.get("model_type", "unknown")]

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from model_store_scripts.safetensors_header import Header, read_header
-from runners.config import SETUP_CONFIG, Task
-from runners.config_files import read_json
+from runners.config import SETUP_CONFIG
+from runners.config_files import read_json, task_of
 from runners.errors import ConfigError, IncompleteModel, UnsafeModel
 
 CARRIED = (
@@ -70,14 +70,9 @@ class Chosen:
     pickles: list[Pickles] = field(default_factory=list)
 
 
-def task_of(root: Path) -> Task:
-    """What the folder's head file says the model does."""
-    return "text-to-image" if (root / "model_index.json").is_file() else "text-generation"
-
-
 def parts_of(root: Path) -> list[Part]:
     """The parts the folder's head file asks for. Raises: ConfigError (unreadable head)."""
-    if task_of(root) == "text-generation":
+    if task_of(root) != "text-to-image":
         return [Part("", config=("config.json",), weights="model", tokenizer=True)]
     parts = [Part("", config=("model_index.json",))]
     for name, value in read_json(root / "model_index.json").items():

@@ -1,19 +1,26 @@
-"""Runners: a model in rank processes behind an async facade. `create_runner` and
-`create_image_runner` are the only doors.
+"""Runners: a model in rank processes behind an async facade. `create_runner`,
+`create_image_runner` and `create_task_runner` are the only doors.
 
-Imports run one way: facade -> ranks; the engines (`*_runner`, `ragged`) are imported in rank
-processes only, so that the HTTP worker never loads torch.
+Imports run one way: facade -> ranks; the engines (`*_runner`, `*_programs`, `ragged`, `imaging`,
+`tasks`) are imported in rank processes only, so that the HTTP worker never loads torch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from runners.errors import ConfigError, EngineUnavailable
+from runners.task_contracts import PipelineTask
 
 if TYPE_CHECKING:
     from runners.config import BaseRunnerConfig
-    from runners.contracts import ImageRunner, TextRunner
+    from runners.contracts import TextRunner
+    from runners.image_contracts import ImageRunner
+    from runners.task_contracts import TaskRunner
+
+TEXT_TASKS = ("text-generation", "conversational")
+"""What a text model does; a conversation is a chat, continued."""
+IMAGE_TASK = "text-to-image"
 
 # Where each engine's rank program lives; a rank imports it, the HTTP worker never does.
 TEXT_PROGRAMS = {
@@ -21,25 +28,29 @@ TEXT_PROGRAMS = {
     "deepspeed": "runners.deepspeed_runner:load_program",
     "mii": "runners.mii_runner:load_program",
 }
-
-
 IMAGE_PROGRAMS = {
     "accelerate": "runners.image_programs:load_program",
     "deepspeed": "runners.image_programs:load_deepspeed_program",
     "mii": "runners.image_programs:load_program",
 }
-PROGRAMS = {"text-generation": TEXT_PROGRAMS, "text-to-image": IMAGE_PROGRAMS}
+# MII serves text generation alone; its legacy tasks run on the Accelerate engine.
+TASK_PROGRAMS = dict.fromkeys(("accelerate", "mii"), "runners.task_programs:load_program")
+PROGRAMS = {
+    **dict.fromkeys(TEXT_TASKS, TEXT_PROGRAMS),
+    IMAGE_TASK: IMAGE_PROGRAMS,
+    **dict.fromkeys(get_args(PipelineTask), TASK_PROGRAMS),
+}
 
 
 def create_runner(config: BaseRunnerConfig) -> TextRunner:
-    """A runner for a text model, not yet started.
+    """A runner for a model of one of `TEXT_TASKS`, not yet started.
 
-    Raises: EngineUnavailable if this build holds no such engine for the task, ConfigError if the
-    config is that of another node.
+    Raises: EngineUnavailable if the engine does not have the task, ConfigError if the config is
+    that of another node.
     """
     from runners.text_runner import RankedTextRunner
 
-    return RankedTextRunner(config, program=_program_here(config, "text-generation"))
+    return RankedTextRunner(config, program=_program_here(config))
 
 
 def create_image_runner(config: BaseRunnerConfig) -> ImageRunner:
@@ -49,11 +60,22 @@ def create_image_runner(config: BaseRunnerConfig) -> ImageRunner:
     """
     from runners.image_runner import RankedImageRunner
 
-    return RankedImageRunner(config, program=_program_here(config, "text-to-image"))
+    return RankedImageRunner(config, program=_program_here(config))
 
 
-def _program_here(config: BaseRunnerConfig, task: str) -> str:
-    program = rank_program(config, task)
+def create_task_runner(config: BaseRunnerConfig) -> TaskRunner:
+    """A runner for a model of one of `task_contracts.PipelineTask`, not yet started.
+
+    Raises: as `create_runner`.
+    """
+    from runners.task_runner import RankedTaskRunner, on_accelerate
+
+    program = _program_here(config)
+    return RankedTaskRunner(on_accelerate(config), program=program)
+
+
+def _program_here(config: BaseRunnerConfig) -> str:
+    program = rank_program(config)
     if config.first_rank:
         raise ConfigError(
             "node_rank must be 0 where the service runs; here, run: python -m runners.ranks.join"
@@ -61,13 +83,13 @@ def _program_here(config: BaseRunnerConfig, task: str) -> str:
     return program
 
 
-def rank_program(config: BaseRunnerConfig, task: str = "text-generation") -> str:
+def rank_program(config: BaseRunnerConfig) -> str:
     """`module:function` that loads the model in its ranks. Raises: EngineUnavailable."""
-    programs = PROGRAMS[task]
     engine = str(getattr(config, "engine", None))
-    if config.task != task or engine not in programs:
+    programs = PROGRAMS[config.task]
+    if engine not in programs:
         raise EngineUnavailable(
             f"engine {engine} for {config.task} is not part of this version of Triptych; "
-            f"{task} runs on: {', '.join(sorted(programs))}"
+            f"{config.task} runs on: {', '.join(sorted(programs))}"
         )
     return programs[engine]

@@ -32,8 +32,10 @@ def load_program(context: RankContext) -> RankProgram:
     return text_program(context, load_model(config, context.work_dir))
 
 
-def load_model(config: AccelerateConfig, work_dir: Path) -> PreTrainedModel:
-    """The model, placed.
+def load_model(
+    config: AccelerateConfig, work_dir: Path, head: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """The model, placed; `head` is the auto class that loads it.
 
     Raises: IncompleteModel if weights are missing (transformers would make them up); ConfigError
     for a model or a placement that can not be loaded here.
@@ -48,7 +50,7 @@ def load_model(config: AccelerateConfig, work_dir: Path) -> PreTrainedModel:
     with loading_of(config.name):
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
         stored = stored_dtype(own, config.model_path)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = head.from_pretrained(
             config.model_path,
             config=own,
             dtype=choose_dtype(config.dtype, stored, on_cpu=on_cpu),

@@ -25,9 +25,10 @@ from runners import deepspeed_config
 from runners.errors import ConfigError
 from runners.image_config import ImageFields
 from runners.mii_config import MIISection
+from runners.task_contracts import PipelineTask
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
-Task = Literal["text-generation", "text-to-image"]
+Task = Literal["text-generation", "text-to-image", "conversational", PipelineTask]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 Device = Annotated[str, Field(pattern=r"^(cpu|disk|(cuda|xpu|npu|mps)(:\d+)?)$")]

@@ -18,15 +18,24 @@ from runners.config import (
     AccelerateConfig,
     DeepSpeedConfig,
     MIIConfig,
+    Task,
     engine_model,
     validate,
 )
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
+from runners.task_contracts import PipelineTask
 from runners.torchserve_config import MODEL_CONFIG, read_model_config, read_yaml
 
 MODEL_HEADS = ("model_index.json", "config.json")
 MODEL_FOLDER = "model"
 """Where TorchServe's archives, and models in the store, have the model itself."""
+HEADS: dict[str, PipelineTask] = {
+    "ForMaskedLM": "fill-mask",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForSequenceClassification": "text-classification",
+}
+"""How the class in a `config.json` ends to what it does."""
 OBSOLETE = {
     "low_cpu_mem_usage": "weights are always memory-mapped from safetensors, never loaded twice",
     "offload_state_dict": "no whole state dict exists while loading: nothing to offload",
@@ -53,11 +62,19 @@ def load_setup_config(
     own, warnings = read_setup(files, engine=wanted.get("engine"))
     model_path, more = find_model(folder, own.get("model_path"))
     _refuse_pickles(folder, model_path)
-    if (model_path / "model_index.json").is_file():
-        own.setdefault("task", "text-to-image")
+    own.setdefault("task", task_of(model_path))
     given = {"name": name, "model_path": model_path}
     where = " and ".join(path.name for path in files) or SETUP_CONFIG
     return validate(own | wanted | given, where=where), warnings + more
+
+
+def task_of(model_path: Path) -> Task:
+    """What the head file of a model says that it does. Raises: ConfigError."""
+    if (model_path / "model_index.json").is_file():
+        return "text-to-image"
+    names = read_json(model_path / "config.json").get("architectures")
+    first = str(names[0]) if isinstance(names, list) and names else ""
+    return next((task for head, task in HEADS.items() if first.endswith(head)), "text-generation")
 
 
 def setup_files(folder: Path) -> list[Path]:

@@ -65,7 +65,7 @@ def load_split(
     model = splitting.load()
     progress("computing a short prompt with the whole model")
     proof = Proof(model, ranks)
-    if config.world_size > 1:
+    if config.world_size > 1 or splitting.wants_kernels:
         progress(f"splitting it over {config.world_size} ranks")
         model = splitting.split(model, proof)
         proof = proof.of(model)
@@ -98,6 +98,11 @@ class Splitting:
     def _through_memory(self) -> bool:
         return self._on_cpu and self.config.shm_collectives
 
+    @property
+    def wants_kernels(self) -> bool:
+        """Whether DeepSpeed's own kernels are asked for, and exist."""
+        return not self._on_cpu and asks_for_kernels(self.config.deepspeed)
+
     def load(self, **options: Any) -> PreTrainedModel:
         """The model on the CPU, its weights mapped from their files: what a rank does not keep of
         it was never in its own memory. Raises: ConfigError, IncompleteModel."""
@@ -128,7 +133,7 @@ class Splitting:
             "DeepSpeed's AutoTP": lambda: self._auto_tp(deepspeed, model),
             "transformers' tp_plan": lambda: self.load(tp_plan="auto"),
         }
-        if not self._on_cpu and asks_for_kernels(self.config.deepspeed):
+        if self.wants_kernels:
             kernels = {"DeepSpeed's kernels": lambda: self._auto_tp(deepspeed, self.load(), True)}
             ways = kernels | ways
         reasons = []

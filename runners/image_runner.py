@@ -6,8 +6,9 @@ from collections import Counter
 from dataclasses import replace
 
 from runners.config import BaseRunnerConfig
-from runners.contracts import ImageEvent, ImageModelInfo, ImageRequest, RunnerHealth
+from runners.contracts import RunnerHealth
 from runners.facade import RankedRunner, RankedStream
+from runners.image_contracts import ImageEvent, ImageModelInfo, ImageRequest
 from runners.ranks.messages import Paint, Painted, RankMessage
 
 

@@ -139,7 +139,7 @@ class MIISection(_Section):
     """Where a deployment already runs, which listens on `port_number`: nothing is started."""
     keep_alive: bool = False
     """Whether a deployment that was started here outlives the server; the next one finds it."""
-    deployment_name: Annotated[str, Field(pattern=r"^[\w.-][\w./-]*$")] | None = None
+    deployment_name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
     """What `mii.client` finds the deployment by. Default: the model's name and `-mii-deployment`,
     which it finds by the model's name too."""
     deployment_type: Literal["local"] = "local"
@@ -158,7 +158,9 @@ class MIISection(_Section):
     """Copies of the model, which take turns; each has `tensor_parallel` ranks."""
     replica_configs: list[ReplicaSection] = []
     """Where each replica runs. Default: all on this machine."""
-    device_map: Literal["auto"] | dict[str, list[list[int]]] | list[list[int]] | list[int] = "auto"
+    device_map: Literal["auto"] | dict[str, list[list[int]]] | list[list[int]] | list[int] | int = (
+        "auto"
+    )
     """GPU indices of each replica."""
     torch_dist_port: Port | None = None
     """Port of the ranks' rendezvous, 100 more for each further replica. Default: free ones."""
@@ -193,7 +195,13 @@ class MIISection(_Section):
     @field_validator("task", "deployment_type", mode="before")
     @classmethod
     def _plain(cls, value: object) -> object:
-        return value.replace("_", "-").lower() if isinstance(value, str) else value
+        return plain(value)
+
+    @property
+    def longest(self) -> int:
+        """Prompt plus output in tokens, at most, as MII is told in three places."""
+        asked = (self.max_length, self.generate.max_length)
+        return min([self.inference_engine_config.state_manager.max_context, *filter(None, asked)])
 
     @model_validator(mode="after")
     def _fits_mode(self) -> MIISection:
@@ -204,6 +212,8 @@ class MIISection(_Section):
             raise ValueError(f"{', '.join(wrong)} needs mode persistent")
         if self.host is not None and self.port_number is None:
             raise ValueError("host needs port_number: where the deployment listens")
+        if self.host is not None and (started := [n for n in asked if n != "host" and asked[n]]):
+            raise ValueError(f"{', '.join(started)} has no use with host: nothing is started")
         if self.replica_configs and len(self.replica_configs) != self.replica_num:
             raise ValueError(
                 f"replica_configs describes {len(self.replica_configs)} replicas, but replica_num "
@@ -239,6 +249,12 @@ NO_USE = {
     "instance_type": "it was AML's",
 }
 
+STARTED_ONLY = (
+    *("deployment_name", "device_map", "replica_configs", "torch_dist_port", "zmq_port_number"),
+    *("restful_api_host", "restful_api_port", "restful_processes"),
+)
+"""Keys that mean something where a deployment is started."""
+
 DTYPES = {
     **dict.fromkeys(("fp16", "half", "float16", "torch.float16", "torch.half"), "float16"),
     **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), "bfloat16"),
@@ -246,10 +262,15 @@ DTYPES = {
 }
 
 
+def plain(value: object) -> object:
+    """A task or a type as it is spelled here, from any of MII's spellings."""
+    return value.replace("_", "-").lower() if isinstance(value, str) else value
+
+
 def is_forerunners(raw: Mapping[str, Any]) -> bool:
-    """Whether a file without `engine` is one for the forerunner's handler, of `{"model_name",
-    "task"}` and perhaps a section."""
-    return any(key in raw for key in FORERUNNERS) or raw.keys() == {"model_name", "task"}
+    """Whether a file without `engine` is one for the forerunner's handler: of `{"model_name",
+    "task"}` and perhaps more, or with its section."""
+    return any(key in raw for key in FORERUNNERS) or {"model_name", "task"} <= raw.keys()
 
 
 def read_section(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -268,6 +289,8 @@ def read_section(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"setup_config.json: {given[0]} must be an object")
     section = _flat({k: v for k, v in raw.items() if v is not None})
+    if "task" in own:
+        own["task"] = plain(own["task"])
     if (record := own.pop("model_name", None)) is not None:
         section.setdefault("model_name_or_path", record)
     warnings = _without_meaning(section)
@@ -297,7 +320,25 @@ def _without_meaning(section: dict[str, Any]) -> list[str]:
     for key, why in NO_USE.items():
         if section.get(key) is not None:
             warnings.append(f"setup_config.json: mii.{key} is ignored: {why}")
-    return warnings
+    if section.get("mode", "pipeline") == "pipeline":
+        unused = dict.fromkeys(("port_number", *STARTED_ONLY), "it needs mode persistent")
+    elif section.get("host") is not None:
+        unused = dict.fromkeys(STARTED_ONLY, "the deployment at mii.host is not started here")
+    else:
+        unused = {}
+    if section.get("tokenizer") not in (None, section.get("model_name_or_path")):
+        unused["tokenizer"] = "the tokenizer is the one in the model folder"
+    generate = section.get("generate")
+    if isinstance(generate, Mapping) and "prompt_length" in generate:
+        section["generate"] = {k: v for k, v in generate.items() if k != "prompt_length"}
+        warnings.append(
+            "setup_config.json: mii.generate.prompt_length is ignored: each prompt has its own"
+        )
+    return warnings + [
+        f"setup_config.json: mii.{key} is ignored: {why}"
+        for key, why in unused.items()
+        if section.get(key) is not None
+    ]
 
 
 def _hoisted(section: dict[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,6 @@ def load_fastgen(context: RankContext, config: MIIConfig) -> TextProgram | Follo
     import mii.modeling.models
     from transformers import GenerationConfig
 
-    from runners.mii_runner import longest
     from runners.ragged.loading import loading_of, serve
     from runners.ranks.process_group import connect, meet
 
@@ -150,7 +149,7 @@ def load_fastgen(context: RankContext, config: MIIConfig) -> TextProgram | Follo
         parameters=sum(p.numel() for p in model.parameters()) * config.tensor_parallel,
         dtype=str(model.activation_dtype).rpartition(".")[2],
         devices=[f"cuda:{rank}" for rank in range(config.tensor_parallel)],
-        max_context=min(own.max_seq_length, longest(config.mii)),
+        max_context=min(own.max_seq_length, config.mii.longest),
         vocab_size=own.vocab_size,
         max_kv_tokens=blocks * block_size,
         has_chat_template=False,

@@ -10,7 +10,7 @@ import asyncio
 import subprocess
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -31,12 +31,17 @@ from runners.errors import (
     RunnerUnavailable,
 )
 from runners.mii_deployment.client import Deployment
-from runners.mii_deployment.places import free_port, listens, private_cache
-from runners.mii_deployment.plan import PLAN, DeploymentPlan, plan_replicas
+from runners.mii_deployment.places import deployment_folder, free_port, listens
+from runners.mii_deployment.plan import DeploymentPlan, fingerprint, plan_replicas
 from runners.mii_deployment.proto import tokens_of
-from runners.mii_deployment.starting import running, start, why_ended
+from runners.mii_deployment.starting import (
+    LEAVING_S,
+    found,
+    runs_already,
+    start,
+    wait_until_serving,
+)
 from runners.mii_fastgen import model_values
-from runners.mii_runner import longest
 from runners.ragged.loading import (
     context_length,
     load_tokenizer,
@@ -62,8 +67,9 @@ from runners.ranks.messages import (
 from runners.ranks.worker import Occupancy, RankContext
 
 WATCH_S = 0.25
-LEAVING_S = 5.0
-"""How long the deployment of a rank that was lost may take to follow it."""
+CONNECT_S = 30.0
+LOST_S = 2.0
+"""How long a deployment, or all of its replicas, may be out of reach."""
 SETTINGS = ("dtype", "cpu_kernels", "weight_quantization", "prefix_caching", "num_threads")
 FINISHED = {"stop": "stop", "length": "length"}
 REFUSED = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs")
@@ -76,14 +82,15 @@ def load_persistent(context: RankContext, config: MIIConfig) -> PersistentProgra
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
     file = config.model_path / "generation_config.json"
     generation = GenerationConfig.from_pretrained(config.model_path) if file.is_file() else None
-    keeper = None
+    keeper, replicas = None, list[int]()
     if config.mii.host is not None:
         host, port = config.mii.host, config.mii.port_number or 0
         context.progress(RunnerState.LOADING, f"waiting for the deployment at {host}:{port}")
         while not listens(port, host):
             time.sleep(WATCH_S)
     else:
-        host, (port, keeper) = "127.0.0.1", _start(context, config)
+        host, (plan, keeper) = "127.0.0.1", _start(context, config)
+        port, replicas = plan.port, [replica.port for replica in plan.replicas]
     defaults = sampling_defaults(generation)
     stored = stored_dtype(own, config.model_path)
     info = ModelInfo(
@@ -92,43 +99,60 @@ def load_persistent(context: RankContext, config: MIIConfig) -> PersistentProgra
         parameters=_parameters(config.model_path),
         dtype=str(stored or "unknown").removeprefix("torch."),
         devices=[f"{host}:{port}"],
-        max_context=min(context_length(own), longest(config.mii)),
+        max_context=min(context_length(own), config.mii.longest),
         vocab_size=own.get_text_config().vocab_size,
         max_kv_tokens=config.max_kv_tokens or context_length(own),
         has_chat_template=False,
         default_temperature=defaults.temperature or None,
     )
     return PersistentProgram(
-        context, config, info, defaults=defaults, address=(host, port), keeper=keeper
+        context,
+        config,
+        info,
+        defaults=defaults,
+        address=(host, port),
+        keeper=keeper,
+        replicas=replicas,
     )
 
 
-def _start(context: RankContext, config: MIIConfig) -> tuple[int, subprocess.Popen[bytes] | None]:
-    """The port of our deployment, and what keeps it if it goes with us."""
+def _start(
+    context: RankContext, config: MIIConfig
+) -> tuple[DeploymentPlan, subprocess.Popen[bytes] | None]:
+    """The deployment that serves, and what keeps it if it goes with us. Raises: ConfigError."""
     name = config.mii.deployment_name or f"{config.name}-mii-deployment"
-    folder = private_cache() / name
+    folder = deployment_folder(name)
+    plan, keep_alive = plan_of(config, name, context.num_threads), config.mii.keep_alive
     gone_by = time.monotonic() + LEAVING_S
-    while (found := running(folder)) is not None:
-        if config.mii.keep_alive:
-            return found.port, None
-        if time.monotonic() > gone_by:
-            raise ConfigError(
-                f"a deployment {name} runs already: give this one another mii.deployment_name, or "
-                f"connect to that one with mii.host 127.0.0.1 and mii.port_number {found.port}"
-            )
-        time.sleep(WATCH_S)
-    plan = plan_of(config, name, context.num_threads)
-    write_score_file(plan, folder)
     context.progress(RunnerState.LOADING, f"starting deployment {name}")
-    keeper = start(plan, folder, outlives=config.mii.keep_alive)
-    if config.mii.keep_alive:
-        keeper.wait()
-    ports = [plan.port, *(replica.port for replica in plan.replicas)]
-    while not all(map(listens, ports)):
-        if not (folder / PLAN).exists():
-            raise ConfigError(why_ended(name, folder))
+    while (keeper := start(plan, folder, outlives=keep_alive)) is None:
+        running = found(folder) if keep_alive else None
+        if running is not None:
+            _refuse_another(running, plan, config)
+            if all(map(listens, running.doors)):
+                return running, None
+            context.progress(RunnerState.LOADING, f"waiting for deployment {name}")
+        elif time.monotonic() > gone_by:
+            raise runs_already(name, folder)
         time.sleep(WATCH_S)
-    return plan.port, None if config.mii.keep_alive else keeper
+    if keep_alive:
+        keeper.wait()  # it has left a process of its own
+    wait_until_serving(plan, folder)
+    return plan, None if keep_alive else keeper
+
+
+def _refuse_another(running: DeploymentPlan, plan: DeploymentPlan, config: MIIConfig) -> None:
+    """Raises: ConfigError if what runs is not what a config describes."""
+    other = running.differs(plan)
+    for field in ("port_number", "restful_api_port"):
+        asked = getattr(config.mii, field)
+        if asked is not None and asked not in (running.port, running.rest_port):
+            other.append(field)
+    if other:
+        raise ConfigError(
+            f"deployment {plan.name} runs with another {', '.join(other)}: terminate it, or give "
+            "this one another mii.deployment_name"
+        )
 
 
 def plan_of(config: MIIConfig, name: str, threads: int) -> DeploymentPlan:
@@ -153,22 +177,8 @@ def plan_of(config: MIIConfig, name: str, threads: int) -> DeploymentPlan:
         rest_host=section.restful_api_host,
         rest_port=rest_port,
         rest_limit=section.restful_processes,
+        weights=fingerprint(config.model_path),
     )
-
-
-def write_score_file(plan: DeploymentPlan, folder: Path) -> None:
-    """What stock `mii.client(name)` finds a deployment by: a module with MIIConfig's values."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    values = {
-        "deployment_name": plan.name,
-        "deployment_type": "local",
-        "model_conf": plan.model_config,
-        "port_number": plan.port,
-        "enable_restful_api": plan.rest_port is not None,
-        "restful_api_host": plan.rest_host,
-        "restful_api_port": plan.rest_port or 51080,
-    }
-    (folder / "score.py").write_text(f"mii_config = {values!r}\n", encoding="utf-8")
 
 
 class PersistentProgram:
@@ -183,14 +193,16 @@ class PersistentProgram:
         defaults: SamplingDefaults,
         address: tuple[str, int],
         keeper: subprocess.Popen[bytes] | None,
+        replicas: Sequence[int],
     ) -> None:
         tokenizer = load_tokenizer(config.model_path)
         self.info = replace(info, has_chat_template=bool(tokenizer.chat_template))
         self._config = config
         self._defaults = defaults
         self._emit = context.emit
-        self._address = address
         self._keeper = keeper
+        self._replicas = replicas
+        self._down = 0
         self._tokenizer = PromptTokenizer(tokenizer, info.vocab_size)
         self._loop = asyncio.new_event_loop()
         self._running: dict[str, Future[None]] = {}
@@ -198,12 +210,15 @@ class PersistentProgram:
         self._deployment = asyncio.run_coroutine_threadsafe(
             _connected(*address), self._loop
         ).result()
+        self._lost = self._spawn(self._deployment.lost(LOST_S))
 
     def receive(self, message: HostMessage) -> None:
         """Take a message of the host; called by the reader thread."""
         match message:
             case Submit(request):
-                self._running[request.request_id] = self._spawn(self._generate(request))
+                work = self._spawn(self._generate(request))
+                self._running[request.request_id] = work
+                work.add_done_callback(lambda _: self._running.pop(request.request_id, None))
             case Abort(request_id):
                 if (task := self._running.pop(request_id, None)) is not None:
                     task.cancel()
@@ -213,13 +228,17 @@ class PersistentProgram:
                 raise ValueError(f"unexpected {type(message).__name__}")
 
     def step(self) -> None:
-        """Wait a moment; end this rank if the deployment is gone, so that both come back."""
+        """Wait a moment; end this rank if the deployment is gone, so that both come back, or if
+        none of its replicas is up: it is ready again once they are."""
         time.sleep(WATCH_S)
         if self._keeper is not None and self._keeper.poll() is not None:
             raise RuntimeError("the deployment ended")
-        host, port = self._address
-        if self._keeper is None and not listens(port, host):
+        if self._lost.done():
             raise RuntimeError("the deployment can not be reached")
+        up = not self._replicas or any(map(listens, self._replicas))
+        self._down = 0 if up else self._down + 1
+        if self._down * WATCH_S > LOST_S:
+            raise RuntimeError("no replica of the deployment is up")
 
     def occupancy(self) -> Occupancy:
         """What MII is asked at the moment; how full its KV is, it does not say."""
@@ -246,7 +265,6 @@ class PersistentProgram:
         finally:
             if call is not None:
                 call.cancel()
-            self._running.pop(request.request_id, None)
 
     def _delta(self, request_id: str, reply: Any) -> TextDelta:
         tokens = tokens_of(reply)
@@ -336,9 +354,13 @@ class PersistentProgram:
 
 
 async def _connected(host: str, port: int) -> Deployment:
-    """A deployment of the loop that runs this, to which gRPC ties it."""
+    """A deployment of the loop that runs this, to which gRPC ties it. Raises: ConfigError."""
     deployment = Deployment(host, port)
-    await deployment.connect()
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await deployment.connect()
+    except TimeoutError:
+        raise ConfigError(f"what listens at {host}:{port} is no deployment of MII") from None
     return deployment
 
 

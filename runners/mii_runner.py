@@ -16,7 +16,7 @@ import torch
 from runners.config import MIIConfig
 from runners.contracts import GenerationRequest, ModelInfo, RunnerState, SamplingParams
 from runners.errors import ConfigError
-from runners.mii_config import GenerateSection, MIISection
+from runners.mii_config import GenerateSection
 from runners.ragged.loading import text_program
 from runners.ranks.messages import HostMessage, Submit
 from runners.ranks.worker import Occupancy, RankContext, RankProgram
@@ -35,12 +35,6 @@ def load_program(context: RankContext) -> RankProgram:
     return Defaulting(_load_pipeline(context, config), config.mii.generate)
 
 
-def longest(section: MIISection) -> int:
-    """Prompt plus output in tokens, at most, as MII is told in three places."""
-    asked = (section.max_length, section.generate.max_length)
-    return min([section.inference_engine_config.state_manager.max_context, *filter(None, asked)])
-
-
 def _load_pipeline(context: RankContext, config: MIIConfig) -> RankProgram:
     context.progress(RunnerState.LOADING, "importing DeepSpeed-MII")
     from runners.mii_backend import loading
@@ -56,7 +50,7 @@ def _load_pipeline(context: RankContext, config: MIIConfig) -> RankProgram:
         lambda detail: context.progress(RunnerState.LOADING, detail),
         meet(context) if config.world_size > 1 else None,
     )
-    return text_program(context, model, proof=proof, ranks=ranks, longest=longest(config.mii))
+    return text_program(context, model, proof=proof, ranks=ranks, longest=config.mii.longest)
 
 
 class Defaulting:

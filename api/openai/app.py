@@ -1,4 +1,6 @@
-"""The FastAPI app with the OpenAI-compatible routes, mounted into the BentoML service."""
+"""The FastAPI app with the OpenAI-compatible routes and those of tasks, mounted into the BentoML
+service.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from api.openai.images import ImageGenerationRequest, ImagesResponse, create_ima
 from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import ChatCompletion, Completion, Error, Model, ModelList
 from api.served import Served
+from api.tasks.routes import ROUTES, TaskRoute
 from runners.errors import ModelNotServed
 
 STARTED = int(time.time())
@@ -70,7 +73,18 @@ def create_app() -> FastAPI:
                 return _json(card)
         raise ModelNotServed("this server does not hold that model", param="model")
 
+    for task, route in ROUTES.items():
+        _add_task(app, task, route)
     return app
+
+
+def _add_task(app: FastAPI, task: str, route: TaskRoute) -> None:
+    @as_response
+    async def run_task(request: Request) -> Response:
+        return _json(await route.handle(_served(request), await request.body()))
+
+    documented = _documented(route.body, route.answer) | {"description": route.body.__doc__}
+    app.post(f"/tasks/{task}", name=task, **documented)(run_task)
 
 
 def _served(request: Request) -> Served:
@@ -80,9 +94,10 @@ def _served(request: Request) -> Served:
 
 def _cards(served: Served) -> list[Model]:
     cards = []
-    if (text := served.text_model) is not None:
-        length = text.info.max_model_len if text.info else None
-        cards.append(Model(id=text.name, created=STARTED, max_model_len=length))
+    for model in (served.text_model, served.task_model):
+        if model is not None:
+            length = model.info.max_model_len if model.info else None
+            cards.append(Model(id=model.name, created=STARTED, max_model_len=length))
     if (image := served.image_model) is not None:
         cards.append(Model(id=image.name, created=STARTED))
     return cards

@@ -19,6 +19,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from mii.batching.ragged_batching import MIIAsyncPipeline, MIIPipeline
 from mii.config import GenerateParamsConfig
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
 from transformers import GenerationConfig
 
 from runners.contracts import SamplingParams
@@ -67,6 +68,8 @@ class Mended:
         self, tid: int, uid: int, input_tokens: torch.Tensor, kwargs: dict[str, Any]
     ) -> ExactRequest:
         """A request, refused if it can not be served. Raises: ValueError, InvalidRequest."""
+        if not len(input_tokens):
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
         params, seed = _params(kwargs, len(input_tokens), self.max_length)
         prompt = input_tokens.tolist()
         if len(prompt) > self._most_tokens:
@@ -295,11 +298,21 @@ def _flush(uid: int) -> ExactRequest:
     return ExactRequest(None, uid, None, None, None, None, None, None)
 
 
+class _Numbers(BaseModel):
+    """What MII computes with before it validates, or never validates."""
+
+    max_length: PositiveInt = 1
+    max_new_tokens: NonNegativeInt = 0
+    min_new_tokens: NonNegativeInt = 0
+    seed: int = 0
+
+
 def _params(
     kwargs: dict[str, Any], prompt_length: int, longest: int
 ) -> tuple[GenerateParamsConfig, int | None]:
     """Raises: ValueError (which pydantic's is) that names the field."""
     given = {k: v for k, v in kwargs.items() if v is not None}
+    given |= _Numbers(**given).model_dump(exclude_unset=True)
     seed = given.pop("seed", None)
     if isinstance(stop := given.get("stop"), dict):  # how a list crosses MII's wire
         given["stop"] = [stop[key] for key in sorted(stop, key=int)]

@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from mii.backend.server import MIIServer
 from mii.config import MIIConfig
-from mii.score import generated_score_path
 
-from runners.errors import EngineUnavailable
-from runners.mii_deployment.places import free_port, listens, private_cache
-from runners.mii_deployment.plan import PLAN, DeploymentPlan, plan_replicas
-from runners.mii_deployment.starting import start, why_ended
-
-POLL_S = 0.2
+from runners.mii_deployment.places import deployment_folder, free_port, private_cache
+from runners.mii_deployment.plan import DeploymentPlan, plan_replicas
+from runners.mii_deployment.starting import (
+    runs_already,
+    start,
+    wait_until_gone,
+    wait_until_serving,
+)
 
 
 class KeptServer(MIIServer):  # type: ignore[misc]  # MII carries no types
     """Stands a deployment up, and returns once it answers."""
 
     def __init__(self, mii_config: MIIConfig) -> None:
-        folder = Path(generated_score_path(mii_config.deployment_name, "local")).parent
+        folder = deployment_folder(mii_config.deployment_name)
         plan = plan_deployment(mii_config)
         keeper = start(plan, folder, outlives=True)
+        if keeper is None:
+            raise runs_already(plan.name, folder)
         keeper.wait()  # it has left a process of its own
-        ports = [plan.port, *(replica.port for replica in plan.replicas)]
-        while not all(map(listens, ports)):
-            if not (folder / PLAN).exists():
-                raise EngineUnavailable(why_ended(plan.name, folder))
-            time.sleep(POLL_S)
+        wait_until_serving(plan, folder)
 
 
 def parse(stock: Callable[..., MIIConfig]) -> Callable[..., MIIConfig]:
@@ -54,6 +51,8 @@ def parse(stock: Callable[..., MIIConfig]) -> Callable[..., MIIConfig]:
         for name in ("port_number", "restful_api_port"):
             if name not in kwargs and name not in (mii_config or {}):
                 setattr(config, name, free_port(getattr(config, name)))
+        # Before MII overwrites what the other's clients find it by.
+        wait_until_gone(config.deployment_name, deployment_folder(config.deployment_name))
         return config
 
     return parse_kwargs

@@ -14,7 +14,7 @@ from mii.grpc_related.task_methods import TASK_METHODS_DICT
 
 from runners.errors import RequestError, TriptychError
 from runners.mii_backend.requests import NONE
-from runners.mii_deployment.proto import OPTIONS, with_tokens
+from runners.mii_deployment.proto import SERVER_OPTIONS, bind, with_tokens
 
 SHUTDOWN_S = 10
 
@@ -113,11 +113,14 @@ def _reply(result: tuple[Any, ...]) -> Any:
 
 
 def serve_on_loopback(service_impl: Any, port: int, interceptors: Sequence[Any] = ()) -> None:
-    """`_do_serve`, for this machine only: until the service is told to stop."""
+    """`_do_serve`, for this machine only: until the service is told to stop.
+
+    Raises: ConfigError if the port is taken.
+    """
     pool = futures.ThreadPoolExecutor(max_workers=LB_MAX_WORKER_THREADS)
-    server = grpc.server(pool, interceptors=tuple(interceptors), options=OPTIONS)
+    server = grpc.server(pool, interceptors=tuple(interceptors), options=SERVER_OPTIONS)
     modelresponse_pb2_grpc.add_ModelResponseServicer_to_server(service_impl, server)
-    server.add_insecure_port(f"127.0.0.1:{port}")
+    bind(server, port)
     server.start()
     service_impl.get_stop_event().wait()
     server.stop(SHUTDOWN_S)

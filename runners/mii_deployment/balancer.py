@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from runners.mii_deployment.proto import OPTIONS, SERVICE
+from runners.mii_deployment.proto import OPTIONS, SERVER_OPTIONS, SERVICE, bind
 
 UNARY, STREAM = "GeneratorReply", "GeneratorReplyStream"
 TERMINATE = "Terminate"
@@ -94,6 +94,10 @@ class Balancer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc carries no
             return grpc.unary_unary_rpc_method_handler(unary)
         return None
 
+    async def connect(self) -> None:
+        """Until every replica is connected: else the first requests would all meet one of them."""
+        await asyncio.gather(*(replica.come_up() for replica in self._replicas))
+
     async def watch(self) -> None:
         """Stay connected to every replica, so that a turn need not wait to find one down."""
         await asyncio.gather(*(self._keep_connected(replica) for replica in self._replicas))
@@ -128,13 +132,19 @@ def _blame(error: grpc.aio.AioRpcError, replica: Replica) -> tuple[grpc.StatusCo
 
 
 async def balance(port: int, replicas: Sequence[int]) -> None:
-    """Serve on loopback until a client calls Terminate."""
-    server = grpc.aio.server(options=OPTIONS)
+    """Serve on loopback once all replicas do, until a client calls Terminate.
+
+    Raises: ConfigError.
+    """
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     balancer = Balancer(replicas)
     server.add_generic_rpc_handlers((balancer,))
-    server.add_insecure_port(f"127.0.0.1:{port}")
-    await server.start()
     watching = asyncio.create_task(balancer.watch())
-    await balancer.terminated.wait()
-    await server.stop(GRACE_S)
-    watching.cancel()
+    try:
+        bind(server, port)
+        await balancer.connect()
+        await server.start()
+        await balancer.terminated.wait()
+    finally:
+        await server.stop(GRACE_S)
+        watching.cancel()

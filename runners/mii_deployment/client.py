@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from runners.mii_deployment.proto import OPTIONS, SERVICE, messages, request
@@ -14,7 +17,8 @@ class Deployment:
     """The load balancer of a deployment. All methods belong to one event loop."""
 
     def __init__(self, host: str, port: int) -> None:
-        self._channel = grpc.aio.insecure_channel(f"{host}:{port}", options=OPTIONS)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         types = messages()
         self._unary = self._channel.unary_unary(
             SERVICE + "GeneratorReply",
@@ -30,6 +34,14 @@ class Deployment:
     async def connect(self) -> None:
         """Until somebody answers."""
         await self._channel.channel_ready()
+
+    async def lost(self, patience_s: float) -> None:
+        """Until nobody has answered for so long."""
+        with contextlib.suppress(TimeoutError):
+            while True:
+                async with asyncio.timeout(patience_s):
+                    await self.connect()
+                await self._channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
 
     def generate(self, prompts: Sequence[str], **kwargs: Any) -> Any:
         """A call that gives a `MultiGenerationReply` of all prompts. Raises: TypeError."""

@@ -1,7 +1,8 @@
 """`python -m runners.mii_deployment.keeper PLAN PARENT_PID|--detached`: keeps a deployment.
 
 A replica that loses a process is ended whole and started again; so are the balancer and the
-gateway. When a client terminates the deployment, all processes are ended and the plan is removed.
+gateway. When a client terminates the deployment, all processes are ended and the plan is removed;
+the lock on its folder (see `starting`), which was inherited, is held until then.
 With a parent, the deployment goes with it; without, it outlives everybody. MII's own launcher
 watches nothing of this.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runners.mii_deployment.launch import FATAL, environment
+from runners.mii_deployment.places import listens
 from runners.mii_deployment.plan import DeploymentPlan, read_plan
 from runners.ranks.lifeline import die_with_parent, outlive_signals
 
@@ -24,7 +26,8 @@ GATEWAY_EXIT_S = 5.0
 MAX_PAUSE_S = 10.0
 MAX_FAILURES = 5
 QUICK_S = 30.0
-"""A part that ends sooner has failed to start."""
+"""A part that ends sooner has failed to start, as has one that never listened."""
+POLL_S = 0.5
 
 
 @dataclass
@@ -32,11 +35,14 @@ class Part:
     """Processes that live and die together."""
 
     name: str
+    port: int
+    """Where it listens once it serves."""
     commands: list[tuple[list[str], dict[str, str]]]
     processes: list[asyncio.subprocess.Process] = field(default_factory=list)
 
-    async def live(self, head: list[str]) -> int:
-        """Start all, wait for the first to end, end the others; its status."""
+    async def live(self, head: list[str]) -> tuple[int, bool]:
+        """Start all, wait for the first to end, end the others; its status, and whether it ever
+        served."""
         waits: list[asyncio.Task[int]] = []
         try:
             for arguments, env in self.commands:
@@ -45,8 +51,15 @@ class Part:
                 )
                 self.processes.append(process)
                 waits.append(asyncio.create_task(process.wait()))
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            return next(iter(done)).result()
+            served, done = False, set[asyncio.Task[int]]()
+            while not done:
+                served = served or listens(self.port)
+                done, _ = await asyncio.wait(
+                    waits,
+                    timeout=None if served else POLL_S,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            return next(iter(done)).result(), served
         finally:
             await self.end()
 
@@ -64,10 +77,11 @@ class Part:
         loop, failures = asyncio.get_running_loop(), 0
         while True:
             began = loop.time()
-            status = await self.live(head)
+            status, served = await self.live(head)
             if status in (0, FATAL):
                 return status == 0
-            failures = failures + 1 if loop.time() - began < QUICK_S else 1
+            lasted = served and loop.time() - began > QUICK_S
+            failures = 1 if lasted else failures + 1
             if failures > MAX_FAILURES:
                 return False
             print(f"{self.name} ended with status {status}: starting it again", flush=True)
@@ -82,6 +96,7 @@ def parts(plan: DeploymentPlan) -> tuple[Part, list[Part], Part | None]:
     replicas = [
         Part(
             f"replica {i}",
+            replica.port,
             [
                 (["replica", str(i), str(rank)], environment(replica, rank, threads))
                 for rank in range(len(replica.gpu_indices))
@@ -89,8 +104,9 @@ def parts(plan: DeploymentPlan) -> tuple[Part, list[Part], Part | None]:
         )
         for i, replica in enumerate(plan.replicas)
     ]
-    gateway = Part("gateway", [(["gateway"], {})]) if plan.rest_port is not None else None
-    return Part("balancer", [(["balancer"], {})]), replicas, gateway
+    rest = plan.rest_port
+    gateway = Part("gateway", rest, [(["gateway"], {})]) if rest is not None else None
+    return Part("balancer", plan.port, [(["balancer"], {})]), replicas, gateway
 
 
 async def keep(path: Path) -> None:
@@ -107,10 +123,10 @@ async def keep(path: Path) -> None:
             # MII's client asks it to end too, and minds if it is gone already.
             await asyncio.wait(rest, timeout=GATEWAY_EXIT_S)
     finally:
-        os.unlink(path)
         for task in (at_door, *models, *rest):
             task.cancel()
         await asyncio.gather(at_door, *models, *rest, return_exceptions=True)
+        os.unlink(path)
 
 
 async def _lasting(replica: Part, head: list[str]) -> None:

@@ -27,15 +27,21 @@ def main() -> None:
     path, parent, role, *arguments = sys.argv[1:]
     die_with_parent(int(parent))
     outlive_signals()
-    plan = read_plan(Path(path))
+    try:
+        _play(read_plan(Path(path)), role, *map(int, arguments))
+    except ConfigError as error:
+        Path(path).with_name(FAILURE).write_text(error.message)
+        print(error.message, file=sys.stderr, flush=True)
+        os._exit(FATAL)
+    # gRPC's threads would keep the process for as long as they like.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _play(plan: DeploymentPlan, role: str, *arguments: int) -> None:
     if role == "replica":
-        number, rank = map(int, arguments)
-        try:
-            _replica(plan, plan.replicas[number], rank)
-        except ConfigError as error:
-            Path(path).with_name(FAILURE).write_text(error.message)
-            print(error.message, file=sys.stderr, flush=True)
-            os._exit(FATAL)
+        number, rank = arguments
+        _replica(plan, plan.replicas[number], rank)
     elif role == "balancer":
         from runners.mii_deployment.balancer import balance
 
@@ -44,9 +50,6 @@ def main() -> None:
         from runners.mii_deployment.gateway import gateway
 
         asyncio.run(gateway(plan))
-    # gRPC's threads would keep the process for as long as they like.
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def _replica(plan: DeploymentPlan, replica: ReplicaPlan, rank: int) -> None:

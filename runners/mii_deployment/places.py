@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from runners.errors import ConfigError
@@ -30,6 +32,13 @@ def private_cache() -> Path:
     return folder
 
 
+def deployment_folder(name: str) -> Path:
+    """Where a deployment is known by its name. Raises: ConfigError for one that leads elsewhere."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"deployment_name: {name} is not a name, but a path to elsewhere")
+    return private_cache() / name
+
+
 def free_port(wanted: int | None = None) -> int:
     """`wanted` if nobody listens there, else a port of the kernel's choice, on loopback; none that
     this process was given before."""
@@ -45,11 +54,34 @@ def free_port(wanted: int | None = None) -> int:
 _given: set[int] = set()
 
 
+def refuse_taken(ports: Iterable[int], *, patience_s: float) -> None:
+    """Raises: ConfigError for a port on loopback that is given twice, or still taken after
+    `patience_s`."""
+    given_up, seen = time.monotonic() + patience_s, set[int]()
+    for port in ports:
+        if port in seen:
+            raise ConfigError(f"port {port} is given twice: each needs one of its own")
+        seen.add(port)
+        while not _free(port):
+            if time.monotonic() > given_up:
+                raise taken(port)
+            time.sleep(0.1)
+
+
+def taken(port: int) -> ConfigError:
+    """What is wrong when somebody else listens there."""
+    return ConfigError(f"port {port} is taken: give another, or none to have a free one")
+
+
 def listens(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether somebody accepts connections there."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex((host, port)) == 0
+    """Whether somebody accepts connections there. Raises: ConfigError if `host` has no address."""
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except socket.gaierror:
+        raise ConfigError(f"mii.host: {host} has no address") from None
+    except OSError:
+        return False
+    return True
 
 
 def _free(port: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,34 @@ class DeploymentPlan(msgspec.Struct, frozen=True):
     rest_port: int | None = None
     """None: no REST gateway."""
     rest_limit: int = 32
+    weights: str = ""
+    """Stands for the files the model is loaded from, see `fingerprint`."""
+
+    def differs(self, other: DeploymentPlan) -> list[str]:
+        """In what another deployment would answer differently; ports and threads aside."""
+        mine, theirs = self._serves(), other._serves()
+        return [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
+
+    def _serves(self) -> dict[str, Any]:
+        sizes = [len(replica.gpu_indices) for replica in self.replicas]
+        threads = {"num_threads": None}
+        own = {**self.model_config, **self.settings, **threads, "weights": self.weights}
+        own |= {"replica_num": len(sizes), "tensor_parallel": sizes[0]}
+        own["enable_restful_api"] = self.rest_port is not None
+        # As it is once it was in a file.
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(own))
+        return plain
+
+    @property
+    def doors(self) -> list[int]:
+        """The ports that listen once the deployment serves."""
+        return [self.port, *(replica.port for replica in self.replicas)]
+
+    @property
+    def ports(self) -> list[int]:
+        """All of its ports."""
+        inner = [p for r in self.replicas for p in (r.torch_dist_port, r.zmq_port)]
+        return [*self.doors, *inner, *([] if self.rest_port is None else [self.rest_port])]
 
     def write(self, folder: Path) -> Path:
         """Write it where only this user can read it, whole or not at all; returns the file."""
@@ -52,6 +81,14 @@ class DeploymentPlan(msgspec.Struct, frozen=True):
             file.write(msgspec.json.encode(self))
         temporary.replace(path)
         return path
+
+
+def fingerprint(model: Path) -> str:
+    """Stands for what a model is loaded from: names, sizes and times of its files."""
+    kinds = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*")
+    files = sorted(file for kind in kinds for file in model.glob(kind))
+    seen = [(f.name, s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def read_plan(path: Path) -> DeploymentPlan:
@@ -102,6 +139,8 @@ def _devices(device_map: Any, replicas: int, ranks: int) -> list[list[int]]:
     """GPU indices of each replica's ranks, in any of the forms that MII takes."""
     if device_map == "auto":
         return [list(range(i * ranks, (i + 1) * ranks)) for i in range(replicas)]
+    if isinstance(device_map, int):
+        device_map = [device_map]
     if isinstance(device_map, Mapping):
         if not set(device_map) <= LOCAL:
             raise ConfigError("device_map: replicas run on this machine only")

@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from runners.errors import EngineUnavailable
+from runners.mii_deployment.places import taken
 
 SERVICE = "/modelresponse.ModelResponse/"
 MAX_MESSAGE_BYTES = 2**27
@@ -29,6 +30,8 @@ OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
+# Two servers on one port would each get some of the requests.
+SERVER_OPTIONS = [*OPTIONS, ("grpc.so_reuseport", 0)]
 TOKEN_IDS = 100
 """The number of our field in MII's `SingleGenerationReply`: token ids, packed varints."""
 
@@ -50,6 +53,14 @@ def messages() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def bind(server: Any, port: int) -> None:
+    """Have a gRPC server listen on loopback. Raises: ConfigError if the port is taken."""
+    try:
+        server.add_insecure_port(f"127.0.0.1:{port}")
+    except RuntimeError:
+        raise taken(port) from None
 
 
 def request(prompts: Sequence[str], kwargs: Mapping[str, Any]) -> Any:

@@ -87,7 +87,7 @@ def text_program(
         engine=config.engine,
         parameters=parameters,
         dtype=str(model.dtype).removeprefix("torch."),
-        devices=_devices(model),
+        devices=devices(model),
         max_context=min(batched.max_context, longest or batched.max_context),
         vocab_size=batched.forward.vocab_size,
         max_kv_tokens=batched.blocks * BLOCK_SIZE,
@@ -298,7 +298,8 @@ def _linux() -> bool:
     return Path("/proc/meminfo").is_file()
 
 
-def _devices(model: PreTrainedModel) -> list[str]:
+def devices(model: PreTrainedModel) -> list[str]:
+    """Where the parts of a placed model lie."""
     placed = getattr(model, "hf_device_map", None) or {"": model.device}
     names = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in placed.values()}
     return sorted(names)

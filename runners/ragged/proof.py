@@ -130,8 +130,8 @@ def prove_and_pack(
     proof = proof or Proof(model)
     path = proof.choose()
     kernels = load_kernels()
-    if not proof.agree(kernels is not None):
-        switch_off_kernels()  # on every rank, if one has none
+    if not proof.agree(kernels is not None) and kernels is not None:
+        switch_off_kernels()  # another rank has none
         kernels = None
     if kernels is None:
         if quantization is not None:

@@ -14,8 +14,9 @@ import math
 from collections.abc import Callable
 
 from runners.config import BaseRunnerConfig
-from runners.contracts import ImageModelInfo, ModelInfo, RunnerHealth, RunnerState
+from runners.contracts import ModelInfo, RunnerHealth, RunnerState
 from runners.errors import RunnerUnavailable
+from runners.image_contracts import ImageModelInfo
 from runners.ranks.life import End, Life
 from runners.ranks.messages import (
     Broken,

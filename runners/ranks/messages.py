@@ -8,16 +8,9 @@ from __future__ import annotations
 
 import msgspec
 
-from runners.contracts import (
-    GenerationRequest,
-    ImageEvent,
-    ImageModelInfo,
-    ImageRequest,
-    ModelInfo,
-    Prompt,
-    RunnerState,
-    TextDelta,
-)
+from runners.contracts import GenerationRequest, ModelInfo, Prompt, RunnerState, TextDelta
+from runners.image_contracts import ImageEvent, ImageModelInfo, ImageRequest
+from runners.task_contracts import Finding, TaskRequest
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -30,6 +23,12 @@ class Paint(msgspec.Struct, frozen=True, tag=True):
     """Host: paint this. Answered by `Accepted` then `Painted`, or by `Failed`."""
 
     request: ImageRequest
+
+
+class RunTask(msgspec.Struct, frozen=True, tag=True):
+    """Host: one input of a task. Answered by `Accepted` then `Found`, or by `Failed`."""
+
+    request: TaskRequest
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -128,6 +127,13 @@ class Painted(msgspec.Struct, frozen=True, tag=True):
     events: list[ImageEvent]
 
 
+class Found(msgspec.Struct, frozen=True, tag=True):
+    """Rank 0: answer to `RunTask`."""
+
+    request_id: str
+    findings: list[Finding]
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """Rank 0: this request ends with an error; `kind` names a class of `runners.errors`."""
 
@@ -160,7 +166,7 @@ class CallFailed(msgspec.Struct, frozen=True, tag=True):
     param: str | None = None
 
 
-HostMessage = Submit | Paint | Abort | Tokenize | Detokenize | Shutdown
+HostMessage = Submit | Paint | RunTask | Abort | Tokenize | Detokenize | Shutdown
 RankMessage = (
     Hello
     | Progress
@@ -172,6 +178,7 @@ RankMessage = (
     | Accepted
     | Deltas
     | Painted
+    | Found
     | Failed
     | Tokens
     | Text

@@ -211,12 +211,29 @@ def test_an_idle_scheduler_sleeps(stock: bool, model: Path) -> None:
 @OURS_AND_STOCK
 def test_bad_parameters_are_refused_with_a_sentence(stock: bool, model: Path) -> None:
     with served(model, stock=stock) as client:
-        for bad in ({"nope": 1}, {"top_p": 3.0}, {"max_length": 1}, {"stop": [1]}):
+        for bad in (
+            *({"nope": 1}, {"top_p": 3.0}, {"max_length": 1}, {"stop": [1]}),
+            *({"max_length": "abc"}, {"seed": "abc"}),
+            *({"min_new_tokens": -5}, {"max_new_tokens": -5}),
+        ):
             with pytest.raises(grpc.RpcError) as error:
                 client.ask("a secret prompt", **bad)
             assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
             assert "secret" not in error.value.details()
         assert client.ask("hello", max_new_tokens=2)
+
+
+def test_an_empty_prompt_hurts_nobody_else(tmp_path: Path) -> None:
+    """A tokenizer without BOS makes no tokens of it. (Stock MII's scheduler spins for ever.)"""
+    folder = write_model("qwen2", tmp_path / "qwen2")
+    with served(folder) as client:
+        call = client.stream("hello", max_new_tokens=40, **GREEDY)
+        text = next(call).response[0].response
+        with pytest.raises(grpc.RpcError, match="the prompt has no tokens") as error:
+            client.ask("", max_new_tokens=2)
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        text += "".join(each.response[0].response for each in call)
+        assert text == texts(folder, ["hello"], 40)[0]
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_a_model_that_can_not_be_served_ends_the_deployment_with_a_reason(script
     (scripts.folder / "empty" / "config.json").write_text('{"model_type": "llama"}')
     began = time.monotonic()
     printed = scripts.run(BACKEND + 'import mii\nmii.serve("empty")', fails=True)
-    assert "EngineUnavailable" in printed
+    assert "ConfigError" in printed
     assert "can not be loaded" in printed
     assert time.monotonic() - began < 100
     wait_until(lambda: not processes(scripts.folder), 10, "all of the deployment is gone")

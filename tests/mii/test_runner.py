@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,6 +22,7 @@ from runners import create_runner
 from runners.config_files import load_setup_config
 from runners.contracts import ChatMessage, ChatPrompt, RunnerState, TextRunner
 from runners.errors import ConfigError, ContextLengthExceeded, InvalidRequest, RunnerUnavailable
+from runners.mii_deployment.places import listens
 from tests.conftest import CHAT_TEMPLATE
 from tests.mii.conftest import Scripts
 from tests.mii.test_published import processes
@@ -127,17 +130,21 @@ async def test_six_clients_of_two_replicas(model: Path) -> None:
 
 
 async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
-    model: Path, cache: Path
+    model: Path, cache: Path, tmp_path: Path
 ) -> None:
-    async with mii(model, PERSISTENT | {"replica_num": 2}) as runner:
+    # Long enough for neither stream to end before the other has begun.
+    longer = shutil.copytree(model, tmp_path / "longer")
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    async with mii(longer, PERSISTENT | {"replica_num": 2}, max_kv_tokens=16384) as runner:
+        lost = next(p for p in processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
         streams = [
-            await runner.generate(request("hello", max_new_tokens=450, ignore_eos=True))
+            await runner.generate(request("hello", max_new_tokens=3000, ignore_eos=True))
             for _ in range(2)
         ]
         readers = [aiter(stream) for stream in streams]
         for reader in readers:
             await anext(reader)
-        lost = next(p for p in processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
         killed_at = time.monotonic()
         os.kill(lost.pid, signal.SIGKILL)
 
@@ -150,7 +157,7 @@ async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
 
         ends = await asyncio.gather(*map(rest, readers))
         down = [end for end in ends if "replica 1 went down with the request in flight" in end]
-        assert len(down) == 1
+        assert len(down) == 1, [end[-200:] for end in ends]
         assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
         assert runner.health().restarts == 0
         async with asyncio.timeout(60):
@@ -246,6 +253,11 @@ async def test_the_forerunners_file_runs_as_it_was(model: Path, tmp_path: Path) 
         ({"mode": "elsewhere"}, "mii.mode"),
         ({"dtype": "int3"}, "mii.dtype must be one of"),
         ({"task": "fill-mask"}, "mii.task"),
+        ({"deployment_name": "../x"}, "mii.deployment_name"),
+        (
+            {"mode": "persistent", "host": "a", "port_number": 1, "replica_num": 2},
+            "replica_num has no use with host",
+        ),
         ([], "mii must be an object"),
     ],
 )
@@ -255,6 +267,47 @@ def test_mistakes_are_named(section: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_setup_config(tmp_path, name="m")
     assert said in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("section", "ignored"),
+    [
+        (
+            {"device_map": 0, "port_number": 1, "deployment_name": "x", "torch_dist_port": 1234},
+            ["port_number", "deployment_name", "device_map", "torch_dist_port"],
+        ),
+        ({"mode": "persistent", "device_map": 0, "port_number": 1, "deployment_name": "x"}, []),
+        (
+            {"mode": "persistent", "host": "a", "port_number": 1, "deployment_name": "x"},
+            ["deployment_name"],
+        ),
+        ({"tokenizer": "other/tokenizer"}, ["tokenizer"]),
+        ({"model_name_or_path": "a/b", "tokenizer": "a/b"}, []),
+        ({"generate": {"prompt_length": 3}}, ["generate.prompt_length"]),
+    ],
+)
+def test_what_has_no_use_is_named(section: Any, ignored: list[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "setup_config.json").write_text(json.dumps({"engine": "mii", "mii": section}))
+    _, warnings = load_setup_config(tmp_path, name="m")
+    assert [each.split(" ")[1] for each in warnings] == [f"mii.{name}" for name in ignored]
+
+
+def test_the_forerunners_file_is_known_by_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    raw = {"model_name": "a/b", "task": "text_generation", "max_new_tokens": 7}
+    (tmp_path / "setup_config.json").write_text(json.dumps(raw))
+    config, warnings = load_setup_config(tmp_path, name="m")
+    assert (config.engine, config.task, config.max_new_tokens) == ("mii", "text-generation", 7)
+    assert warnings == []
+
+
+def test_a_host_is_a_name_or_an_address_of_either_kind() -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:
+        assert listens(server.getsockname()[1], "::1")
+    assert not listens(1, "::1")
+    with pytest.raises(ConfigError, match=r"no-such-host\.invalid has no address"):
+        listens(1, "no-such-host.invalid")
 
 
 async def test_miis_defaults_apply_where_a_request_says_nothing(model: Path) -> None:

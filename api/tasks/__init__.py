@@ -1,0 +1,1 @@
+"""`POST /tasks/{task}`: the tasks of MII's legacy releases; bodies, answers, handlers."""

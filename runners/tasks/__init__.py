@@ -1,0 +1,4 @@
+"""Tasks of one forward: `transformers` pipelines, and what it no longer has, question answering.
+
+`program` gathers the inputs that wait and runs them together. Imported in rank processes only.
+"""

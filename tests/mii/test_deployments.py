@@ -1,0 +1,216 @@
+"""Deployments by one name, on one port, and without their keeper: what is refused, what ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import psutil
+import pytest
+
+from runners import create_runner, mii_persistent
+from runners.config_files import load_setup_config
+from runners.contracts import RunnerState
+from runners.errors import ConfigError
+from runners.mii_deployment import keeper
+from runners.mii_deployment.balancer import balance
+from runners.mii_deployment.places import free_port
+from runners.mii_deployment.plan import PLAN, DeploymentPlan, ReplicaPlan, read_plan
+from runners.mii_deployment.starting import start, wait_until_serving
+from tests.mii.conftest import Scripts
+from tests.mii.test_published import BACKEND, processes
+from tests.support.generating import collect, ids_of, serving, wait_ready
+from tests.support.models import greedy, write_model
+from tests.support.processes import wait_until
+
+KEPT = {"mode": "persistent", "keep_alive": True, "deployment_name": "kept"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(cache: Path) -> Iterator[None]:
+    """Nor does what a failing test leaves behind."""
+    yield
+    for process in processes(cache):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+async def failure(folder: Path, section: dict[str, Any]) -> str:
+    """Why a runner can not be started."""
+    config, _ = load_setup_config(
+        folder, name="m", overrides={"num_threads": 1, "engine": "mii", "mii": section}
+    )
+    runner = create_runner(config)
+    await runner.start()
+    try:
+        async with asyncio.timeout(90):
+            while runner.health().state is not RunnerState.FAILED:
+                assert not runner.health().ready
+                await asyncio.sleep(0.05)
+        return runner.health().detail
+    finally:
+        await runner.stop()
+
+
+def parts(cache: Path, role: str) -> list[psutil.Process]:
+    return [p for p in processes(cache) if role in p.cmdline()]
+
+
+def end(name: str, cache: Path, scripts: Scripts) -> None:
+    scripts.run(f'import mii\nmii.client("{name}").terminate_server()')
+    wait_until(lambda: not processes(cache), 10, "all of the deployment is gone")
+
+
+async def test_only_the_same_deployment_is_found_again(
+    tmp_path: Path, cache: Path, scripts: Scripts
+) -> None:
+    """And it counts as ready while a replica of it is up, not longer."""
+    folder = write_model("llama", tmp_path / "v1")
+    other = write_model("mistral", tmp_path / "v2")
+    want = greedy(folder, ["hello"], 8)
+    async with serving(folder, engine="mii", mii=KEPT) as runner:
+        assert "another model_name_or_path, weights: terminate it" in await failure(other, KEPT)
+        assert "another replica_num:" in await failure(folder, KEPT | {"replica_num": 2})
+        assert "another port_number:" in await failure(folder, KEPT | {"port_number": free_port()})
+        (lost,) = parts(cache, "replica")
+        lost.kill()
+        async with asyncio.timeout(20):
+            while runner.health().ready:
+                await asyncio.sleep(0.05)
+        await wait_ready(runner)
+        answer = await collect(runner, "hello", max_new_tokens=8, ignore_eos=True)
+        assert [ids_of(answer)] == want
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert "runs with another weights:" in await failure(folder, KEPT)
+    end("kept", cache, scripts)
+
+
+def test_a_name_and_a_port_belong_to_one_deployment(
+    tmp_path: Path, cache: Path, scripts: Scripts
+) -> None:
+    folder = write_model("llama", tmp_path / "m")
+
+    def serve(arguments: str, *, fails: bool = False) -> str:
+        return scripts.run(f'{BACKEND}import mii\nmii.serve("{folder}", {arguments})', fails=fails)
+
+    serve('deployment_name="one"')
+    before = {p.pid for p in processes(cache)}
+    score = (cache / "one" / "score.py").read_text()
+    assert "deployment one runs already" in serve('deployment_name="one"', fails=True)
+    assert (cache / "one" / "score.py").read_text() == score
+    port = read_plan(cache / "one" / PLAN).port
+    assert f"port {port} is taken" in serve(f'deployment_name="2", port_number={port}', fails=True)
+    assert "a path to elsewhere" in serve('deployment_name="../../x"', fails=True)
+    assert {p.pid for p in processes(cache)} == before
+    end("one", cache, scripts)
+
+
+async def test_a_start_ends_with_its_keeper(tmp_path: Path, cache: Path) -> None:
+    """And what it left behind, a plan and a stranger on its port, is in nobody's way."""
+    folder = write_model("llama", tmp_path / "m")
+    plan = plan_of(folder)
+    process = start(plan, cache / "kept", outlives=True)
+    assert process is not None
+    process.wait()
+    assert start(plan, cache / "kept", outlives=True) is None
+    os.kill(parts(cache, "runners.mii_deployment.keeper")[0].pid, signal.SIGKILL)
+    with pytest.raises(ConfigError, match="ended while it was started"):
+        wait_until_serving(plan, cache / "kept")
+    wait_until(lambda: not processes(cache), 10, "all of the deployment is gone")
+    assert (cache / "kept" / PLAN).exists()
+    with socket.create_server(("127.0.0.1", plan.port)):
+        section = KEPT | {"keep_alive": False}
+        async with serving(folder, engine="mii", mii=section) as runner:
+            assert runner.health().ready
+
+
+def plan_of(folder: Path) -> DeploymentPlan:
+    ports = [free_port() for _ in range(4)]
+    replica = ReplicaPlan(
+        port=ports[1], torch_dist_port=ports[2], zmq_port=ports[3], gpu_indices=[0]
+    )
+    model = {"model_name_or_path": str(folder), "tensor_parallel": 1}
+    return DeploymentPlan(name="kept", port=ports[0], model_config=model, replicas=[replica])
+
+
+@pytest.mark.parametrize("serves", [True, False])
+async def test_what_never_listens_is_given_up_however_long_it_takes(
+    serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each life is longer than QUICK_S; only one that served makes the keeper patient again."""
+    monkeypatch.setattr(keeper, "QUICK_S", 0.0)
+    monkeypatch.setattr(keeper, "MAX_PAUSE_S", 0.0)
+    monkeypatch.setattr(keeper, "listens", lambda _: serves)
+    part = keeper.Part("replica 0", 1, [(["-c", "import time; time.sleep(0.3); exit(1)"], {})])
+    keeping = asyncio.create_task(part.keep([sys.executable]))
+    try:
+        done, _ = await asyncio.wait({keeping}, timeout=8)
+        assert bool(done) is not serves
+        assert serves or keeping.result() is False
+    finally:
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+
+async def test_two_balancers_do_not_share_a_port() -> None:
+    port = free_port()
+    first = asyncio.create_task(balance(port, []))
+    await asyncio.sleep(0.5)
+    with pytest.raises(ConfigError, match=f"port {port} is taken"):
+        await asyncio.wait_for(balance(port, []), 5)
+    assert not first.done()
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+
+
+async def test_requests_wait_until_all_replicas_are_connected() -> None:
+    """The first ones would all meet the replica that came up first."""
+    port, early, late = free_port(), free_port(), free_port()
+    balancing = asyncio.create_task(balance(port, [early, late]))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        ready = asyncio.create_task(channel.channel_ready())
+        replicas = []
+        for replica_port in (early, late):
+            done, _ = await asyncio.wait({ready}, timeout=1.5)
+            assert not done
+            replicas.append(grpc.aio.server())
+            replicas[-1].add_insecure_port(f"127.0.0.1:{replica_port}")
+            await replicas[-1].start()
+        await asyncio.wait_for(ready, 20)
+    balancing.cancel()
+    await asyncio.gather(balancing, *(r.stop(0) for r in replicas), return_exceptions=True)
+
+
+async def test_a_link_is_lost_once_it_stays_away() -> None:
+    port = free_port()
+    serving = asyncio.create_task(balance(port, []))
+    deployment = await mii_persistent._connected("127.0.0.1", port)
+    lost = asyncio.create_task(deployment.lost(2.0))
+    await asyncio.sleep(0.1)
+    for comes_back in (True, False):
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        if comes_back:
+            serving = asyncio.create_task(balance(port, []))
+            await asyncio.sleep(3)
+        done, _ = await asyncio.wait({lost}, timeout=0 if comes_back else 10)
+        assert bool(done) is not comes_back
+    await deployment.close()
+
+
+async def test_a_stranger_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mii_persistent, "CONNECT_S", 0.5)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as stranger,
+        pytest.raises(ConfigError, match="is no deployment of MII"),
+    ):
+        await mii_persistent._connected("127.0.0.1", stranger.getsockname()[1])
