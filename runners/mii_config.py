@@ -243,6 +243,9 @@ OBSOLETE = {
 }
 """Keys of MII's legacy `mii_config` that mean nothing any more, and what happens instead."""
 
+BESIDE = (MIISection.model_fields.keys() | OBSOLETE.keys()) - {"task", "max_length"}
+"""Keys that a file for the forerunner's handler may have at the top, too."""
+
 NO_USE = {
     "hostfile": "all replicas run on this machine",
     "version": "it was AML's",
@@ -280,6 +283,8 @@ def read_section(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Returns the values and a warning for each key without a meaning. Raises: ConfigError.
     """
     own = dict(values)
+    if isinstance(own.get("dtype"), str):
+        own["dtype"] = DTYPES.get(own["dtype"], own["dtype"])
     given = [key for key in ("mii", *FORERUNNERS) if own.get(key) is not None]
     if len(given) > 1:
         raise ConfigError(f"setup_config.json: {' and '.join(given)} are the same: give one")
@@ -288,7 +293,8 @@ def read_section(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         own.pop(key, None)
     if not isinstance(raw, Mapping):
         raise ConfigError(f"setup_config.json: {given[0]} must be an object")
-    section = _flat({k: v for k, v in raw.items() if v is not None})
+    beside = {k: own.pop(k) for k in BESIDE & own.keys()}
+    section = _flat(beside | {k: v for k, v in raw.items() if v is not None})
     if "task" in own:
         own["task"] = plain(own["task"])
     if (record := own.pop("model_name", None)) is not None:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from runners import create_runner
+from runners.config import MIIConfig
 from runners.config_files import load_setup_config
 from runners.contracts import ChatMessage, ChatPrompt, RunnerState, TextRunner
 from runners.errors import ConfigError, ContextLengthExceeded, InvalidRequest, RunnerUnavailable
@@ -300,6 +301,20 @@ def test_the_forerunners_file_is_known_by_its_keys(tmp_path: Path) -> None:
     config, warnings = load_setup_config(tmp_path, name="m")
     assert (config.engine, config.task, config.max_new_tokens) == ("mii", "text-generation", 7)
     assert warnings == []
+
+
+def test_the_forerunners_file_may_do_without_a_section(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    beside = {"dtype": "fp16", "replica_num": 2, "mode": "persistent", "enable_cuda_graph": True}
+    raw = {"model_name": "a/b", "task": "text-generation", "mii_config": {"replica_num": 3}}
+    (tmp_path / "setup_config.json").write_text(json.dumps(raw | beside | {"handler_made_up": 1}))
+    config, warnings = load_setup_config(tmp_path, name="m")
+    assert isinstance(config, MIIConfig)
+    assert (config.dtype, config.mii.mode, config.mii.replica_num) == ("float16", "persistent", 3)
+    assert [each.split(" is ")[0] for each in warnings] == [
+        "setup_config.json: unknown key handler_made_up",
+        "setup_config.json: mii.enable_cuda_graph",
+    ]
 
 
 def test_a_host_is_a_name_or_an_address_of_either_kind() -> None:
