@@ -21,9 +21,9 @@ from runners import (
 from runners.config import BaseRunnerConfig
 from runners.config_files import load_setup_config
 from runners.contracts import TextRunner
+from runners.contracts.images import ImageRunner
+from runners.contracts.tasks import TaskRunner
 from runners.errors import ConfigError, ModelNotFound
-from runners.image_contracts import ImageRunner
-from runners.task_contracts import TaskRunner
 from settings import PREFIX, Settings, variable
 
 logger = logging.getLogger("triptych")

@@ -22,8 +22,8 @@ from runners.config import (
     engine_model,
     validate,
 )
+from runners.contracts.tasks import PipelineTask
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
-from runners.task_contracts import PipelineTask
 from runners.torchserve_config import MODEL_CONFIG, read_model_config, read_yaml
 
 MODEL_HEADS = ("model_index.json", "config.json")

@@ -6,9 +6,9 @@ import logging
 
 from runners.config import AccelerateConfig, BaseRunnerConfig
 from runners.contracts import ModelInfo
+from runners.contracts.tasks import Finding, TaskRequest
 from runners.facade import RankedRunner
 from runners.ranks.messages import Found, RankMessage, RunTask
-from runners.task_contracts import Finding, TaskRequest
 
 logger = logging.getLogger("triptych")
 
@@ -31,7 +31,7 @@ def on_accelerate(config: BaseRunnerConfig) -> AccelerateConfig:
 
 
 class RankedTaskRunner(RankedRunner[list[Finding]]):
-    """A model for a task in one rank; see `task_contracts.TaskRunner`."""
+    """A model for a task in one rank; see `contracts.tasks.TaskRunner`."""
 
     def __init__(self, config: BaseRunnerConfig, *, program: str) -> None:
         super().__init__(config, program=program, is_last=lambda _: True)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from runners import create_image_runner, create_runner
 from runners.config_files import load_setup_config
 from runners.contracts import RunnerState
+from runners.contracts.images import ImageRequest, ImageRunner
 from runners.errors import (
     ConfigError,
     EngineUnavailable,
@@ -26,7 +27,6 @@ from runners.errors import (
     InvalidRequest,
     RunnerUnavailable,
 )
-from runners.image_contracts import ImageRequest, ImageRunner
 from runners.imaging.pipeline import load_pipeline
 from tests.support.generating import wait_ready
 from tests.support.image_models import KINDS, PROMPTS, write_image_model

@@ -13,8 +13,8 @@ from model_store_scripts import import_model
 from runners import create_runner, create_task_runner
 from runners.config import validate
 from runners.config_files import load_setup_config
+from runners.contracts.tasks import PipelineTask
 from runners.errors import ConfigError, EngineUnavailable
-from runners.task_contracts import PipelineTask
 from runners.task_programs import positions
 from runners.task_runner import on_accelerate
 from tests.support.model_store import store_at
