@@ -8,9 +8,9 @@ Imports run one way: facade -> ranks; the engines (`*_runner`, `*_programs`, `ra
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from runners.contracts.tasks import PipelineTask
+from runners.contracts.tasks import IMAGE_TASK, PIPELINE_TASKS, TEXT_TASKS
 from runners.errors import ConfigError, EngineUnavailable
 
 if TYPE_CHECKING:
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from runners.contracts import TextRunner
     from runners.contracts.images import ImageRunner
     from runners.contracts.tasks import TaskRunner
-
-TEXT_TASKS = ("text-generation", "conversational")
-"""What a text model does; a conversation is a chat, continued."""
-IMAGE_TASK = "text-to-image"
-PIPELINE_TASKS: tuple[str, ...] = get_args(PipelineTask)
 
 # Where each engine's rank program lives; a rank imports it, the HTTP worker never does.
 TEXT_PROGRAMS = {
