@@ -26,6 +26,7 @@ from runners.errors import (
     ModelNotServed,
     Overloaded,
     PayloadTooLarge,
+    PictureWithheld,
     RunnerUnavailable,
     TriptychError,
     Unauthorized,
@@ -57,6 +58,7 @@ class Kind(NamedTuple):
 INTERNAL = Kind(500, "server_error", "internal_error")
 KINDS: dict[type[TriptychError], Kind] = {
     InvalidRequest: Kind(400, "invalid_request_error", None),
+    PictureWithheld: Kind(400, "invalid_request_error", "content_policy_violation"),
     ContextLengthExceeded: Kind(400, "invalid_request_error", "context_length_exceeded"),
     Unauthorized: Kind(401, "authentication_error", "invalid_api_key"),
     ModelNotServed: Kind(404, "invalid_request_error", "model_not_found"),

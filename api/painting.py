@@ -15,7 +15,7 @@ from api.admission import Admission
 from api.arrivals import Arrivals, cut_short, open_all
 from api.context import RequestContext, current_request
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, Picture
-from runners.errors import ModelNotServed
+from runners.errors import ModelNotServed, TriptychError
 
 _picture_numbers = count(1)
 _random = SystemRandom()
@@ -93,14 +93,12 @@ class Painting:
     async def __aiter__(self) -> AsyncIterator[tuple[int, ImageEvent]]:
         """Yield what happens, with the index of its picture, until all are finished.
 
-        Raises: RunnerUnavailable, DeadlineExceeded, EngineFailure.
+        Raises: RunnerUnavailable, DeadlineExceeded, PictureWithheld, EngineFailure.
         """
         arrivals = aiter(self._arrivals)
         while self._unfinished:
             async with self._request.within_deadline():
-                arrival = await anext(arrivals, None)
-            if arrival is None:
-                raise cut_short()
+                arrival = await self._next(arrivals)
             finished = arrival[1].picture is not None
             self._unfinished -= finished
             if finished:
@@ -108,6 +106,19 @@ class Painting:
             else:
                 metrics.DENOISING_STEPS.labels(self._request.route).inc()
             yield arrival
+
+    async def _next(
+        self, arrivals: AsyncIterator[tuple[int, ImageEvent]]
+    ) -> tuple[int, ImageEvent]:
+        try:
+            arrival = await anext(arrivals, None)
+            if arrival is None:
+                raise cut_short()
+            return arrival
+        except TriptychError:
+            self._unfinished -= 1
+            metrics.PICTURES.labels(self._request.route, "failed").inc()
+            raise
 
     async def collect(self) -> list[Painted]:
         """Wait for all pictures. Raises: as iteration."""

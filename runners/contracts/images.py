@@ -62,7 +62,7 @@ class ImageStream(Protocol):
     def __aiter__(self) -> AsyncIterator[ImageEvent]:
         """Yield an event for each step; the last one carries the picture.
 
-        Raises: RunnerUnavailable, EngineFailure.
+        Raises: RunnerUnavailable, PictureWithheld, EngineFailure.
         """
         ...
 
@@ -95,6 +95,8 @@ class ImageModelInfo:
     takes_negative_prompt: bool
     size_multiple: int
     """What height and width must be multiples of."""
+    max_side: int | None = None
+    """Most pixels of its height, and of its width; None: as `max_pixels` allows."""
     max_pixels: int
     """Most pixels of a picture, height times width."""
     max_inference_steps: int

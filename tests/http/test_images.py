@@ -100,7 +100,7 @@ def test_a_size_of_ones_own(images: Server) -> None:
     ("change", "param", "said"),
     [
         ({"height": 10_000, "width": 10_000}, "height", "4096 pixels at most"),
-        ({"height": 20_000}, "height", "less than or equal to 16384"),
+        ({"height": 20_000}, "height", "less than or equal to 16383"),
         ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
         ({"num_inference_steps": 900}, "num_inference_steps", "from 1 to 200"),
         ({"num_images": 11}, "num_images", "less than or equal to 10"),
@@ -189,6 +189,7 @@ def test_the_openai_client_sees_the_steps(client: openai.OpenAI, right: list[Pix
     ("change", "param"),
     [
         ({"size": "10000x10000"}, "size"),
+        ({"size": "16384x8"}, "size"),
         ({"size": "large"}, "size"),
         ({"extra_body": {"num_inference_steps": 0}}, "num_inference_steps"),
         ({"n": 0}, "n"),
@@ -243,6 +244,8 @@ def test_a_dead_rank_fails_its_pictures_and_comes_back(images: Server) -> None:
     assert rest[-2] == "event: error"
     error = json.loads(rest[-1].removeprefix("data: "))["error"]
     assert error["code"] == "model_not_ready"
+    failed = 'triptych_pictures_total{outcome="failed",route="/v1/images/generations"} 1.0'
+    assert failed in images.metrics().splitlines()
     images.wait_ready()
     assert images.post("/generate_image", ASK).status_code == 200
 
