@@ -15,7 +15,7 @@ from api.admission import Admission
 from api.arrivals import Arrivals, cut_short, open_all
 from api.context import RequestContext, current_request
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, Picture
-from runners.errors import ModelNotServed, TriptychError
+from runners.errors import ModelNotServed, RunnerUnavailable, TriptychError
 
 _picture_numbers = count(1)
 _random = SystemRandom()
@@ -53,6 +53,18 @@ class ImageModel:
                 f"this server does not paint with that model; it paints with {self.name}",
                 param="model",
             )
+
+    def check(self, wish: ImageRequest, *, n: int) -> None:
+        """Whether `n` pictures would be painted, as far as can be told before.
+
+        Raises: Overloaded, InvalidRequest, RunnerUnavailable.
+        """
+        health = self._runner.health()
+        if self.info is None or not health.ready:
+            raise RunnerUnavailable(f"model {self.name} is not ready: {health.detail}")
+        self.info.checked(wish)
+        with self._admission.admit(n):
+            pass
 
     async def paint(self, wish: ImageRequest, *, seed: int | None, n: int = 1) -> Painting:
         """Start `n` pictures; picture i has the seed `seed` + i, one of ours without.

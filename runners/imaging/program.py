@@ -9,7 +9,6 @@ import math
 import queue
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ class ImageProgram:
         match message:
             case Paint(request):
                 try:
-                    request = self._checked(request)
+                    request = self.info.checked(request)
                 except InvalidRequest as error:
                     self._emit(failure(request.request_id, error))
                     return
@@ -121,42 +120,6 @@ class ImageProgram:
                 self._emit(failure(request.request_id, error))
 
         self._studio.begin(request.request_id, work)
-
-    def _checked(self, request: ImageRequest) -> ImageRequest:
-        """The request with its size and steps filled in. Raises: InvalidRequest."""
-        info = self.info
-        height, width = request.height or info.height, request.width or info.width
-        for name, side in (("height", height), ("width", width)):
-            if side < 1 or side % info.size_multiple:
-                raise InvalidRequest(
-                    f"{name} must be a multiple of {info.size_multiple} pixels", param=name
-                )
-            if info.max_side is not None and side > info.max_side:
-                raise InvalidRequest(
-                    f"{name} may be {info.max_side} pixels at most: the model knows no positions "
-                    "beyond",
-                    param=name,
-                )
-        if height * width > info.max_pixels:
-            raise InvalidRequest(
-                f"height times width may be {info.max_pixels} pixels at most", param="height"
-            )
-        steps = request.num_inference_steps
-        if steps is None:
-            steps = info.num_inference_steps
-        if not 1 <= steps <= info.max_inference_steps:
-            raise InvalidRequest(
-                f"num_inference_steps must be from 1 to {info.max_inference_steps}",
-                param="num_inference_steps",
-            )
-        if request.scheduler is not None and request.scheduler not in info.schedulers:
-            allowed = ", ".join(info.schedulers) or "none to choose from"
-            raise InvalidRequest(
-                f"scheduler must be one of those that fit this model: {allowed}", param="scheduler"
-            )
-        if request.negative_prompt and not info.takes_negative_prompt:
-            raise InvalidRequest("this model takes no negative_prompt", param="negative_prompt")
-        return replace(request, height=height, width=width, num_inference_steps=steps)
 
 
 def image_program(context: RankContext, pipeline: Any) -> ImageProgram:

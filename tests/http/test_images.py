@@ -232,6 +232,33 @@ def test_a_picture_as_a_task(images: Server, right: list[Pixels]) -> None:
     assert images.gauge("admitted_sequences") == 0
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        (b"{", 400, None),
+        ({"prompt": "a", "num_inference_steps": 0}, 400, "num_inference_steps"),
+        ({"prompt": "a", "height": 10_000, "width": 10_000}, 400, "height"),
+        ({"prompt": "a", "model": "other"}, 404, "model"),
+    ],
+)
+def test_a_bad_task_is_refused_when_it_is_submitted(
+    images: Server, body: Any, status: int, param: str | None
+) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    answer = httpx.post(
+        f"{images.url}/generate_image_task/submit",
+        content=content,
+        headers={"Content-Type": "application/json"},
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+def test_a_task_goes_on_when_it_is_told_to_be_cancelled(images: Server) -> None:
+    answer = httpx.put(f"{images.url}/generate_image_task/cancel", params={"task_id": "x"})
+    assert answer.status_code == 400
+    assert "can not be cancelled" in answer.json()["error"]["message"]
+
+
 def test_a_dead_rank_fails_its_pictures_and_comes_back(images: Server) -> None:
     [rank] = ranks_below(images.pid)
     body = {"prompt": "a", "stream": True, "num_inference_steps": 200}

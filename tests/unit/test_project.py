@@ -45,7 +45,7 @@ def imports(path: Path) -> set[str]:
                              "runners.contracts", "runners.dtypes", "runners.errors")),
         ("runners/tasks", ("runners.tasks", "runners.ragged", "runners.ranks",
                            "runners.contracts", "runners.errors")),
-        ("runners/contracts", ("runners.contracts",)),
+        ("runners/contracts", ("runners.contracts", "runners.errors")),
         ("runners/ranks", ("runners.ranks", "runners.config", "runners.contracts",
                            "runners.errors")),
         ("runners/mii_deployment", ("runners.mii_deployment", "runners.ranks", "runners.errors")),
