@@ -123,10 +123,13 @@ class _Progress:
             return None
 
     def _preview(self, result: Any) -> Picture | None:
-        """None where only the pipeline itself knows how to decode its latents.
+        """None where only the pipeline itself knows how to decode its latents, and where it would
+        show what a safety checker has not seen.
 
         Most schedulers tell, beside the next latents, what the picture is going to be.
         """
+        if getattr(self._pipeline, "safety_checker", None) is not None:
+            return None
         latents, *more = result if isinstance(result, tuple) else result.to_tuple()
         if more and torch.is_tensor(more[0]) and more[0].shape == latents.shape:
             latents = more[0]

