@@ -42,7 +42,7 @@ def imports(path: Path) -> set[str]:
         ("runners/ragged", ("runners.ragged", "runners.ranks", "runners.config",
                             "runners.contracts", "runners.dtypes", "runners.errors")),
         ("runners/imaging", ("runners.imaging", "runners.ranks", "runners.config",
-                             "runners.contracts", "runners.dtypes", "runners.errors")),
+                             "runners.image_config", "runners.contracts", "runners.dtypes", "runners.errors")),
         ("runners/tasks", ("runners.tasks", "runners.ragged", "runners.ranks",
                            "runners.contracts", "runners.errors")),
         ("runners/contracts", ("runners.contracts", "runners.errors")),
