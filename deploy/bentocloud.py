@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import bentoml
+
 from deploy.plan import Plan
 from runners.errors import ConfigError
 
@@ -20,18 +22,15 @@ def deployment(plan: Plan) -> dict[str, Any]:
         )
     if not plan.options.bento:
         raise ConfigError("BentoCloud runs bentos: name one with --bento")
-    places = sum(model.config.places for model in plan.models)
-    overrides: dict[str, Any] = {"traffic": {"concurrency": places}}
-    if plan.gpus:
-        overrides["resources"] = {"gpu": plan.gpus}
     service: dict[str, Any] = {
         "scaling": {
             "min_replicas": plan.options.replicas,
             "max_replicas": plan.options.max_replicas,
         },
         "cold_start_timeout": plan.start_s,
-        "config_overrides": overrides,
     }
+    if overrides := _overrides(plan):
+        service["config_overrides"] = overrides
     if plan.options.instance_type:
         service["instance_type"] = plan.options.instance_type
     config: dict[str, Any] = {
@@ -45,3 +44,15 @@ def deployment(plan: Plan) -> dict[str, Any]:
     if secret := plan.options.api_key_secret:
         config["secrets"] = [secret]
     return config
+
+
+def _overrides(plan: Plan) -> dict[str, Any]:
+    """What the models ask for by what is set here, where the bento itself says otherwise."""
+    [service] = bentoml.bentos.get(plan.options.bento).info.services
+    asked = {
+        "resources": {"gpu": plan.gpus} if plan.gpus else {},
+        "traffic": {"concurrency": sum(model.config.places for model in plan.models)},
+    }
+    if service.config.get("resources") and not plan.gpus:
+        raise ConfigError("the bento asks for GPUs, which can not be taken back: build it anew")
+    return {k: v for k, v in asked.items() if not v.items() <= service.config.get(k, {}).items()}

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,8 @@ class Home:
     plain: str
     """A text model that asks for no GPU."""
     image: str
+    large: str
+    """Not a model, but larger than one part of an upload."""
     bento: str = ""
     """Made of `split` and `image`."""
 
@@ -52,23 +54,30 @@ def _stored(name: str, folder: Path, setup: dict[str, object]) -> str:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     """The models and the bento; nothing writes to it."""
     from tests.support.model_store import store_at, write_pipeline
-    from tests.support.models import write_model
 
     work = tmp_path_factory.mktemp("deploy")
-    text, image = write_model("llama", work / "text"), write_pipeline(work / "image")
+    image, text = write_pipeline(work / "image"), work / "text"
+    text.mkdir()
+    (text / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    shutil.copy(image / "unet/diffusion_pytorch_model.safetensors", text / "model.safetensors")
+    sparse = work / "sparse"
+    sparse.mkdir()
+    with (sparse / "weights").open("wb") as file:
+        file.truncate(101 * 2**20)
     with store_at(work / "home"):
         made = Home(
             work / "home",
             split=_stored("split", text, SPLIT),
             plain=_stored("plain", text, {"gpus": 0}),
             image=_stored("painter", image, {"max_batch_images": 4}),
+            large=_stored("large", sparse, {}),
         )
     chosen = ("--arg", "text_model=split", "--arg", "image_model=painter")
     done = made.run("build", ".", "-o", "tag", *chosen)
     assert done.returncode == 0, done.stderr
     found = re.search(r"triptych:\w+", done.stdout)
     assert found is not None
-    return Home(made.path, made.split, made.plain, made.image, found[0])
+    return replace(made, bento=found[0])
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import yaml
 
 from tests.deploy.conftest import Home, Render
 from tests.support.manifests import check_compose, check_kubernetes, check_ray
+from tests.support.server import ROOT
 
 NODES = {
     "TRIPTYCH_NNODES": "2",
@@ -205,10 +206,21 @@ def test_bentocloud(render: Render, store: Home) -> None:
     options = ["--bento", store.bento, "--api-key-secret", "door", "--instance-type", "gpu.big"]
     config = yaml.safe_load(render("bentocloud", *options, TRIPTYCH_MAX_QUEUE="9"))
     service = config["services"]["triptych"]
-    assert service["config_overrides"] == {"traffic": {"concurrency": 12}, "resources": {"gpu": 3}}
     assert service["instance_type"] == "gpu.big"
     assert config["secrets"] == ["door"]
     assert config["envs"] == [{"name": "TRIPTYCH_MAX_QUEUE", "value": "9"}]
+    # What the bento's models ask for stands in the bento; only what is changed here is said again.
+    assert "config_overrides" not in service
+    changed = {"TRIPTYCH_MAX_BATCH_SIZE": "20", "TRIPTYCH_TENSOR_PARALLEL": "4"}
+    config = yaml.safe_load(render("bentocloud", *options, **changed))
+    overrides = config["services"]["triptych"]["config_overrides"]
+    assert overrides == {"traffic": {"concurrency": 24}, "resources": {"gpu": 5}}
+
+
+def test_the_file_for_bentocloud_is_what_is_rendered(render: Render, store: Home) -> None:
+    assert yaml.safe_load((ROOT / "deploy/bentocloud.yaml").read_text()) == yaml.safe_load(
+        render("bentocloud", "--bento", "triptych:latest")
+    )
 
 
 REFUSED: list[tuple[list[str], dict[str, str], str]] = [
