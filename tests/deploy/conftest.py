@@ -41,7 +41,8 @@ class Home:
         )
 
 
-def _stored(name: str, folder: Path, setup: dict[str, object]) -> str:
+def stored(name: str, folder: Path, setup: dict[str, object]) -> str:
+    """Put a model into the store; returns its tag."""
     import bentoml
 
     with bentoml.models.create(name) as model:
@@ -67,10 +68,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     with store_at(work / "home"):
         made = Home(
             work / "home",
-            split=_stored("split", text, SPLIT),
-            plain=_stored("plain", text, {"gpus": 0}),
-            image=_stored("painter", image, {"max_batch_images": 4}),
-            large=_stored("large", sparse, {}),
+            split=stored("split", text, SPLIT),
+            plain=stored("plain", text, {"gpus": 0}),
+            image=stored("painter", image, {"max_batch_images": 4}),
+            large=stored("large", sparse, {}),
         )
     chosen = ("--arg", "text_model=split", "--arg", "image_model=painter")
     done = made.run("build", ".", "-o", "tag", *chosen)
