@@ -37,8 +37,8 @@ Size = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)?\s*[KMGT]?i?B$")]
 Index = Annotated[int, Field(ge=0)]
 
 SETUP_CONFIG = "setup_config.json"
-GIVEN = frozenset({"name", "model_path"})
-"""Fields that come from where the model lies, not from its file."""
+GIVEN = frozenset({"name", "model_path", "gpu_share"})
+"""Fields that come from where the model lies and what is served beside it, not from its file."""
 
 
 class BaseRunnerConfig(BaseModel):
@@ -52,6 +52,9 @@ class BaseRunnerConfig(BaseModel):
     """The name clients call the model by."""
     model_path: Path
     """The folder that holds `config.json` and the weights."""
+    gpu_share: tuple[int, int, int] | None = None
+    """Its first GPU, how many it gets, and how many all models here get: they keep to their own
+    where there are just so many. None: it takes from all."""
     task: Task = "text-generation"
     """What the model does."""
     revision: str | None = None

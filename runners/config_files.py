@@ -63,7 +63,7 @@ def load_setup_config(
     model_path, more = find_model(folder, own.get("model_path"))
     _refuse_pickles(folder, model_path)
     own.setdefault("task", task_of(model_path))
-    given = {"name": name, "model_path": model_path}
+    given = {"name": name, "model_path": model_path, "gpu_share": None}
     where = " and ".join(path.name for path in files) or SETUP_CONFIG
     return validate(own | wanted | given, where=where), warnings + more
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from model_choice import chosen_runners
 from runners.config import validate
+from runners.ranks.environment import visible_gpus
+from settings import Settings
 
 SPLIT = {"engine": "deepspeed", "tensor_parallel": 4}
 NODES = {"nnodes": 2, "rdzv_endpoint": "a:1"}
@@ -52,6 +57,44 @@ def test_gpus(fields: dict[str, Any], gpus: int) -> None:
 )
 def test_places(fields: dict[str, Any], places: int) -> None:
     assert validate(fields_of(fields)).places == places
+
+
+@pytest.mark.parametrize(
+    ("set_here", "there", "text", "image"),
+    [
+        (None, 3, "0,1", "2"),
+        ("5,GPU-a,7", 3, "5,GPU-a", "7"),
+        (None, 2, None, None),  # fewer: they share what there is
+        (None, 8, None, None),  # more: nobody dealt them out
+        (None, 0, None, None),
+    ],
+)
+def test_models_keep_to_their_own_gpus_where_there_are_just_enough(
+    monkeypatch: pytest.MonkeyPatch,
+    set_here: str | None,
+    there: int,
+    text: str | None,
+    image: str | None,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if set_here:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", set_here)
+    for share, visible in (((0, 2, 3), text), ((2, 1, 3), image)):
+        assert visible_gpus(share, there).get("CUDA_VISIBLE_DEVICES") == visible
+    assert visible_gpus(None, there) == {}
+
+
+def test_two_models_get_shares(tmp_path: Path) -> None:
+    (split := tmp_path / "split").mkdir()
+    (split / "config.json").write_text("{}")
+    (split / "setup_config.json").write_text(json.dumps(SPLIT))
+    (painter := tmp_path / "painter").mkdir()
+    (painter / "model_index.json").write_text("{}")
+    both = chosen_runners(str(split), str(painter), Settings())
+    specs = [runner._group._spec for runner in (both.text, both.image)]  # type: ignore[union-attr]
+    assert [spec.gpu_share for spec in specs] == [(0, 4, 5), (4, 1, 5)]
+    alone = chosen_runners(str(split), "", Settings())
+    assert alone.text._group._spec.gpu_share is None  # type: ignore[union-attr]
 
 
 def fields_of(fields: dict[str, Any]) -> dict[str, Any]:
