@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -67,21 +68,36 @@ def chosen_runners(text: str, image: str, settings: Settings) -> Runners:
             f"no model is chosen: set {PREFIX}TEXT_MODEL or {PREFIX}IMAGE_MODEL to a folder or a "
             f"tag of the model store; {_models_in_store()}"
         )
-    runners = Runners()
+    configs = {}
     if text:
-        config = model_config(text, settings, OVERRIDES)
+        configs["text"] = config = model_config(text, settings, OVERRIDES)
         if config.task == IMAGE_TASK:
             raise _misplaced("TEXT_MODEL", text, config, "IMAGE_MODEL")
-        if config.task in TEXT_TASKS:
-            runners = Runners(text=create_runner(config))
-        else:
-            runners = Runners(task=create_task_runner(config))
     if image:
-        config = model_config(image, settings, IMAGE_OVERRIDES)
+        configs["image"] = config = model_config(image, settings, IMAGE_OVERRIDES)
         if config.task != IMAGE_TASK:
             raise _misplaced("IMAGE_MODEL", image, config, "TEXT_MODEL")
-        runners = replace(runners, image=create_image_runner(config))
+    runners = Runners()
+    for kind, config in _with_own_gpus(configs).items():
+        if kind == "image":
+            runners = replace(runners, image=create_image_runner(config))
+        elif config.task in TEXT_TASKS:
+            runners = replace(runners, text=create_runner(config))
+        else:
+            runners = replace(runners, task=create_task_runner(config))
     return runners
+
+
+def _with_own_gpus(configs: Mapping[str, BaseRunnerConfig]) -> dict[str, BaseRunnerConfig]:
+    """Where there are several models, each with its share of the GPUs that all ask for."""
+    counts = [config.gpus_asked for config in configs.values()]
+    if len(counts) < 2:
+        return dict(configs)
+    firsts = itertools.accumulate(counts, initial=0)
+    return {
+        kind: config.model_copy(update={"gpu_share": (first, config.gpus_asked, sum(counts))})
+        for (kind, config), first in zip(configs.items(), firsts, strict=False)
+    }
 
 
 def _misplaced(variable: str, choice: str, config: BaseRunnerConfig, right: str) -> ConfigError:

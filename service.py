@@ -44,9 +44,9 @@ from api.served import Served
 from api.task_gate import TaskGateMiddleware
 from api.task_results import choose_file, make_folder
 from api.tasks.model import TaskModel
-from model_choice import chosen_runners, is_folder
+from model_choice import chosen_runners, is_folder, model_config
 from runners.contracts import Runner, RunnerHealth, RunnerState
-from runners.errors import ConfigError
+from runners.errors import ConfigError, ModelNotFound
 from settings import Settings, get_settings, unknown_variables
 
 logger = logging.getLogger("triptych")
@@ -61,6 +61,8 @@ class BuildArguments(BaseModel):
 
     text_model: str = ""
     image_model: str = ""
+    base_image: str = "triptych-base"
+    """What its OCI image is made from: `deploy/Containerfile`, built under this name."""
 
 
 def _settings() -> Settings:
@@ -80,6 +82,24 @@ def _tracing() -> dict[str, Any]:
     return {} if asked_for else {"tracing": {"excluded_urls": ".*"}}
 
 
+def _demands() -> dict[str, Any]:
+    """What a bento's models ask for, by their own configs: GPUs, and requests at a time."""
+    models = [name for name in (arguments.text_model, arguments.image_model) if name]
+    try:
+        configs = [model_config(name, settings, {}) for name in models]
+    except ModelNotFound:  # which is told where the model is needed
+        configs = []
+    except ConfigError as error:
+        raise SystemExit(f"triptych: {error}") from None
+    gpus = sum(config.gpus_asked for config in configs)
+    # BentoCloud hands out this many at once: BentoML's own default, for services with tasks, is 1.
+    places = sum(config.places for config in configs) or settings.max_queue
+    traffic = {"timeout": settings.request_timeout + TIMER_SLACK_S, "concurrency": places}
+    return {"traffic": traffic} | ({"resources": {"gpu": gpus}} if gpus else {})
+
+
+# The ranks place themselves on the GPUs there are; BentoML hides some and makes up missing ones.
+os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
 settings = _settings()
 arguments = bentoml.use_arguments(BuildArguments)
 openai_app = create_app()
@@ -88,9 +108,11 @@ choose_file()
 
 @bentoml.service(
     name="triptych",
+    # What bentofile.yaml adds to: a value there can not be chosen at build time.
+    image=bentoml.images.Image(base_image=arguments.base_image, python_version="3.11"),
     workers=1,
     http={"port": settings.port},
-    traffic={"timeout": settings.request_timeout + TIMER_SLACK_S},
+    **_demands(),
     **_tracing(),
 )
 @bentoml.asgi_app(openai_app)

@@ -25,7 +25,7 @@ nothing.
 # Options that are fields of setup_config.json, under the same names.
 FIELDS = (
     *("engine", "task", "dtype", "device_map", "max_memory", "offload_folder", "max_length"),
-    *("max_batch_size", "tensor_parallel"),
+    *("max_batch_size", "tensor_parallel", "gpus"),
 )
 
 
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=int, help="longest prompt in tokens")
     add("--max-batch-size", type=int, help="sequences generated together")
     add("--tensor-parallel", type=int, help="over how many ranks to split it")
+    add("--gpus", type=int, help="GPUs that a deployment asks for (default: as many as it uses)")
     add(
         "--setup-config",
         type=Path,

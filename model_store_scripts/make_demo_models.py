@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from model_store_scripts.importing import ImportedModel, ImportRequest, import_m
 from model_store_scripts.store import make_latest, stored_models
 
 HERE = Path(__file__).parent
+SETUP = {"gpus": 0}
+"""Fields of `setup_config.json`: small as they are, no deployment needs a GPU for them."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def make(demo: Demo, *, force: bool = False) -> ImportedModel:
             ImportRequest(
                 source=str(Path(folder, demo.name)),
                 name=demo.name,
+                overrides=SETUP,
                 force=force,
                 metadata={"source": f"{__package__}.{demo.package}", "recipe": recipe},
             )
@@ -99,7 +103,7 @@ def _recipe(demo: Demo) -> str:
     package = HERE / demo.package
     paths = [package / name for name in demo.recipe]
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(json.dumps(SETUP).encode())
     for file in files:
         digest.update(file.relative_to(package).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(file.read_bytes()).digest())

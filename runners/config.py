@@ -7,7 +7,7 @@ field.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -28,7 +28,8 @@ from runners.image_config import ImageFields
 from runners.mii_config import MIISection
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
-Task = Literal["text-generation", "text-to-image", "conversational", PipelineTask]
+TextTask = Literal["text-generation", "conversational"]
+Task = Literal[TextTask, "text-to-image", PipelineTask]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 DEVICE_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
 Device = Annotated[str, Field(pattern=r"^(cpu|disk|(cuda|xpu|npu|mps)(:\d+)?)$")]
@@ -36,8 +37,8 @@ Size = Annotated[str, Field(pattern=r"(?i)^\d+(\.\d+)?\s*[KMGT]?i?B$")]
 Index = Annotated[int, Field(ge=0)]
 
 SETUP_CONFIG = "setup_config.json"
-GIVEN = frozenset({"name", "model_path"})
-"""Fields that come from where the model lies, not from its file."""
+GIVEN = frozenset({"name", "model_path", "gpu_share"})
+"""Fields that come from where the model lies and what is served beside it, not from its file."""
 
 
 class BaseRunnerConfig(BaseModel):
@@ -51,6 +52,9 @@ class BaseRunnerConfig(BaseModel):
     """The name clients call the model by."""
     model_path: Path
     """The folder that holds `config.json` and the weights."""
+    gpu_share: tuple[int, int, int] | None = None
+    """Its first GPU, how many it gets, and how many all models here get: they keep to their own
+    where there are just so many. None: it takes from all."""
     task: Task = "text-generation"
     """What the model does."""
     revision: str | None = None
@@ -87,6 +91,9 @@ class BaseRunnerConfig(BaseModel):
     """Seconds without a sign of life, after which a rank is taken for hung and replaced."""
     step_timeout: Annotated[float, Field(ge=1)] = 300.0
     """Seconds one step may take before its rank is taken for hung."""
+    gpus: Annotated[int, Field(ge=0, le=1024)] | None = None
+    """GPUs that a deployment asks for on each of its machines; 0: none, it runs on CPUs. Default:
+    one per rank and replica, or as many as `device_map` and `max_memory` name, `auto` alone one."""
 
     @property
     def world_size(self) -> int:
@@ -108,9 +115,36 @@ class BaseRunnerConfig(BaseModel):
         """`host:port` where the ranks of several machines meet; None if all are on this one."""
         return None
 
+    @property
+    def gpus_asked(self) -> int:
+        """How many GPUs a deployment asks for on each of its machines."""
+        return self._gpus_used() if self.gpus is None else self.gpus
+
+    def _gpus_used(self) -> int:
+        return self.local_world_size
+
+    @property
+    def places(self) -> int:
+        """How many sequences or pictures are computed together; more of them wait."""
+        return self.max_batch_size
+
 
 class EngineConfig(ImageFields, BaseRunnerConfig):
     """What every engine understands, of text and of image models."""
+
+    @property
+    def places(self) -> int:
+        """How many sequences or pictures are computed together; more of them wait."""
+        images = self.task == "text-to-image"  # of which each rank paints its own
+        return self.max_batch_images * self.world_size if images else super().places
+
+
+def _gpu_index(device: int | str) -> int:
+    """Which GPU a device is, -1 for none."""
+    if isinstance(device, int):
+        return device
+    kind, _, index = device.partition(":")
+    return int(index or 0) if kind == "cuda" else -1
 
 
 class AccelerateConfig(EngineConfig):
@@ -132,6 +166,14 @@ class AccelerateConfig(EngineConfig):
     goes with the process."""
     tensor_parallel: Literal[1] = 1
     """Always 1: Accelerate places layers, it does not split them."""
+
+    def _gpus_used(self) -> int:
+        named: Iterable[int | str] = ["cuda:0"] if self.max_memory is None else self.max_memory
+        if isinstance(self.device_map, dict):
+            named = self.device_map.values()
+        elif self.device_map not in DEVICE_STRATEGIES:
+            named = [self.device_map]
+        return 1 + max(map(_gpu_index, named), default=-1)
 
     @field_validator("max_memory", mode="before")
     @classmethod
@@ -244,6 +286,18 @@ class MIIConfig(EngineConfig):
     def world_size(self) -> int:
         """Our rank processes: a persistent deployment has ranks of its own."""
         return self.tensor_parallel if self.mii.mode == "pipeline" else 1
+
+    def _gpus_used(self) -> int:
+        if self.task not in get_args(TextTask):  # which run on Accelerate
+            return 1
+        if self.mii.host is not None:  # a deployment elsewhere
+            return 0
+        return self.tensor_parallel * self.mii.replica_num
+
+    @property
+    def places(self) -> int:
+        """How many sequences or pictures are computed together, over all replicas."""
+        return super().places * self.mii.replica_num
 
 
 RunnerConfig = Annotated[

@@ -69,7 +69,7 @@ def load_setup_config(
         raise ConfigError(f"task is {own['task']}, but {model_path} is a model for {found}")
     if own["engine"] == "mii" and own["task"] not in TEXT_TASKS:
         warnings += mii_config.drop_section(own)
-    given = {"name": name, "model_path": model_path}
+    given = {"name": name, "model_path": model_path, "gpu_share": None}
     where = " and ".join(path.name for path in files) or SETUP_CONFIG
     return validate(own | wanted | given, where=where), warnings + more
 

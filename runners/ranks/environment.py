@@ -14,6 +14,7 @@ from runners.ranks.spec import RankSpec
 SPIN_COUNT = "20000"
 """How often a waiting thread looks before it sleeps: half a millisecond. GNU OpenMP's own default
 is fifteen times that, all of it lost when another process has the core that is waited for."""
+GPUS = "CUDA_VISIBLE_DEVICES"
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -31,6 +32,16 @@ def rank_variables(spec: RankSpec) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         **_interface(spec.rendezvous),
     }
+
+
+def visible_gpus(share: tuple[int, int, int] | None, there: int) -> dict[str, str]:
+    """What lets a model's ranks see its own GPUs alone; nothing if there are more or fewer than all
+    models here were given, which then share them as they can."""
+    if share is None or there != share[2]:
+        return {}
+    first, count, _ = share
+    names = os.environ.get(GPUS, ",".join(map(str, range(there)))).split(",")
+    return {GPUS: ",".join(names[first : first + count])}
 
 
 def own_address(rendezvous: str) -> str:

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from pathlib import Path
 
+import torch
 from torch.distributed.elastic.multiprocessing import (
     DefaultLogsSpecs,
     PContext,
@@ -23,7 +24,7 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
-from runners.ranks.environment import rank_variables
+from runners.ranks.environment import rank_variables, visible_gpus
 from runners.ranks.lifeline import die_with_parent, outlive_signals
 from runners.ranks.spec import LOGS, OUTCOME, Outcome, RankSpec, read_spec, write_private
 
@@ -59,7 +60,7 @@ def _start(run_dir: Path, spec: RankSpec) -> PContext:
     logs = run_dir / LOGS
     logs.mkdir(mode=0o700, exist_ok=True)
     ranks = range(spec.local_world_size)
-    common = rank_variables(spec)
+    common = rank_variables(spec) | visible_gpus(spec.gpu_share, torch.cuda.device_count())
     return start_processes(
         name="rank",
         entrypoint=sys.executable,

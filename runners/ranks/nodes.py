@@ -27,7 +27,7 @@ from runners.ranks.worker import HEARTBEAT_S, RankContext
 SET_UP = "triptych/set-up"
 OWN_FIELDS = {
     *("name", "model_path", "revision", "node_rank", "rdzv_endpoint", "num_threads"),
-    *("cpu_kernels", "start_timeout", "heartbeat_timeout", "step_timeout"),
+    *("cpu_kernels", "start_timeout", "heartbeat_timeout", "step_timeout", "gpus", "gpu_share"),
 }
 """Fields that each machine may set as it likes."""
 NATIVE = ("avx512_bf16", "avx512_fp16")

@@ -28,6 +28,8 @@ class RankSpec(msgspec.Struct, frozen=True):
     """The first rank of this machine."""
     rendezvous: str | None = None
     """`host:port` where the ranks of several machines meet."""
+    gpu_share: tuple[int, int, int] | None = None
+    """First GPU, how many, and of how many; None: all there are."""
 
 
 def spec_of(config: BaseRunnerConfig, program: str) -> RankSpec:
@@ -41,6 +43,7 @@ def spec_of(config: BaseRunnerConfig, program: str) -> RankSpec:
         local_world_size=local,
         first_rank=config.first_rank,
         rendezvous=config.rendezvous,
+        gpu_share=config.gpu_share,
     )
 
 

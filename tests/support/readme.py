@@ -48,6 +48,16 @@ def examples() -> list[Example]:
     ]
 
 
+def commands(path: Path) -> list[tuple[str, str]]:
+    """All blocks of `sh` of another document, and what each prints, empty if it does not say."""
+    blocks = [*_BLOCK.findall(path.read_text(encoding="utf-8")), ("", "")]
+    return [
+        (code, output if after == "text" else "")
+        for (language, code), (after, output) in itertools.pairwise(blocks)
+        if language == "sh"
+    ]
+
+
 def with_tables(text: str) -> str:
     """The README with its tables as the types give them now."""
     tables = {

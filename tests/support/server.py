@@ -47,7 +47,7 @@ class Server:
         self._log = home / f"server-{self.port}.log"
         self._env = environment(home, TRIPTYCH_NUM_THREADS="1", PORT=str(self.port))
         self._env |= dict(variables)
-        self._command = bentoml_command("serve", target, "--host", "127.0.0.1")
+        self.command = bentoml_command("serve", target, "--host", "127.0.0.1")
         self._cwd = cwd
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -55,7 +55,7 @@ class Server:
         """Start it; returns at once."""
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                self._command,
+                self.command,
                 cwd=self._cwd,
                 env=self._env,
                 stdout=log,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
@@ -21,7 +22,22 @@ SOURCES = [
 def test_the_bento_has_the_packages_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bento = yaml.safe_load((ROOT / "bentofile.yaml").read_text())
-    assert bento["python"]["packages"] == project["dependencies"]
+    extras = project["optional-dependencies"]
+    mii = [package for package in extras["mii"] if not package.startswith("triptych[")]
+    assert bento["python"]["packages"] == project["dependencies"] + mii
+
+
+def test_the_image_has_deepspeed_and_mii_as_a_checkout_has_them() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    script = (ROOT / "deploy/setup_image.sh").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    [deepspeed] = project["optional-dependencies"]["deepspeed"]
+    assert f"uv pip install --no-build-isolation {deepspeed}\n" in script
+    mii = re.search(r"^MII := (\S+)$", makefile, re.M)
+    assert mii is not None
+    assert f"uv pip install --no-deps {mii[1]}\n" in script
+    assert 'python_version="3.11"' in (ROOT / "service.py").read_text()
+    assert "uv python install 3.11" in (ROOT / "deploy/Containerfile").read_text()
 
 
 def imports(path: Path) -> set[str]:
@@ -53,11 +69,20 @@ def imports(path: Path) -> set[str]:
         ("runners/mii_backend", ("runners.mii_backend", "runners.mii_deployment",
                                  "runners.mii_config", "runners.ragged", "runners.ranks",
                                  "runners.config", "runners.contracts", "runners.errors")),
+        ("deploy", ("deploy", "model_choice", "settings", "runners.config", "runners.errors")),
         ("model_store_scripts", ("model_store_scripts", "runners.config", "runners.errors")),
     ],
 )  # fmt: skip
 def test_imports_run_one_way(folder: str, allowed: tuple[str, ...]) -> None:
-    ours = ("api", "runners", "model_store_scripts", "service", "settings", "model_choice")
+    ours = (
+        "api",
+        "deploy",
+        "runners",
+        "model_store_scripts",
+        "service",
+        "settings",
+        "model_choice",
+    )
     for path in (ROOT / folder).rglob("*.py"):
         for module in imports(path):
             if module.split(".")[0] in ours:

@@ -1,0 +1,261 @@
+"""Rendered manifests: they fit the schemas of what reads them, and say what the models need."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.conftest import Home, Render
+from tests.support.manifests import check_compose, check_kubernetes, check_ray
+from tests.support.server import ROOT
+
+NODES = {
+    "TRIPTYCH_NNODES": "2",
+    "TRIPTYCH_TENSOR_PARALLEL": "4",
+    "TRIPTYCH_TEXT_ENGINE": "deepspeed",
+}
+
+
+def pod(manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A pod's spec, its container, and the container's variables."""
+    spec = manifest["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    env = {e["name"]: e.get("value", e.get("valueFrom")) for e in container["env"]}
+    return spec, container, env
+
+
+def test_kubernetes(render: Render, store: Home) -> None:
+    text = render("kubernetes", "--bento", store.bento, "--image", "registry.example/triptych:1")
+    found = check_kubernetes(text)
+    assert set(found) == {"Service", "Deployment", "PodDisruptionBudget"}
+    spec, container, env = pod(found["Deployment"])
+    # The split text model's two ranks and the image model's one.
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "3"
+    assert container["image"] == "registry.example/triptych:1"
+    # The slowest model's start_timeout, and the request_timeout of the longest stream.
+    probe = container["startupProbe"]
+    assert probe["httpGet"]["path"] == "/readyz"
+    assert probe["periodSeconds"] * probe["failureThreshold"] > 900
+    assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+    assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
+    drained = int(container["args"][-1])
+    assert spec["terminationGracePeriodSeconds"] > drained + 10 > 600
+    shm = next(v for v in spec["volumes"] if v["name"] == "shm")
+    assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "2048Mi"}
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert not spec["enableServiceLinks"]
+    assert not [name for name in env if name.startswith("TRIPTYCH_")]
+    assert found["Deployment"]["spec"]["replicas"] == 1
+    assert (
+        render("kubernetes", "--bento", store.bento, "--image", "registry.example/triptych:1")
+        == text
+    )
+
+
+def test_limits_that_are_set_here_hold_there(render: Render, store: Home) -> None:
+    set_here = {
+        "TRIPTYCH_REQUEST_TIMEOUT": "7200",
+        "TRIPTYCH_START_TIMEOUT": "1800",
+        "TRIPTYCH_MAX_BATCH_SIZE": "5",
+        "TRIPTYCH_CPU_KERNELS": "false",
+        "PORT": "8080",
+    }
+    text = render("kubernetes", "--bento", store.bento, "--max-replicas", "3", **set_here)
+    found = check_kubernetes(text)
+    spec, container, env = pod(found["Deployment"])
+    assert spec["terminationGracePeriodSeconds"] > 7200
+    assert 10 * container["startupProbe"]["failureThreshold"] > 1800
+    assert container["ports"] == [{"name": "http", "containerPort": 8080}]
+    assert {k: v for k, v in env.items() if k.startswith(("TRIPTYCH_", "PORT"))} == {
+        **set_here,
+        "TRIPTYCH_REQUEST_TIMEOUT": "7200.0",
+        "TRIPTYCH_START_TIMEOUT": "1800.0",
+    }
+    thresholds = [t["metadata"]["threshold"] for t in found["ScaledObject"]["spec"]["triggers"]]
+    assert thresholds == ["5", "4"]
+
+
+@pytest.mark.parametrize("scaler", ["keda", "hpa"])
+def test_scaling_by_what_is_in_the_house(render: Render, store: Home, scaler: str) -> None:
+    options = ["--replicas", "2", "--max-replicas", "5", "--autoscaler", scaler]
+    key = ["--api-key-secret", "door"]
+    found = check_kubernetes(render("kubernetes", "--bento", store.bento, *options, *key))
+    assert "replicas" not in found["Deployment"]["spec"]
+    [endpoint] = found["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    secret = {"name": "door", "key": "api-key"}
+    assert endpoint["authorization"]["credentials"] == secret
+    _, _, env = pod(found["Deployment"])
+    assert env["TRIPTYCH_API_KEY"] == {"secretKeyRef": secret}
+    selected = found["PodMonitor"]["spec"]["selector"]["matchLabels"]
+    assert selected.items() <= found["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+    if scaler == "keda":
+        spec = found["ScaledObject"]["spec"]
+        assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (2, 5)
+        asked = [t["metadata"] for t in spec["triggers"]]
+        assert [a["threshold"] for a in asked] == ["8", "4"]
+        for model, one in zip(("split", "painter"), asked, strict=True):
+            assert one["query"].startswith("sum(triptych_admitted_sequences{")
+            assert f'model="{model}"' in one["query"]
+            pods = re.search(r'pod=~"([^"]+)"', one["query"])
+            assert pods is not None
+            assert re.fullmatch(pods[1], "triptych-7d9c5b8f6c-x2x9z")
+            assert not re.fullmatch(pods[1], "triptych-second-7d9c5b8f6c-x2x9z")
+    else:
+        spec = found["HorizontalPodAutoscaler"]["spec"]
+        assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 5)
+        asked = [m["pods"] for m in spec["metrics"]]
+        assert [a["target"]["averageValue"] for a in asked] == ["8", "4"]
+        names = [a["metric"]["selector"]["matchLabels"]["model"] for a in asked]
+        assert names == ["split", "painter"]
+
+
+def test_models_on_a_volume_and_on_cpus(render: Render, store: Home) -> None:
+    options = ["--text-model", "plain", "--model-volume", "weights", "--image", "t:1"]
+    found = check_kubernetes(render("kubernetes", *options, "--cpus", "5", "--memory", "9"))
+    spec, container, env = pod(found["Deployment"])
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    assert "tolerations" not in spec
+    assert container["resources"]["requests"] == {"cpu": "5", "memory": "9Gi"}
+    # A container sees the machine's cores: how many it has, it must be told.
+    assert env["TRIPTYCH_NUM_THREADS"] == "4"
+    assert env["TRIPTYCH_TEXT_MODEL"] == "/models/plain"
+    mount = {"name": "models", "mountPath": "/models", "readOnly": True}
+    assert mount in container["volumeMounts"]
+    claim = {"claimName": "weights", "readOnly": True}
+    assert {"name": "models", "persistentVolumeClaim": claim} in spec["volumes"]
+
+
+def test_a_model_over_several_machines(render: Render, store: Home) -> None:
+    found = check_kubernetes(render("kubernetes", "--bento", store.bento, **NODES))
+    assert set(found) == {
+        *("Service", "Service/nodes", "NetworkPolicy", "PodDisruptionBudget"),
+        *("StatefulSet", "StatefulSet/ranks"),
+    }
+    first, others = found["StatefulSet"], found["StatefulSet/ranks"]
+    assert [s["spec"]["replicas"] for s in (first, others)] == [1, 1]
+    # The pods' own index is the node's rank: 0 serves.
+    assert [s["spec"]["ordinals"]["start"] for s in (first, others)] == [0, 1]
+    _, server, served = pod(first)
+    _, holder, held = pod(others)
+    assert server["args"][0] == "serve"
+    assert holder["args"] == ["python", "-m", "runners.ranks.join"]
+    assert "pod-index" in held["TRIPTYCH_NODE_RANK"]["fieldRef"]["fieldPath"]
+    assert "TRIPTYCH_NODE_RANK" not in served
+    headless = found["Service/nodes"]
+    meeting = f"{first['metadata']['name']}-0.{headless['metadata']['name']}:29400"
+    assert served["TRIPTYCH_RDZV_ENDPOINT"] == held["TRIPTYCH_RDZV_ENDPOINT"] == meeting
+    assert headless["spec"]["clusterIP"] == "None"
+    assert first["spec"]["serviceName"] == headless["metadata"]["name"]
+    # Two of the four ranks each; where it serves, the image model too.
+    gpus = [c["resources"]["limits"]["nvidia.com/gpu"] for c in (server, holder)]
+    assert gpus == ["3", "2"]
+    frozen = store.split.replace(":", "/")
+    assert held["TRIPTYCH_TEXT_MODEL"] == f"/home/bentoml/bento/models/{frozen}"
+
+
+def test_compose(render: Render, store: Home, tmp_path: Path) -> None:
+    service = check_compose(render("compose", "--bento", store.bento, "--api-key"), tmp_path)
+    [device] = service["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"]) == ("nvidia", 3)
+    assert service["environment"]["TRIPTYCH_API_KEY"] is None
+    assert service["shm_size"] == "2gb"
+    assert int(service["stop_grace_period"].rstrip("s")) > int(service["command"][-1]) > 600
+    assert int(service["healthcheck"]["start_period"].rstrip("s")) > 900
+    options = ["--text-model", "plain", "--model-volume", "/srv/models", "--image", "t:1"]
+    service = check_compose(render("compose", *options), tmp_path)
+    assert "reservations" not in service["deploy"]["resources"]
+    assert service["volumes"] == ["/srv/models:/models:ro"]
+
+
+def test_run(render: Render, store: Home) -> None:
+    words = shlex.split(render("run", "--bento", store.bento, "--api-key"))
+    assert words[:3] == ["docker", "run", "--rm"]
+    told = dict(itertools.pairwise(words))
+    assert (told["--gpus"], told["--shm-size"]) == ("3", "2g")
+    assert int(told["--stop-timeout"]) > int(words[-1]) > 600
+    assert words[-4:-1] == [store.bento, "serve", "--timeout-graceful-shutdown"]
+    assert words[words.index("TRIPTYCH_API_KEY") - 1] == "--env"
+
+
+def test_ray(render: Render, store: Home) -> None:
+    options = ["--text-model", store.split, "--image-model", store.image]
+    application = check_ray(render("ray", *options, TRIPTYCH_MAX_QUEUE="100"))
+    [deployment] = application["deployments"]
+    assert deployment["ray_actor_options"]["num_gpus"] == 3
+    assert deployment["num_replicas"] == 1
+    assert deployment["max_ongoing_requests"] == 100
+    assert deployment["graceful_shutdown_timeout_s"] > 600
+    assert application["runtime_env"]["env_vars"] == {
+        "TRIPTYCH_IMAGE_MODEL": store.image,
+        "TRIPTYCH_MAX_QUEUE": "100",
+        "TRIPTYCH_TEXT_MODEL": store.split,
+    }
+    application = check_ray(render("ray", *options, "--max-replicas", "4"))
+    scaling = application["deployments"][0]["autoscaling_config"]
+    assert (scaling["max_replicas"], scaling["target_ongoing_requests"]) == (4, 12)
+
+
+def test_bentocloud(render: Render, store: Home) -> None:
+    options = ["--bento", store.bento, "--api-key-secret", "door", "--instance-type", "gpu.big"]
+    config = yaml.safe_load(render("bentocloud", *options, TRIPTYCH_MAX_QUEUE="9"))
+    service = config["services"]["triptych"]
+    assert service["instance_type"] == "gpu.big"
+    assert config["secrets"] == ["door"]
+    assert config["envs"] == [{"name": "TRIPTYCH_MAX_QUEUE", "value": "9"}]
+    # What the bento's models ask for stands in the bento; only what is changed here is said again.
+    assert "config_overrides" not in service
+    changed = {"TRIPTYCH_MAX_BATCH_SIZE": "20", "TRIPTYCH_TENSOR_PARALLEL": "4"}
+    config = yaml.safe_load(render("bentocloud", *options, **changed))
+    overrides = config["services"]["triptych"]["config_overrides"]
+    assert overrides == {"traffic": {"concurrency": 24}, "resources": {"gpu": 5}}
+
+
+def test_the_file_for_bentocloud_is_what_is_rendered(render: Render, store: Home) -> None:
+    assert yaml.safe_load((ROOT / "deploy/bentocloud.yaml").read_text()) == yaml.safe_load(
+        render("bentocloud", "--bento", "triptych:latest")
+    )
+
+
+REFUSED: list[tuple[list[str], dict[str, str], str]] = [
+    (["kubernetes"], {}, "no model is chosen"),
+    (["kubernetes", "--bento", "triptych:none"], {}, "bentos there: triptych:"),
+    (["kubernetes", "--text-model", "nothing"], {}, "neither a folder nor a tag"),
+    (["kubernetes", "--text-model", "plain"], {}, "where are the models?"),
+    (["kubernetes", "--text-model", "plain", "--model-volume", "v"], {}, "--image is needed"),
+    (["compose", "--text-model", "plain"], {}, "where are the models?"),
+    (
+        ["ray", "--text-model", "plain", "--replicas", "3", "--max-replicas", "2"],
+        {},
+        "not be below",
+    ),
+    (["ray", "--text-model", "plain"], {"TRIPTYCH_API_KEY": "k"}, "--api-key-secret"),
+    (["ray", "--text-model", "plain"], {"TRIPTYCH_MAX_QUEUE": "x"}, "TRIPTYCH_MAX_QUEUE"),
+    (["bentocloud", "--bento", "B", "--replicas", "2"], NODES, "on one"),
+    (["ray", "--text-model", "split"], NODES, "on one"),
+    (["compose", "--bento", "B"], NODES, "only kubernetes"),
+    (["run", "--bento", "B"], NODES, "only kubernetes"),
+    (["kubernetes", "--bento", "B", "--max-replicas", "2"], NODES, "another --name"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "variables", "told"), REFUSED)
+def test_what_can_not_be_is_refused_with_a_sentence(
+    render: Render, store: Home, arguments: list[str], variables: dict[str, str], told: str
+) -> None:
+    arguments = [store.bento if word == "B" else word for word in arguments]
+    [sentence] = render(*arguments, **variables).splitlines()
+    assert sentence.startswith("error: ")
+    assert told in sentence
+
+
+def test_bad_usage_is_told(render: Render) -> None:
+    for wrong in (["--name", "A_b"], ["--replicas", "0"], ["--max-replicas", "many"]):
+        with pytest.raises(SystemExit, match="2"):
+            render("kubernetes", *wrong)
