@@ -11,7 +11,7 @@ export BENTOML_DO_NOT_TRACK ?= True
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PORT
 
-.PHONY: serve test lint setup docs bench bento clean
+.PHONY: serve test lint setup docs bench bento image-test clean
 
 serve: setup
 	@$(BIN)/python -m model_store_scripts.make_demo_models
@@ -62,6 +62,11 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 bento: setup
 	@$(BIN)/bentoml build . $(if $(TEXT_MODEL),--arg text_model=$(TEXT_MODEL)) \
 		$(if $(IMAGE_MODEL),--arg image_model=$(IMAGE_MODEL))
+
+# The image, really built and served without a Docker engine; root, and apt-get install buildah
+# debootstrap podman runc. Minutes, so not part of `make test`.
+image-test: setup
+	@TRIPTYCH_IMAGE_TEST=1 $(BIN)/python -m pytest tests/deploy/test_image.py $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
