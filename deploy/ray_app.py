@@ -1,0 +1,78 @@
+"""The same service under Ray Serve: `serve deploy` of what `deploy.render ray` renders.
+
+A replica is an actor that holds the whole service, rank processes included; Ray routes requests
+among those that are ready, starts one that fails its health check again, and moves it when its
+machine is lost. Models and limits are chosen as everywhere, by the `TRIPTYCH_*` variables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import httpx
+from ray import serve
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+POLL_S = 0.2
+
+
+def service_app() -> ASGIApp:
+    """The service, whose start is over only once its models are ready.
+
+    Raises: RuntimeError with the sentence for the operator if there is nothing to serve.
+    """
+    # In the replica only: a service reads its settings where it is imported.
+    from service import Triptych
+
+    try:
+        Triptych.inner.check_model()
+    except SystemExit as stop:
+        raise RuntimeError(str(stop)) from None
+    inner: ASGIApp = Triptych.to_asgi()
+
+    async def until_ready(scope: Scope, receive: Receive, send: Send) -> None:
+        async def told(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                failure = await _failure(inner)
+                if failure is not None:
+                    message = {"type": "lifespan.startup.failed", "message": failure}
+            await send(message)
+
+        await inner(scope, receive, told if scope["type"] == "lifespan" else send)
+
+    return until_ready
+
+
+@serve.ingress(service_app)
+class Replica:
+    """One copy of the service."""
+
+    async def check_health(self) -> None:
+        """Raises: RuntimeError once a runner has given up for good, upon which Ray replaces us."""
+        if (failure := await _says(self.app, "/livez")) is not None:
+            raise RuntimeError(failure)
+
+
+async def _failure(app: ASGIApp) -> str | None:
+    """Wait for the models; why they will never be ready, or None once they are."""
+    while await _says(app, "/readyz") is not None:
+        if (failure := await _says(app, "/livez")) is not None:
+            return failure
+        await asyncio.sleep(POLL_S)
+    return None
+
+
+async def _says(app: ASGIApp, probe: str) -> str | None:
+    """What a probe of the service has to say; None if all is well."""
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
+        answer = await client.get(probe)
+    return None if answer.status_code == 200 else answer.text
+
+
+# Admission, with its 429, is the service's own. How many replicas, and of how many GPUs each, is
+# for a Serve config to say, which `deploy.render` computes from the models.
+app = serve.deployment(name="Triptych", max_ongoing_requests=10_000)(Replica).bind()
