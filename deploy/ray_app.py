@@ -8,7 +8,7 @@ machine is lost. Models and limits are chosen as everywhere, by the `TRIPTYCH_*`
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from ray import serve
@@ -25,13 +25,14 @@ def service_app() -> ASGIApp:
     Raises: RuntimeError with the sentence for the operator if there is nothing to serve.
     """
     # In the replica only: a service reads its settings where it is imported.
-    from service import Triptych
+    import service
 
+    triptych: Any = service.Triptych  # what its decorator, which has no types, made of it
     try:
-        Triptych.inner.check_model()
+        triptych.inner.check_model()
     except SystemExit as stop:
         raise RuntimeError(str(stop)) from None
-    inner: ASGIApp = Triptych.to_asgi()
+    inner: ASGIApp = triptych.to_asgi()
 
     async def until_ready(scope: Scope, receive: Receive, send: Send) -> None:
         async def told(message: Message) -> None:
@@ -49,6 +50,9 @@ def service_app() -> ASGIApp:
 @serve.ingress(service_app)
 class Replica:
     """One copy of the service."""
+
+    app: ASGIApp
+    """What `service_app` returned; Ray sets it."""
 
     async def check_health(self) -> None:
         """Raises: RuntimeError once a runner has given up for good, upon which Ray replaces us."""
