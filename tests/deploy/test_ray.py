@@ -56,11 +56,13 @@ def ray(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     (home / "serve.yaml").write_text(yaml.safe_dump(config))
     choices = {"TRIPTYCH_TEXT_MODEL": str(text_model), "TRIPTYCH_NUM_THREADS": "1"}
     variables = environment(home, HOME=str(home), RAY_USAGE_STATS_ENABLED="0", **choices)
-    log = (home / "ray.log").open("wb")
     command = [str(Path(sys.executable).with_name("serve")), "run", str(home / "serve.yaml")]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=variables, stdout=log, stderr=log, process_group=0
-    ) as serve:
+    with (
+        (home / "ray.log").open("wb") as log,
+        subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=log, stderr=log, process_group=0
+        ) as serve,
+    ):
 
         def both_ready() -> bool:
             assert serve.poll() is None, (home / "ray.log").read_text()[-3000:]
