@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MAX_PIXELS = 8192 * 8192
-"""So that a picture fits into one message of a rank: three bytes each, of 256 MiB."""
+from runners.contracts.images import MAX_PIXELS
 
 
 class ImageFields(BaseModel):

@@ -9,6 +9,9 @@ from typing import Protocol
 from runners.contracts import Runner
 from runners.errors import InvalidRequest
 
+MAX_PIXELS = 8192 * 8192
+"""Of a picture: at three bytes each it fits into a message of a rank, which may have 256 MiB."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRequest:

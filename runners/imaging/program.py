@@ -15,9 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from runners.contracts import RunnerState
-from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest
+from runners.contracts.images import MAX_PIXELS, ImageEvent, ImageModelInfo, ImageRequest
 from runners.errors import ConfigError, InvalidRequest, PictureWithheld, TriptychError
-from runners.image_config import MAX_PIXELS
 from runners.imaging.easel import Studio, gated
 from runners.imaging.painting import Painter
 from runners.imaging.pipeline import denoiser_of, models_of, parameters_of

@@ -11,8 +11,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import SlicedAttnProcessor
 
-from runners.contracts.images import ImageRequest
-from runners.image_config import MAX_PIXELS
+from runners.contracts.images import MAX_PIXELS, ImageRequest
 from runners.imaging import program as program_module
 from runners.ranks.channel import MAX_FRAME_BYTES
 from runners.ranks.messages import Failed, Painted
