@@ -77,10 +77,13 @@ def task_of(model_path: Path) -> Task:
     return next((task for head, task in HEADS.items() if first.endswith(head)), "text-generation")
 
 
-def setup_files(folder: Path) -> list[Path]:
-    """The files that say how the model of a folder is run, the one that wins last."""
+def setup_files(folder: Path, model_config: str = MODEL_CONFIG) -> list[Path]:
+    """The files that say how the model of a folder is run, the one that wins last.
+
+    `model_config`: what TorchServe's file is called there.
+    """
     for place in (folder, folder / MODEL_FOLDER):
-        files = [place / name for name in (MODEL_CONFIG, SETUP_CONFIG)]
+        files = [place / name for name in (model_config, SETUP_CONFIG)]
         if found := [path for path in files if path.is_file()]:
             return found
     return []
