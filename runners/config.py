@@ -91,6 +91,11 @@ class BaseRunnerConfig(BaseModel):
     """Seconds one step may take before its rank is taken for hung."""
 
     @property
+    def batch_size(self) -> int:
+        """Sequences, inputs or pictures that are computed together."""
+        return self.max_batch_size
+
+    @property
     def world_size(self) -> int:
         """How many rank processes hold the model."""
         return self.tensor_parallel
@@ -113,6 +118,12 @@ class BaseRunnerConfig(BaseModel):
 
 class EngineConfig(ImageFields, BaseRunnerConfig):
     """What every engine understands, of text and of image models."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, inputs or pictures that are computed together."""
+        paints = self.task == "text-to-image"
+        return self.max_batch_images if paints else self.max_batch_size
 
 
 class AccelerateConfig(EngineConfig):

@@ -1,4 +1,4 @@
-"""TorchServe archives, made by the real torch-model-archiver with the forerunner's configurations."""
+"""TorchServe archives, made by torch-model-archiver with the forerunner's configurations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def archive(
     (folder / "requirements.txt").write_text(REQUIREMENTS)
     (folder / "tmp").mkdir(exist_ok=True)
     (folder / "made").mkdir()
-    command = [Path(sys.executable).with_name("torch-model-archiver"), "--model-name", model_name]
+    archiver = str(Path(sys.executable).with_name("torch-model-archiver"))
+    command = [archiver, "--model-name", model_name]
     command += ["--version", version, "--handler", "custom_handler.py", "-r", "requirements.txt"]
     command += ["--extra-files", ",".join(map(str, extra_files)), "--export-path", "made"]
     # It empties and refills a folder of the model's name among the temporary ones.
