@@ -29,6 +29,9 @@ SMALL = 64 * 1024 * 1024
 """What any archive may unpack to, in bytes, however small it is."""
 CHUNK = 1024 * 1024
 
+GZIP = b"\x1f\x8b"
+ZIP = b"PK"
+
 ENCRYPTED = 0x1 | 0x40 | 0x2000
 """Of a zip member's flags (APPNOTE.TXT, 4.4.4): encrypted, strongly, and its directory too."""
 DAMAGE = (
@@ -38,8 +41,8 @@ DAMAGE = (
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a zip or a gzip, by its content."""
-    return _is_gzip(path) or zipfile.is_zipfile(path)
+    """Whether a file is a zip or a gzip, whole or not, by how it begins."""
+    return _begins(path, GZIP) or _begins(path, ZIP)
 
 
 def unpack(archive: Path, target: Path, *, name: str, max_bytes: int | None = None) -> None:
@@ -55,7 +58,7 @@ def unpack(archive: Path, target: Path, *, name: str, max_bytes: int | None = No
     bound = max(SMALL, MAX_RATIO * archive.stat().st_size) if max_bytes is None else max_bytes
     room = _Room(name, bound, shutil.disk_usage(target).free)
     try:
-        if _is_gzip(archive):
+        if _begins(archive, GZIP):
             _untar(archive, target, room)
         else:
             _unzip(archive, target, room)
@@ -118,9 +121,9 @@ class _Room:
             raise UnsafeModel(f"{self.name} has {path} twice{equal}")
 
 
-def _is_gzip(path: Path) -> bool:
+def _begins(path: Path, magic: bytes) -> bool:
     with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+        return file.read(len(magic)) == magic
 
 
 def _unzip(archive: Path, target: Path, room: _Room) -> None:
