@@ -11,19 +11,13 @@ from pathlib import Path
 import bentoml
 from bentoml.exceptions import BentoMLException
 
-from runners import (
-    IMAGE_TASK,
-    TEXT_TASKS,
-    create_image_runner,
-    create_runner,
-    create_task_runner,
-)
+from runners import create_image_runner, create_runner, create_task_runner
 from runners.config import BaseRunnerConfig
 from runners.config_files import load_setup_config
 from runners.contracts import TextRunner
+from runners.contracts.images import ImageRunner
+from runners.contracts.tasks import IMAGE_TASK, TEXT_TASKS, TaskRunner
 from runners.errors import ConfigError, ModelNotFound
-from runners.image_contracts import ImageRunner
-from runners.task_contracts import TaskRunner
 from settings import PREFIX, Settings, variable
 
 logger = logging.getLogger("triptych")

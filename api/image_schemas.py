@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from api.schemas import WireModel
-from runners.image_contracts import ImageRequest
+from runners.contracts.images import ImageRequest
 
 MAX_IMAGES = 10
 """Pictures one request may ask for."""

@@ -14,8 +14,8 @@ from api import metrics
 from api.arrivals import Arrivals, cut_short, open_all
 from api.context import RequestContext, current_request
 from api.held import HeldModel
+from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, Picture
 from runners.errors import ModelNotServed
-from runners.image_contracts import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, Picture
 
 _picture_numbers = count(1)
 _random = SystemRandom()

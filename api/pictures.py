@@ -10,7 +10,7 @@ from typing import Literal
 
 from PIL import Image
 
-from runners.image_contracts import Picture
+from runners.contracts.images import Picture
 
 Format = Literal["png", "jpeg", "webp"]
 _OPTIONS: dict[Format, dict[str, int]] = {

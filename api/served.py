@@ -35,7 +35,7 @@ class Served:
     def conversing(self) -> TextModel:
         """The text model, for a conversation. Raises: ModelNotServed."""
         if self.text_model is None:
-            raise self._missing("for conversational, a text-generation model with a chat template")
+            raise self._missing("that converses, which needs a text-generation model")
         return self.text_model
 
     def task(self, name: str) -> TaskModel:

@@ -7,20 +7,17 @@ Imports run one way: facade -> ranks; the engines (`*_runner`, `*_programs`, `ra
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
+from runners.contracts.tasks import IMAGE_TASK, PIPELINE_TASKS, TEXT_TASKS
 from runners.errors import ConfigError, EngineUnavailable
-from runners.task_contracts import PipelineTask
 
 if TYPE_CHECKING:
     from runners.config import BaseRunnerConfig
     from runners.contracts import TextRunner
-    from runners.image_contracts import ImageRunner
-    from runners.task_contracts import TaskRunner
-
-TEXT_TASKS = ("text-generation", "conversational")
-"""What a text model does; a conversation is a chat, continued."""
-IMAGE_TASK = "text-to-image"
+    from runners.contracts.images import ImageRunner
+    from runners.contracts.tasks import TaskRunner
 
 # Where each engine's rank program lives; a rank imports it, the HTTP worker never does.
 TEXT_PROGRAMS = {
@@ -38,7 +35,7 @@ TASK_PROGRAMS = dict.fromkeys(("accelerate", "mii"), "runners.task_programs:load
 PROGRAMS = {
     **dict.fromkeys(TEXT_TASKS, TEXT_PROGRAMS),
     IMAGE_TASK: IMAGE_PROGRAMS,
-    **dict.fromkeys(get_args(PipelineTask), TASK_PROGRAMS),
+    **dict.fromkeys(PIPELINE_TASKS, TASK_PROGRAMS),
 }
 
 
@@ -46,11 +43,11 @@ def create_runner(config: BaseRunnerConfig) -> TextRunner:
     """A runner for a model of one of `TEXT_TASKS`, not yet started.
 
     Raises: EngineUnavailable if the engine does not have the task, ConfigError if the config is
-    that of another node.
+    that of another task or node.
     """
     from runners.text_runner import RankedTextRunner
 
-    return RankedTextRunner(config, program=_program_here(config))
+    return RankedTextRunner(config, program=_program_here(config, TEXT_TASKS))
 
 
 def create_image_runner(config: BaseRunnerConfig) -> ImageRunner:
@@ -60,21 +57,23 @@ def create_image_runner(config: BaseRunnerConfig) -> ImageRunner:
     """
     from runners.image_runner import RankedImageRunner
 
-    return RankedImageRunner(config, program=_program_here(config))
+    return RankedImageRunner(config, program=_program_here(config, (IMAGE_TASK,)))
 
 
 def create_task_runner(config: BaseRunnerConfig) -> TaskRunner:
-    """A runner for a model of one of `task_contracts.PipelineTask`, not yet started.
+    """A runner for a model of one of `contracts.tasks.PipelineTask`, not yet started.
 
     Raises: as `create_runner`.
     """
     from runners.task_runner import RankedTaskRunner, on_accelerate
 
-    program = _program_here(config)
+    program = _program_here(config, PIPELINE_TASKS)
     return RankedTaskRunner(on_accelerate(config), program=program)
 
 
-def _program_here(config: BaseRunnerConfig) -> str:
+def _program_here(config: BaseRunnerConfig, tasks: Collection[str]) -> str:
+    if config.task not in tasks:
+        raise ConfigError(f"{config.name} is a model for {config.task}, not {' or '.join(tasks)}")
     program = rank_program(config)
     if config.first_rank:
         raise ConfigError(

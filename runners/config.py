@@ -22,10 +22,10 @@ from pydantic import (
 )
 
 from runners import deepspeed_config
+from runners.contracts.tasks import PipelineTask
 from runners.errors import ConfigError
 from runners.image_config import ImageFields
 from runners.mii_config import MIISection
-from runners.task_contracts import PipelineTask
 
 Engine = Literal["accelerate", "deepspeed", "mii"]
 Task = Literal["text-generation", "text-to-image", "conversational", PipelineTask]

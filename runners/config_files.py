@@ -22,8 +22,8 @@ from runners.config import (
     engine_model,
     validate,
 )
+from runners.contracts.tasks import IMAGE_TASK, TEXT_TASKS, PipelineTask
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
-from runners.task_contracts import PipelineTask
 from runners.torchserve_config import MODEL_CONFIG, read_model_config, read_yaml
 
 MODEL_HEADS = ("model_index.json", "config.json")
@@ -31,6 +31,7 @@ MODEL_FOLDER = "model"
 """Where TorchServe's archives, and models in the store, have the model itself."""
 HEADS: dict[str, PipelineTask] = {
     "ForMaskedLM": "fill-mask",
+    "ForPreTraining": "fill-mask",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForSequenceClassification": "text-classification",
@@ -62,7 +63,12 @@ def load_setup_config(
     own, warnings = read_setup(files, engine=wanted.get("engine"))
     model_path, more = find_model(folder, own.get("model_path"))
     _refuse_pickles(folder, model_path)
-    own.setdefault("task", task_of(model_path))
+    found = task_of(model_path)
+    own.setdefault("task", found)
+    if IMAGE_TASK in (own["task"], found) and own["task"] != found:
+        raise ConfigError(f"task is {own['task']}, but {model_path} is a model for {found}")
+    if own["engine"] == "mii" and own["task"] not in TEXT_TASKS:
+        warnings += mii_config.drop_section(own)
     given = {"name": name, "model_path": model_path}
     where = " and ".join(path.name for path in files) or SETUP_CONFIG
     return validate(own | wanted | given, where=where), warnings + more
@@ -71,7 +77,7 @@ def load_setup_config(
 def task_of(model_path: Path) -> Task:
     """What the head file of a model says that it does. Raises: ConfigError."""
     if (model_path / "model_index.json").is_file():
-        return "text-to-image"
+        return IMAGE_TASK
     names = read_json(model_path / "config.json").get("architectures")
     first = str(names[0]) if isinstance(names, list) and names else ""
     return next((task for head, task in HEADS.items() if first.endswith(head)), "text-generation")

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 from runners.config import BaseRunnerConfig
 from runners.contracts import RunnerHealth
+from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest
 from runners.facade import RankedRunner, RankedStream
-from runners.image_contracts import ImageEvent, ImageModelInfo, ImageRequest
 from runners.ranks.messages import Paint, Painted, RankMessage
 
 
 class RankedImageRunner(RankedRunner[ImageEvent]):
-    """A text-to-image model in a rank group; see `contracts.ImageRunner`.
+    """A text-to-image model in a rank group; see `contracts.images.ImageRunner`.
 
     Every rank holds the whole model; a picture is painted by the one with the least to do.
     """

@@ -177,8 +177,6 @@ class MIISection(_Section):
     """A record; the folder decides which model it is."""
     tokenizer: str | None = None
     """A record; the tokenizer is the one in the folder."""
-    task: Literal["text-generation"] = "text-generation"
-    """The same as the top-level `task`."""
     quantization_mode: Literal["wf6af16"] | None = None
     """FP6 weights on a GPU of compute capability 8.x."""
     max_length: Count | None = None
@@ -192,7 +190,7 @@ class MIISection(_Section):
     generate: GenerateSection = GenerateSection()
     """`GenerateParamsConfig`: what a request gets that does not say."""
 
-    @field_validator("task", "deployment_type", mode="before")
+    @field_validator("deployment_type", mode="before")
     @classmethod
     def _plain(cls, value: object) -> object:
         return plain(value)
@@ -243,7 +241,7 @@ OBSOLETE = {
 }
 """Keys of MII's legacy `mii_config` that mean nothing any more, and what happens instead."""
 
-BESIDE = (MIISection.model_fields.keys() | OBSOLETE.keys()) - {"task", "max_length"}
+BESIDE = (MIISection.model_fields.keys() | OBSOLETE.keys()) - {"max_length"}
 """Keys that a file for the forerunner's handler may have at the top, too."""
 
 NO_USE = {
@@ -308,6 +306,18 @@ def read_section(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return own | {"mii": section}, warnings
 
 
+def drop_section(own: dict[str, Any]) -> list[str]:
+    """Take out what says how MII generates text, of a model that does something else.
+
+    Returns a warning for each key.
+    """
+    keys = [f"mii.{key}" for key in own.pop("mii", {}) if key != "model_name_or_path"]
+    if own.pop("tensor_parallel", 1) != 1:
+        keys.append("tensor_parallel")
+    instead = f"MII serves text generation alone; {own['task']} runs as on engine accelerate"
+    return [f"setup_config.json: {key} is ignored: {instead}" for key in keys]
+
+
 def _flat(raw: dict[str, Any]) -> dict[str, Any]:
     """MIIConfig's own `model_config` or `model_conf` is taken as if it stood beside it."""
     for key in ("model_config", "model_conf"):
@@ -350,6 +360,8 @@ def _without_meaning(section: dict[str, Any]) -> list[str]:
 def _hoisted(section: dict[str, Any]) -> dict[str, Any]:
     """Takes out of the section what RunnerConfig has for every engine. Raises: ConfigError."""
     found: dict[str, Any] = {}
+    if (task := section.pop("task", None)) is not None:
+        found["task"] = plain(task)
     if (dtype := section.pop("dtype", None)) is not None:
         if dtype not in DTYPES:
             allowed = ", ".join(sorted(set(DTYPES.values())))

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-
 from runners.config import AccelerateConfig, BaseRunnerConfig
 from runners.contracts import ModelInfo
+from runners.contracts.tasks import Finding, TaskRequest
 from runners.facade import RankedRunner
 from runners.ranks.messages import Found, RankMessage, RunTask
-from runners.task_contracts import Finding, TaskRequest
-
-logger = logging.getLogger("triptych")
 
 
 def on_accelerate(config: BaseRunnerConfig) -> AccelerateConfig:
     """The config of a model that runs on the Accelerate engine, whatever engine it names."""
     if isinstance(config, AccelerateConfig):
         return config
-    logger.warning(
-        "engine %s serves text generation alone: task %s runs on the Accelerate engine",
-        getattr(config, "engine", None),
-        config.task,
-    )
-    if config.tensor_parallel > 1:
-        logger.warning("tensor_parallel is ignored: engine accelerate splits no layers")
     shared = config.model_dump(
         include=set(BaseRunnerConfig.model_fields), exclude={"tensor_parallel"}
     )
@@ -31,7 +20,7 @@ def on_accelerate(config: BaseRunnerConfig) -> AccelerateConfig:
 
 
 class RankedTaskRunner(RankedRunner[list[Finding]]):
-    """A model for a task in one rank; see `task_contracts.TaskRunner`."""
+    """A model for a task in one rank; see `contracts.tasks.TaskRunner`."""
 
     def __init__(self, config: BaseRunnerConfig, *, program: str) -> None:
         super().__init__(config, program=program, is_last=lambda _: True)

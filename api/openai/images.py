@@ -15,8 +15,8 @@ from api.image_schemas import ImageCount, PaintingFields
 from api.openai.requests import Ignored, Unsupported, unsupported
 from api.painting import ImageModel, Painting
 from api.pictures import Format, as_base64
+from runners.contracts.images import Picture
 from runners.errors import InvalidRequest
-from runners.image_contracts import Picture
 
 PARTIAL: Final = "image_generation.partial_image"
 COMPLETED: Final = "image_generation.completed"

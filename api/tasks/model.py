@@ -11,8 +11,8 @@ from api import metrics
 from api.context import current_request
 from api.held import HeldModel
 from runners.contracts import ModelInfo
+from runners.contracts.tasks import Finding, TaskRequest, TaskRunner
 from runners.errors import ModelNotServed
-from runners.task_contracts import Finding, TaskRequest, TaskRunner
 
 _input_numbers = count(1)
 

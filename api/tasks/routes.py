@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from api.context import current_request
 from api.served import Served
 from api.tasks import schemas
-from runners.task_contracts import Finding
+from runners.contracts.tasks import Finding
 
 
 class TaskRoute(NamedTuple):

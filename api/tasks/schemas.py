@@ -8,8 +8,8 @@ from pydantic import BaseModel, Field
 
 from api.schemas import SamplingFields, TokenCount, WireModel
 from runners.contracts import ChatMessage, ChatPrompt
+from runners.contracts.tasks import Finding, TaskOptions, TaskRequest
 from runners.errors import InvalidRequest
-from runners.task_contracts import Finding, TaskOptions, TaskRequest
 
 MAX_INPUTS = 128
 MAX_TOP_K = 1000

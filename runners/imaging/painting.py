@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from runners.contracts.images import ImageEvent, ImageRequest, Picture
 from runners.errors import EngineFailure
-from runners.image_contracts import ImageEvent, ImageRequest, Picture
 from runners.imaging.pipeline import parameters_of
 from runners.imaging.schedulers import Schedulers
 

@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from runners.contracts import RunnerState
+from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest
 from runners.errors import ConfigError, EngineFailure, InvalidRequest, TriptychError
-from runners.image_contracts import ImageEvent, ImageModelInfo, ImageRequest
 from runners.imaging.easel import Studio, gated
 from runners.imaging.painting import Painter
 from runners.imaging.pipeline import denoiser_of, models_of, parameters_of

@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 from runners.config import BaseRunnerConfig
 from runners.contracts import ModelInfo, RunnerHealth, RunnerState
+from runners.contracts.images import ImageModelInfo
 from runners.errors import RunnerUnavailable
-from runners.image_contracts import ImageModelInfo
 from runners.ranks.life import End, Life
 from runners.ranks.messages import (
     Broken,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from runners.contracts import GenerationRequest, ModelInfo, Prompt, RunnerState, TextDelta
-from runners.image_contracts import ImageEvent, ImageModelInfo, ImageRequest
-from runners.task_contracts import Finding, TaskRequest
+from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest
+from runners.contracts.tasks import Finding, TaskRequest
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

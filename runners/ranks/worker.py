@@ -21,8 +21,8 @@ from typing import Protocol, cast
 
 from runners.config import AccelerateConfig, DeepSpeedConfig, MIIConfig, runner_config_adapter
 from runners.contracts import ModelInfo, RunnerState
+from runners.contracts.images import ImageModelInfo
 from runners.errors import ConfigError
-from runners.image_contracts import ImageModelInfo
 from runners.ranks.channel import RankChannel
 from runners.ranks.lifeline import die_with_parent, outlive_signals
 from runners.ranks.messages import (

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from runners.contracts.tasks import Finding, TaskOptions, TaskRequest
 from runners.errors import ConfigError, ContextLengthExceeded, InvalidRequest
-from runners.task_contracts import Finding, TaskOptions, TaskRequest
 
 WINDOW = 384
 """Longest window in tokens, question included."""
@@ -42,6 +42,11 @@ class QuestionAnswering:
     def __init__(self, model: PreTrainedModel, tokenizer: Any, longest: int) -> None:
         if not tokenizer.is_fast:
             raise ConfigError("question-answering needs a tokenizer.json, which tells places")
+        if model.config.num_labels != 2:
+            raise ConfigError(
+                f"question-answering needs a head of 2 labels, for the answer's first and last "
+                f"token; this model's has {model.config.num_labels}"
+            )
         self._model = model
         self._tokenizer = tokenizer
         self._window = min(longest, WINDOW)

@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 
 from runners.contracts import ModelInfo
+from runners.contracts.tasks import Finding, TaskRequest
 from runners.errors import TriptychError
 from runners.ragged.program import failure
 from runners.ranks.messages import Abort, Accepted, Found, HostMessage, RankMessage, RunTask
 from runners.ranks.worker import Occupancy
-from runners.task_contracts import Finding, TaskRequest
 
 logger = logging.getLogger("triptych.tasks")
 

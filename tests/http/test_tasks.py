@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as tf
 
-from runners.task_contracts import PipelineTask
+from runners.contracts.tasks import PipelineTask
 from tests.support.processes import ranks_below, wait_until
 from tests.support.server import Server
 from tests.support.task_models import HEADS, POSITIONS, pipeline_of, write_task_model

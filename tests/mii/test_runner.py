@@ -253,7 +253,7 @@ async def test_the_forerunners_file_runs_as_it_was(model: Path, tmp_path: Path) 
         ({"mode": "persistent", "host": "a"}, "host needs port_number"),
         ({"mode": "elsewhere"}, "mii.mode"),
         ({"dtype": "int3"}, "mii.dtype must be one of"),
-        ({"task": "fill-mask"}, "mii.task"),
+        ({"task": "nope"}, "task: Input should be"),
         ({"deployment_name": "../x"}, "mii.deployment_name"),
         (
             {"mode": "persistent", "host": "a", "port_number": 1, "replica_num": 2},

@@ -19,14 +19,13 @@ from safetensors.torch import load_file, save_file
 from runners import create_image_runner, create_runner
 from runners.config_files import load_setup_config
 from runners.contracts import RunnerState
+from runners.contracts.images import ImageRequest, ImageRunner
 from runners.errors import (
     ConfigError,
-    EngineUnavailable,
     IncompleteModel,
     InvalidRequest,
     RunnerUnavailable,
 )
-from runners.image_contracts import ImageRequest, ImageRunner
 from runners.imaging.pipeline import load_pipeline
 from tests.support.generating import wait_ready
 from tests.support.image_models import KINDS, PROMPTS, write_image_model
@@ -232,7 +231,7 @@ async def test_a_start_that_can_not_succeed_says_why(folder: Path, tmp_path: Pat
 
 async def test_an_image_model_is_no_text_model(folder: Path) -> None:
     config, _ = load_setup_config(folder, name="tiny-sd")
-    with pytest.raises(EngineUnavailable, match="text-to-image"):
+    with pytest.raises(ConfigError, match="a model for text-to-image"):
         create_runner(config)
     with pytest.raises(ConfigError):
         load_setup_config(folder, name="tiny-sd", overrides={"max_batch_images": 0})

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from runners import create_image_runner
 from runners.config_files import load_setup_config
-from runners.image_contracts import ImageEvent, ImageRequest, ImageRunner, Picture
+from runners.contracts.images import ImageEvent, ImageRequest, ImageRunner, Picture
 from tests.support.generating import wait_ready
 
 SCHEDULERS = {

@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from runners.task_contracts import PipelineTask
+from runners.contracts.tasks import PipelineTask
 
 SPELLED = (
     "the cat sat on a mat and looked at dog who lives in paris with anna she sings where does is "

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from runners import create_runner
+from runners import create_image_runner, create_runner
 from runners.config import GIVEN, AccelerateConfig, validate
 from runners.config_files import load_setup_config, parse_setup_config
-from runners.errors import ConfigError, EngineUnavailable, IncompleteModel, ModelNotFound
+from runners.errors import ConfigError, IncompleteModel, ModelNotFound
 from settings import Settings, get_settings
 
 PUBLISHED = {
@@ -106,10 +106,11 @@ def test_missing_and_incomplete_folders(tmp_path: Path) -> None:
         load_setup_config(tmp_path, name="m")
 
 
-def test_engines_of_later_versions_are_refused_with_a_sentence() -> None:
+def test_a_model_of_another_task_is_refused_with_a_sentence() -> None:
     config = validate({"engine": "mii", "name": "m", "model_path": ".", "task": "text-to-image"})
-    with pytest.raises(EngineUnavailable, match="runs on: accelerate, deepspeed, mii"):
+    with pytest.raises(ConfigError, match="m is a model for text-to-image, not text-generation"):
         create_runner(config)
+    assert create_image_runner(config).name == "m"
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from model_store_scripts import import_model
 from runners import create_runner, create_task_runner
 from runners.config import validate
 from runners.config_files import load_setup_config
+from runners.contracts.tasks import PipelineTask
 from runners.errors import ConfigError, EngineUnavailable
-from runners.task_contracts import PipelineTask
 from runners.task_programs import positions
 from runners.task_runner import on_accelerate
+from runners.tasks.answering import QuestionAnswering
 from tests.support.model_store import store_at
-from tests.support.task_models import HEADS, POSITIONS, write_task_model
+from tests.support.task_models import CONFIGS, HEADS, POSITIONS, write_task_model
 
 
 @pytest.mark.parametrize("task", list(HEADS))
@@ -63,6 +64,63 @@ def test_engines() -> None:
         create_runner(config)
     for engine in ("accelerate", "deepspeed", "mii"):
         create_runner(validate({"engine": engine, "task": "conversational", **given}))
+
+
+@pytest.mark.parametrize(
+    ("task", "section", "dropped"),
+    [
+        ("text-to-image", {"mii_config": {"task": "text_to_image"}}, []),
+        (
+            "fill-mask",
+            {"mii_config": {"task": "fill-mask", "tensor_parallel": 2, "generate": {}}},
+            ["mii.generate", "tensor_parallel"],
+        ),
+        (
+            "fill-mask",
+            {"replica_num": 2, "mode": "persistent"},
+            ["mii.mode", "mii.replica_num"],
+        ),
+    ],
+)
+def test_what_mii_knows_of_generation_alone_is_dropped(
+    task: str, section: dict[str, object], dropped: list[str], tmp_path: Path
+) -> None:
+    head = {"architectures": ["BertForMaskedLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(head))
+    if task == "text-to-image":
+        (tmp_path / "model_index.json").write_text("{}")
+    setup = {"model_name": "a/b", "task": task} | section
+    (tmp_path / "setup_config.json").write_text(json.dumps(setup))
+    config, warnings = load_setup_config(tmp_path, name="m")
+    assert (config.engine, config.task, config.tensor_parallel) == ("mii", task, 1)
+    assert sorted(each.split(" ")[1] for each in warnings) == dropped
+
+
+@pytest.mark.parametrize("task", ["text-to-image", "fill-mask"])
+def test_a_task_that_the_folder_is_not_for_is_refused(task: str, tmp_path: Path) -> None:
+    head = "config.json" if task == "text-to-image" else "model_index.json"
+    (tmp_path / head).write_text("{}")
+    (tmp_path / "setup_config.json").write_text(json.dumps({"task": task}))
+    with pytest.raises(ConfigError, match=f"task is {task}, but .* is a model for text-"):
+        load_setup_config(tmp_path, name="m")
+
+
+def test_berts_first_training_left_a_model_that_fills_masks(tmp_path: Path) -> None:
+    model = tf.BertForPreTraining(CONFIGS["bert"]())
+    model.save_pretrained(tmp_path)
+    assert load_setup_config(tmp_path, name="m")[0].task == "fill-mask"
+    _, report = HEADS["fill-mask"].from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+
+
+def test_a_head_that_marks_no_spans_answers_no_questions(tmp_path: Path) -> None:
+    folder = write_task_model("question-answering", tmp_path)
+    model = HEADS["question-answering"].from_pretrained(folder)
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    QuestionAnswering(model, tokenizer, POSITIONS)
+    model.config.num_labels = 3
+    with pytest.raises(ConfigError, match="a head of 2 labels"):
+        QuestionAnswering(model, tokenizer, POSITIONS)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

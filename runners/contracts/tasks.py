@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from runners.contracts import ModelInfo, Runner
 
@@ -11,6 +11,10 @@ PipelineTask = Literal[
     "fill-mask", "token-classification", "question-answering", "text-classification"
 ]
 """The tasks, beside generation, of MII's legacy releases: one forward each, nothing generated."""
+PIPELINE_TASKS: tuple[str, ...] = get_args(PipelineTask)
+TEXT_TASKS = ("text-generation", "conversational")
+"""What a text model does; a conversation is a chat, continued."""
+IMAGE_TASK: Literal["text-to-image"] = "text-to-image"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

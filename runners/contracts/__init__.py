@@ -1,7 +1,7 @@
-"""What a runner promises and what travels to and from it.
+"""What a runner promises and what travels to and from it; here for text, beside it for the rest.
 
-Plain dataclasses only: the HTTP layer, the channel and the engines all speak these types, so this
-module imports neither torch nor any server code. Token counts are in tokens of the served model's
+Plain dataclasses only: the HTTP layer, the channel and the engines all speak these types, so these
+modules import neither torch nor any server code. Token counts are in tokens of the served model's
 tokenizer, times in seconds.
 """
 
