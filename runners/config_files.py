@@ -185,7 +185,8 @@ def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     known = set(engine_model(values["engine"]).model_fields)
     if values["engine"] == "mii":
         known |= {"model_name", *mii_config.FORERUNNERS}
-        known |= mii_config.BESIDE if mii_config.is_forerunners(values) else set()
+        if mii_config.is_forerunners(values):
+            known |= mii_config.BESIDE | {"task_name", "model_config"}
     for key in sorted(values.keys() - known):
         del values[key]
         warnings.append(f"{SETUP_CONFIG}: unknown key {key} is ignored")

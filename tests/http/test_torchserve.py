@@ -16,7 +16,12 @@ import pytest
 from PIL import Image
 
 from tests.http.test_metrics import value
-from tests.support.archives import accelerate_archive, deepspeed_archive, mii_archive
+from tests.support.archives import (
+    MII_OF_THE_REPOSITORY,
+    accelerate_archive,
+    deepspeed_archive,
+    mii_archive,
+)
 from tests.support.image_models import write_image_model
 from tests.support.models import greedy, write_model
 from tests.support.server import ROOT, Server, environment
@@ -49,7 +54,7 @@ def bloom(work: Path, llama: Path) -> Iterator[Server]:
     home.mkdir()
     imported(accelerate_archive(work / "bloom", llama), home)
     model = write_image_model("stable-diffusion", work / "sd")
-    imported(mii_archive(work / "stable-diffusion", model), home)
+    imported(mii_archive(work / "stable-diffusion", model, MII_OF_THE_REPOSITORY), home)
     models = {"TRIPTYCH_TEXT_MODEL": "bloom", "TRIPTYCH_IMAGE_MODEL": "stable-diffusion"}
     server = Server(home, models).start()
     try:
@@ -163,7 +168,9 @@ def test_a_picture_as_the_examples_client_reads_it(ready: Server, work: Path) ->
     image = Image.fromarray(np.array(json.loads(answer.text), dtype="uint8"))
     assert (image.size, image.mode) == ((32, 32), "RGB")
     seed = int(answer.headers["x-seed"])
-    body = json.dumps({"data": "a red circle", "seed": seed})
+    sampling = MII_OF_THE_REPOSITORY["model_config"]
+    assert isinstance(sampling, dict)
+    body = json.dumps({"data": "a red circle", "seed": seed, **sampling})
     call = ("-H", "Content-Type: application/json", "-d", body, "-H", "Accept: image/png")
     status, kind, content = curl(ready, "/predictions/stable-diffusion", *call, cwd=work)
     assert (status, kind) == (200, "image/png")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.torchserve import published
@@ -31,6 +32,15 @@ parallelType: "custom"
 """
 MII = {"model_name": "stabilityai/stable-diffusion-2-1", "task": "text-to-image"}
 """`setup_config.json` of the MII example."""
+MII_OF_THE_REPOSITORY = {
+    "task_name": "text-to-image",
+    "provider": "diffuser",
+    "ds_optimize": False,
+    "ds_zero": False,
+    "mii_config": {"tensor_parallel": 1, "dtype": "fp32"},
+    "model_config": {"guidance_scale": 4.0, "num_inference_steps": 3},
+}
+"""The same as pytorch/serve has it in its examples, but for the numbers."""
 HANDLER = "raise SystemExit('an archive\\'s handler was run')\n"
 REQUIREMENTS = "transformers==4.33.1\n"
 
@@ -82,9 +92,9 @@ def deepspeed_archive(folder: Path, model: Path | None, *options: str, name: str
     return archive(folder, name, files, "--config-file", "model-config.yaml", *options)
 
 
-def mii_archive(folder: Path, model: Path, name: str = "stable-diffusion") -> Path:
+def mii_archive(folder: Path, model: Path, setup_config: Mapping[str, object] = MII) -> Path:
     """`model.zip` and `setup_config.json` in a `.mar`."""
     folder.mkdir(parents=True)
     setup = folder / "setup_config.json"
-    setup.write_text(json.dumps(MII))
-    return archive(folder, name, [zip_of(model, folder / "model.zip"), setup])
+    setup.write_text(json.dumps(setup_config))
+    return archive(folder, "stable-diffusion", [zip_of(model, folder / "model.zip"), setup])

@@ -20,13 +20,14 @@ from model_store_scripts import import_archive
 from runners.config_files import load_setup_config
 from tests.support.archives import (
     HANDLER,
+    MII_OF_THE_REPOSITORY,
     accelerate_archive,
     deepspeed_archive,
     mii_archive,
     zip_of,
 )
 from tests.support.image_models import write_image_model
-from tests.support.model_store import copy, edit_json, is_empty, pickled, store_at
+from tests.support.model_store import copy, edit_json, is_empty, pickled, store_at, write_pipeline
 from tests.support.models import write_model
 from tests.support.processes import wait_until
 from tests.support.server import ROOT, environment
@@ -157,6 +158,27 @@ def test_miis_archive(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert setup["task"] == "text-to-image"
     assert files == files_of(model)
     assert "serve it with: TRIPTYCH_IMAGE_MODEL=stable-diffusion:" in capsys.readouterr().out
+
+
+def test_miis_archive_of_the_repository(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_pipeline(tmp_path / "sd")
+    assert cli(mii_archive(tmp_path / "made", model, MII_OF_THE_REPOSITORY)) == 0
+    assert stored("stable-diffusion")[0] == {
+        "engine": "mii",
+        "task": "text-to-image",
+        "model_version": "1.0",
+        "dtype": "float32",
+        "tensor_parallel": 1,
+        "num_inference_steps": 3,
+        "guidance_scale": 4.0,
+        "mii": {},
+    }
+    said = capsys.readouterr().err
+    assert "mii.provider is obsolete and ignored: the model folder says" in said
+    assert "mii.ds_zero is obsolete and ignored" in said
+    assert "unknown" not in said
 
 
 def test_an_archive_without_weights(
