@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from model_store_scripts.demo_image.build import write_demo_image_model
+from model_store_scripts.demo_text.build import write_demo_text_model
 from tests.http.test_metrics import value
 from tests.support.archives import (
     MII_OF_THE_REPOSITORY,
@@ -22,41 +24,50 @@ from tests.support.archives import (
     deepspeed_archive,
     mii_archive,
 )
-from tests.support.image_models import write_image_model
 from tests.support.models import greedy, write_model
+from tests.support.readme import Example, guide
 from tests.support.server import ROOT, Server, environment
 
-PROMPT = "the cat sat on"
+PROMPT = "Once upon a time in Porto Lume, Fenna the fox"
 PICTURE = {"data": "a red circle", "num_inference_steps": 2, "seed": 3}
+IMPORTS, SERVE, CALLS = guide("torchserve.md")
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
+    """A folder with what somebody has who comes from TorchServe."""
     folder = tmp_path_factory.mktemp("torchserve")
     (folder / "input.txt").write_text(PROMPT)
+    write_demo_text_model(folder / "text")
+    write_demo_image_model(folder / "image")
+    for made in (
+        accelerate_archive(folder / "bloom", folder / "text"),
+        deepspeed_archive(folder / "opt", llama),
+        mii_archive(folder / "stable-diffusion", folder / "image", MII_OF_THE_REPOSITORY),
+    ):
+        made.rename(folder / made.name)
     return folder
 
 
 @pytest.fixture(scope="module")
-def llama(work: Path) -> Path:
-    return write_model("llama", work / "llama")
-
-
-def imported(archive: Path, home: Path) -> None:
-    command = [sys.executable, "-m", "model_store_scripts.import_archive", str(archive)]
-    subprocess.run(command, cwd=ROOT, env=environment(home), check=True)
+def home(work: Path) -> Path:
+    """A model store into which the guide's commands have imported the archives."""
+    folder = work / "home"
+    folder.mkdir()
+    for example in IMPORTS:
+        example.check(url="", cwd=work, env=environment(folder))
+    return folder
 
 
 @pytest.fixture(scope="module")
-def bloom(work: Path, llama: Path) -> Iterator[Server]:
-    """Accelerate's and MII's archives, served together; the calls begin while they load."""
-    home = work / "home"
-    home.mkdir()
-    imported(accelerate_archive(work / "bloom", llama), home)
-    model = write_image_model("stable-diffusion", work / "sd")
-    imported(mii_archive(work / "stable-diffusion", model, MII_OF_THE_REPOSITORY), home)
-    models = {"TRIPTYCH_TEXT_MODEL": "bloom", "TRIPTYCH_IMAGE_MODEL": "stable-diffusion"}
-    server = Server(home, models).start()
+def bloom(home: Path) -> Iterator[Server]:
+    """Accelerate's and MII's archives, served as the guide says; at first they still load."""
+    server = Server(home, SERVE.variables).start()
     try:
         yield server
     finally:
@@ -70,13 +81,19 @@ def ready(bloom: Server) -> Server:
 
 
 @pytest.fixture(scope="module")
-def opt(work: Path, llama: Path) -> Iterator[Server]:
+def opt(work: Path, home: Path) -> Iterator[Server]:
     """DeepSpeed's archive, whose model is split over two ranks."""
-    home = work / "opt-home"
-    home.mkdir()
-    imported(deepspeed_archive(work / "opt", llama), home)
+    command = [sys.executable, "-m", "model_store_scripts.import_archive", "opt.tar.gz"]
+    env = environment(home, PYTHONPATH=str(ROOT))
+    subprocess.run(command, cwd=work, env=env, check=True)
     with Server(home, {"TRIPTYCH_TEXT_MODEL": "opt"}) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def answer(ready: Server) -> str:
+    """What any call for text is answered."""
+    return expected(ready)
 
 
 def curl(server: Server, path: str, *options: str, cwd: Path) -> tuple[int, str, bytes]:
@@ -133,8 +150,8 @@ TEXT_CALLS = [
 
 
 @pytest.mark.parametrize("call", TEXT_CALLS, ids=" ".join)
-def test_a_text_in_any_body(call: tuple[str, ...], ready: Server, work: Path) -> None:
-    want = (200, "text/plain; charset=utf-8", expected(ready).encode())
+def test_a_text_in_any_body(call: tuple[str, ...], ready: Server, answer: str, work: Path) -> None:
+    want = (200, "text/plain; charset=utf-8", answer.encode())
     assert curl(ready, "/predictions/bloom", *call, cwd=work) == want
 
 
@@ -166,7 +183,7 @@ def test_a_picture_as_the_examples_client_reads_it(ready: Server, work: Path) ->
     """Its `query.py` posts the prompt as it is, and makes an image of the lists that come."""
     answer = httpx.post(ready.url + "/predictions/stable-diffusion", content="a red circle")
     image = Image.fromarray(np.array(json.loads(answer.text), dtype="uint8"))
-    assert (image.size, image.mode) == ((32, 32), "RGB")
+    assert (image.size, image.mode) == ((64, 64), "RGB")
     seed = int(answer.headers["x-seed"])
     sampling = MII_OF_THE_REPOSITORY["model_config"]
     assert isinstance(sampling, dict)
@@ -321,6 +338,11 @@ def test_errors(
     status, kind, message = error(ready, path, *options, cwd=work)
     assert (status, kind) == want[:2]
     assert message.startswith(want[2])
+
+
+@pytest.mark.parametrize("example", CALLS, ids=lambda e: e.code.splitlines()[-1][:40])
+def test_the_guide(example: Example, ready: Server, work: Path, home: Path) -> None:
+    example.check(url=ready.url, cwd=work, env=environment(home))
 
 
 def test_it_is_counted_and_documented(ready: Server, work: Path) -> None:

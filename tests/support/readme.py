@@ -12,6 +12,7 @@ import doctest
 import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -65,6 +66,20 @@ class Example:
     def serves(self) -> bool:
         """Whether it starts a server."""
         return "bentoml serve" in self.code
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Those of `NAME=VALUE ... bentoml serve . --port N`; it may do nothing else."""
+        *chosen, bentoml, serve, target, option, _ = shlex.split(self.code)
+        assert (bentoml, serve, target, option) == ("bentoml", "serve", ".", "--port")
+        return dict(variable.split("=", 1) for variable in chosen)
+
+
+def guide(name: str) -> tuple[list[Example], Example, list[Example]]:
+    """The blocks of a guide in `docs/`: before the one that serves, that one, and after it."""
+    found = examples(ROOT / "docs" / name)
+    [place] = [i for i, example in enumerate(found) if example.serves]
+    return found[:place], found[place], found[place + 1 :]
 
 
 def examples(file: Path = README) -> list[Example]:
