@@ -116,6 +116,8 @@ def _top(folder: Path) -> Path:
 def _look(name: str, folder: Path, unzipped: Path, max_bytes: int | None) -> Archive:
     manifest = _manifest(name, folder)
     found = sorted(os.listdir(folder))
+    for each in found:
+        refuse_unsafe_path(each)
     packed = folder / MODEL_ZIP
     if MODEL_ZIP in found:
         if MODEL_FOLDER in found:
@@ -152,7 +154,7 @@ def _manifest(name: str, folder: Path) -> Manifest:
     except ValidationError as error:
         raise ConfigError(f"{name}: {MANIFEST}: model: {explain(error)}") from None
     for text in (manifest.model_name, manifest.model_version, manifest.config_file):
-        refuse_unsafe_path(text)
+        refuse_unsafe_path(text)  # they are printed, or lead to a file
     return manifest
 
 

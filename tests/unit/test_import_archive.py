@@ -304,6 +304,14 @@ def test_a_hostile_model_zip(
     assert not list(tmp_path.rglob("up.json"))
 
 
+def test_a_file_whose_name_is_no_name(
+    folder: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = spoilt(folder, tmp_path / "bloom")
+    (made / "\x1b[2J.py").write_text("")
+    assert r"'\x1b[2J.py' is not a file name a model can have" in refused(capsys, store, made)
+
+
 @pytest.mark.parametrize("name", ["model.zip", "MAR-INF/MANIFEST.json", "custom_handler.py"])
 def test_links_that_lead_out_of_a_folder(
     name: str, folder: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
