@@ -41,6 +41,7 @@ from api.native.schemas import (
 from api.openai.app import create_app, serve_models
 from api.painting import ImageModel
 from api.served import Served
+from api.task_gate import TaskGateMiddleware
 from api.task_results import choose_file, make_folder
 from api.tasks.model import TaskModel
 from model_choice import chosen_runners, is_folder
@@ -234,4 +235,9 @@ _service().add_asgi_middleware(RequestContextMiddleware, timeout=settings.reques
 if settings.api_key is not None:
     _service().add_asgi_middleware(ApiKeyMiddleware, key=settings.api_key)
 _service().add_asgi_middleware(BodyMiddleware, max_bytes=settings.max_body_bytes)
+_service().add_asgi_middleware(
+    TaskGateMiddleware,
+    route="/generate_image_task",
+    check=lambda body: images.check_image_request(openai_app.state.served, body),
+)
 _service().add_asgi_middleware(UnknownRouteMiddleware)

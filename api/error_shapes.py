@@ -19,6 +19,7 @@ from runners.errors import (
     ModelVersionNotServed,
     Overloaded,
     PayloadTooLarge,
+    PictureWithheld,
     RunnerUnavailable,
     TriptychError,
     Unauthorized,
@@ -55,6 +56,7 @@ def _openai(message: str, kind: Kind, param: str | None) -> str:
 OPENAI = Shape(
     kinds={
         InvalidRequest: Kind(400, "invalid_request_error"),
+        PictureWithheld: Kind(400, "invalid_request_error", "content_policy_violation"),
         ContextLengthExceeded: Kind(400, "invalid_request_error", "context_length_exceeded"),
         Unauthorized: Kind(401, "authentication_error", "invalid_api_key"),
         ModelNotServed: Kind(404, "invalid_request_error", "model_not_found"),
@@ -80,6 +82,7 @@ def _torchserve(message: str, kind: Kind, param: str | None) -> str:
 TORCHSERVE = Shape(
     kinds={
         InvalidRequest: Kind(400, "BadRequestException"),
+        PictureWithheld: Kind(400, "BadRequestException"),
         ContextLengthExceeded: Kind(400, "BadRequestException"),
         Unauthorized: Kind(401, "InvalidKeyException"),
         ModelNotServed: Kind(404, "ModelNotFoundException"),

@@ -11,7 +11,8 @@ from runners.contracts.images import ImageRequest
 
 MAX_IMAGES = 10
 """Pictures one request may ask for."""
-MAX_SIDE = 16_384
+MAX_SIDE = 16_383
+"""In pixels, which is where WebP ends."""
 MAX_STEPS = 1000
 
 Side = Annotated[int, Field(ge=8, le=MAX_SIDE)]

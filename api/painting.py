@@ -15,7 +15,7 @@ from api.arrivals import Arrivals, cut_short, open_all
 from api.context import RequestContext, current_request
 from api.held import HeldModel
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, Picture
-from runners.errors import ModelNotServed
+from runners.errors import ModelNotServed, RunnerUnavailable, TriptychError
 
 _picture_numbers = count(1)
 _random = SystemRandom()
@@ -44,6 +44,18 @@ class ImageModel(HeldModel[ImageRunner]):
                 f"this server does not paint with that model; it paints with {self.name}",
                 param="model",
             )
+
+    def check(self, wish: ImageRequest, *, n: int) -> None:
+        """Whether `n` pictures would be painted, as far as can be told before.
+
+        Raises: Overloaded, InvalidRequest, RunnerUnavailable.
+        """
+        health = self.runner.health()
+        if self.info is None or not health.ready:
+            raise RunnerUnavailable(f"model {self.name} is not ready: {health.detail}")
+        self.info.checked(wish)
+        with self.admission.admit(n):
+            pass
 
     async def paint(self, wish: ImageRequest, *, seed: int | None, n: int = 1) -> Painting:
         """Start `n` pictures; picture i has the seed `seed` + i, one of ours without.
@@ -84,14 +96,12 @@ class Painting:
     async def __aiter__(self) -> AsyncIterator[tuple[int, ImageEvent]]:
         """Yield what happens, with the index of its picture, until all are finished.
 
-        Raises: RunnerUnavailable, DeadlineExceeded, EngineFailure.
+        Raises: RunnerUnavailable, DeadlineExceeded, PictureWithheld, EngineFailure.
         """
         arrivals = aiter(self._arrivals)
         while self._unfinished:
             async with self._request.within_deadline():
-                arrival = await anext(arrivals, None)
-            if arrival is None:
-                raise cut_short()
+                arrival = await self._next(arrivals)
             finished = arrival[1].picture is not None
             self._unfinished -= finished
             if finished:
@@ -99,6 +109,19 @@ class Painting:
             else:
                 metrics.DENOISING_STEPS.labels(self._request.route).inc()
             yield arrival
+
+    async def _next(
+        self, arrivals: AsyncIterator[tuple[int, ImageEvent]]
+    ) -> tuple[int, ImageEvent]:
+        try:
+            arrival = await anext(arrivals, None)
+            if arrival is None:
+                raise cut_short()
+            return arrival
+        except TriptychError:
+            self._unfinished -= 1
+            metrics.PICTURES.labels(self._request.route, "failed").inc()
+            raise
 
     async def collect(self) -> list[Painted]:
         """Wait for all pictures. Raises: as iteration."""

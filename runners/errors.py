@@ -16,6 +16,7 @@ TriptychError
 ├── Overloaded              the queue is full; try again after `retry_after_s`
 ├── DeadlineExceeded        the request ran past its time limit
 ├── RunnerUnavailable       the rank group is not ready, or died with the request in flight
+├── PictureWithheld         the image model's own safety checker objects to what it painted
 └── EngineFailure           the engine failed on this request alone
 
 `api/errors.py` maps each to a status code. Errors of a rank cross the channel by class name
@@ -96,6 +97,10 @@ class DeadlineExceeded(TriptychError):
 
 class RunnerUnavailable(TriptychError):
     """The rank group is not ready, or died while the request was in flight."""
+
+
+class PictureWithheld(TriptychError):
+    """The image model's own safety checker objects to the picture it painted."""
 
 
 class EngineFailure(TriptychError):

@@ -59,7 +59,9 @@ def _load(context: RankContext, device_map: str, max_memory: Any) -> ImageProgra
     torch.set_num_threads(context.num_threads)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     gpus = torch.cuda.device_count()
-    on_cpu = not gpus or device_map == "cpu"
+    if device_map not in SEVERAL:
+        _refuse_absent(torch.device(device_map))
+    on_cpu = not gpus if device_map in SEVERAL else device_map == "cpu"
     options: dict[str, Any] = {}
     spread = (
         device_map in SEVERAL and not config.cpu_offload and (gpus > 1 or (gpus and max_memory))
@@ -74,12 +76,19 @@ def _load(context: RankContext, device_map: str, max_memory: Any) -> ImageProgra
     return image_program(context, pipeline)
 
 
+def _refuse_absent(device: torch.device) -> None:
+    """Raises: ConfigError."""
+    here = torch.accelerator.current_accelerator()
+    same = here is not None and here.type == device.type
+    count = torch.accelerator.device_count() if same else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise ConfigError(
+            f"device_map: {device} does not exist, this machine has {count} {device.type} devices"
+        )
+
+
 def _place(pipeline: Any, device: str, cpu_offload: str | None) -> None:
-    """On one GPU, wholly or as far as it computes. Raises: ConfigError."""
-    if torch.device(device).type == "cuda" and (torch.device(device).index or 0) >= (
-        count := torch.cuda.device_count()
-    ):
-        raise ConfigError(f"device_map: {device} does not exist, this machine has {count} GPUs")
+    """On one GPU, wholly or as far as it computes."""
     if cpu_offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif cpu_offload == "sequential":

@@ -244,9 +244,6 @@ OBSOLETE = {
 }
 """Keys of MII's legacy `mii_config` that mean nothing any more, and what happens instead."""
 
-OF_IMAGES = ("guidance_scale", "num_inference_steps")
-"""What `model_config` beside the section holds, for every picture."""
-
 BESIDE = (MIISection.model_fields.keys() | OBSOLETE.keys()) - {"max_length"}
 """Keys that a file for the forerunner's handler may have at the top, too."""
 
@@ -287,12 +284,6 @@ def read_section(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Returns the values and a warning for each key without a meaning. Raises: ConfigError.
     """
     own = dict(values)
-    if (task := own.pop("task_name", None)) is not None:
-        own.setdefault("task", task)
-    painting = own.pop("model_config", {})
-    if not isinstance(painting, Mapping):
-        raise ConfigError("setup_config.json: model_config must be an object")
-    own = {**{k: painting[k] for k in OF_IMAGES if k in painting}, **own}
     if isinstance(own.get("dtype"), str):
         own["dtype"] = DTYPES.get(own["dtype"], own["dtype"])
     given = [key for key in ("mii", *FORERUNNERS) if own.get(key) is not None]
@@ -310,11 +301,6 @@ def read_section(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if (record := own.pop("model_name", None)) is not None:
         section.setdefault("model_name_or_path", record)
     warnings = _without_meaning(section)
-    warnings += [
-        f"setup_config.json: unknown key model_config.{key} is ignored"
-        for key in painting
-        if key not in OF_IMAGES
-    ]
     for key, value in _hoisted(section).items():
         if own.setdefault(key, value) != value:
             raise ConfigError(

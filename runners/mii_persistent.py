@@ -49,7 +49,7 @@ from runners.ragged.loading import (
     sampling_defaults,
     stored_dtype,
 )
-from runners.ragged.program import DEFAULT_NEW_TOKENS, failure
+from runners.ragged.program import DEFAULT_NEW_TOKENS
 from runners.ragged.sampling import SamplingDefaults
 from runners.ragged.tokenization import PromptTokenizer
 from runners.ranks.messages import (
@@ -63,6 +63,7 @@ from runners.ranks.messages import (
     Text,
     Tokenize,
     Tokens,
+    failure,
 )
 from runners.ranks.worker import Occupancy, RankContext
 

@@ -74,6 +74,18 @@ class GenerateImageResponse(NativeAnswer):
     """With `numpy`."""
 
 
+def check_image_request(served: Served, body: bytes) -> None:
+    """Refuse a request before it becomes a task, whose answer comes much later.
+
+    Raises: as `generate_image`, before anything is painted.
+    """
+    asked = GenerateImageRequest.parse(body)
+    model = served.image
+    model.require(asked.model)
+    _ = asked.answer_kind
+    model.check(asked.wish(asked.height, asked.width), n=asked.num_images)
+
+
 async def generate_image(served: Served, body: GenerateImageRequest) -> Any:
     """Paint all pictures of a request, and answer with a file or with JSON."""
     model = served.image

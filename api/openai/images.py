@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from api import sse
-from api.image_schemas import ImageCount, PaintingFields
+from api.image_schemas import MAX_SIDE, ImageCount, PaintingFields
 from api.openai.requests import Ignored, Unsupported, unsupported
 from api.painting import ImageModel, Painting
 from api.pictures import Format, as_base64
@@ -64,7 +64,10 @@ class ImageGenerationRequest(PaintingFields):
             raise InvalidRequest(
                 "size must be width x height in pixels, such as 512x512, or auto", param="size"
             )
-        return int(found[2]), int(found[1])
+        height, width = int(found[2]), int(found[1])
+        if max(height, width) > MAX_SIDE:
+            raise InvalidRequest(f"size may be {MAX_SIDE} pixels a side at most", param="size")
+        return height, width
 
 
 class ImageData(BaseModel):

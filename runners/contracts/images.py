@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from runners.contracts import Runner
+from runners.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,7 @@ class ImageStream(Protocol):
     def __aiter__(self) -> AsyncIterator[ImageEvent]:
         """Yield an event for each step; the last one carries the picture.
 
-        Raises: RunnerUnavailable, EngineFailure.
+        Raises: RunnerUnavailable, PictureWithheld, EngineFailure.
         """
         ...
 
@@ -95,9 +96,46 @@ class ImageModelInfo:
     takes_negative_prompt: bool
     size_multiple: int
     """What height and width must be multiples of."""
+    max_side: int | None = None
+    """Most pixels of its height, and of its width; None: as `max_pixels` allows."""
     max_pixels: int
     """Most pixels of a picture, height times width."""
     max_inference_steps: int
+
+    def checked(self, request: ImageRequest) -> ImageRequest:
+        """The request with its size and steps filled in. Raises: InvalidRequest."""
+        height, width = request.height or self.height, request.width or self.width
+        for name, side in (("height", height), ("width", width)):
+            if side < 1 or side % self.size_multiple:
+                raise InvalidRequest(
+                    f"{name} must be a multiple of {self.size_multiple} pixels", param=name
+                )
+            if self.max_side is not None and side > self.max_side:
+                raise InvalidRequest(
+                    f"{name} may be {self.max_side} pixels at most: the model knows no positions "
+                    "beyond",
+                    param=name,
+                )
+        if height * width > self.max_pixels:
+            raise InvalidRequest(
+                f"height times width may be {self.max_pixels} pixels at most", param="height"
+            )
+        steps = request.num_inference_steps
+        if steps is None:
+            steps = self.num_inference_steps
+        if not 1 <= steps <= self.max_inference_steps:
+            raise InvalidRequest(
+                f"num_inference_steps must be from 1 to {self.max_inference_steps}",
+                param="num_inference_steps",
+            )
+        if request.scheduler is not None and request.scheduler not in self.schedulers:
+            allowed = ", ".join(self.schedulers) or "none to choose from"
+            raise InvalidRequest(
+                f"scheduler must be one of those that fit this model: {allowed}", param="scheduler"
+            )
+        if request.negative_prompt and not self.takes_negative_prompt:
+            raise InvalidRequest("this model takes no negative_prompt", param="negative_prompt")
+        return replace(request, height=height, width=width, num_inference_steps=steps)
 
 
 class ImageRunner(Runner, Protocol):

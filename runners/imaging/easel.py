@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import greenlet
+import torch
 
 from runners.imaging.calls import Call, groups_of, run_together
 
@@ -49,7 +50,10 @@ class Studio:
         return len(self._easels)
 
     def begin(self, request_id: str, work: Callable[[], None]) -> None:
-        """Start a picture: its code runs up to its first model call. `work` may not raise."""
+        """Start a picture: its code runs up to its first model call.
+
+        What `work` raises comes out here or in `step`, and is the end of all.
+        """
         easel = self._easels[request_id] = Easel(work)
         easel.switch()
         self._clear_away(request_id)
@@ -80,6 +84,8 @@ def _results(calls: list[Call]) -> list[Callable[[Easel], object]]:
     """How each of the calls goes on: with its result, or with its own error."""
     try:
         return [functools.partial(_give, result) for result in run_together(calls)]
+    except torch.AcceleratorError:  # after which the device computes nothing any more
+        raise
     except Exception as error:
         if len(calls) == 1:
             return [functools.partial(_raise, error)]

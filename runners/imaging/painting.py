@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 import torch
 
 from runners.contracts.images import ImageEvent, ImageRequest, Picture
-from runners.errors import EngineFailure
+from runners.errors import EngineFailure, PictureWithheld
 from runners.imaging.pipeline import parameters_of
 from runners.imaging.schedulers import Schedulers
+
+logger = logging.getLogger("triptych.imaging")
 
 
 class Painter:
@@ -33,7 +36,7 @@ class Painter:
     def paint(self, request: ImageRequest, tell: Callable[[ImageEvent], None]) -> None:
         """Paint one picture whose `height` and `width` are given; `tell` gets its events.
 
-        Raises: EngineFailure, and what the pipeline does.
+        Raises: PictureWithheld, EngineFailure, and what the pipeline does.
         """
         own = self._own_pipeline(request)
         progress = _Progress(own, request, tell)
@@ -53,6 +56,11 @@ class Painter:
             output_type="np",
             **{k: v for k, v in wishes.items() if k in self._parameters},
         )
+        if any(getattr(output, "nsfw_content_detected", None) or ()):
+            # The pipeline has blackened it.
+            raise PictureWithheld(
+                "the model's safety checker withholds this picture; another prompt or seed may do"
+            )
         tell(progress.event(picture=_picture(output.images[0])))
 
     def _own_pipeline(self, request: ImageRequest) -> Any:
@@ -85,8 +93,8 @@ class _Progress:
         def watched(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
             self._done += 1
-            shown = self._done in self._preview_steps()
-            self._tell(self.event(preview=self._preview(result) if shown else None))
+            preview = self._try_preview(result) if self._done in self._preview_steps() else None
+            self._tell(self.event(preview=preview))
             return result
 
         return watched
@@ -111,17 +119,29 @@ class _Progress:
         wanted = self._request.previews
         return {round(self._steps * i / (wanted + 1)) for i in range(1, wanted + 1)}
 
+    def _try_preview(self, result: Any) -> Picture | None:
+        """None also where it fails, of memory say: the picture itself may still come about."""
+        try:
+            return self._preview(result)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            logger.warning("a preview failed with %s", type(error).__name__)
+            return None
+
     def _preview(self, result: Any) -> Picture | None:
-        """None where only the pipeline itself knows how to decode its latents.
+        """None where only the pipeline itself knows how to decode its latents, and where it would
+        show what a safety checker has not seen.
 
         Most schedulers tell, beside the next latents, what the picture is going to be.
         """
+        if getattr(self._pipeline, "safety_checker", None) is not None:
+            return None
         latents, *more = result if isinstance(result, tuple) else result.to_tuple()
         if more and torch.is_tensor(more[0]) and more[0].shape == latents.shape:
             latents = more[0]
-        pipeline = self._pipeline
+        pipeline, height, width = self._pipeline, self._request.height, self._request.width
         if hasattr(pipeline, "_unpack_latents"):  # Flux keeps them as patches
-            height, width = self._request.height, self._request.width
             latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
         config: Any = getattr(getattr(pipeline, "vae", None), "config", None)
         if config is None or latents.ndim != 4 or getattr(config, "latents_mean", None):
@@ -129,6 +149,9 @@ class _Progress:
         scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
         latents = (latents / scale + shift).to(pipeline.vae.dtype)
         pixels = pipeline.vae.decode(latents, return_dict=False)[0]
+        if hasattr(pipeline.image_processor, "resize_and_crop_tensor"):
+            # PixArt paints in the nearest of the sizes it knows.
+            pixels = pipeline.image_processor.resize_and_crop_tensor(pixels, width, height)
         return _picture(pipeline.image_processor.postprocess(pixels, output_type="np")[0])
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from runners.config import BaseRunnerConfig
 from runners.config_files import read_json
 from runners.dtypes import choose_dtype, dtype_in
 from runners.errors import ConfigError, IncompleteModel, UnsafeModel
+from runners.imaging.weights import Weights
 
 logger = logging.getLogger("triptych.imaging")
 
@@ -28,6 +29,7 @@ transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-cal
 
 INDEX = "model_index.json"
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+MODELS = (diffusers.ModelMixin, transformers.PreTrainedModel)
 NEEDED = frozenset({"prompt", "height", "width", "num_inference_steps", "generator"})
 """Parameters without which a pipeline can not be served."""
 
@@ -43,25 +45,33 @@ def load_pipeline(
     index = read_json(folder / INDEX)
     kind = _pipeline_class(index, config)
     _refuse_code(folder, index)
-    dtype = _dtype(config, folder, on_cpu=on_cpu)
+    weights = Weights(folder, _model_classes(folder, index))
+    dtype = _dtype(config, weights, on_cpu=on_cpu)
+    wide = _wants_wide_vae(kind, folder, dtype)
+    dtypes = {"default": dtype} | ({"vae": torch.float32} if wide else {})
     given = dict(options or {})
     try:
-        if "device_map" not in given:
-            given |= _text_encoders(folder, index, dtype)
+        if "device_map" in given:
+            weights.check()
+        else:
+            given |= weights.load(dtypes)
         pipeline = kind.from_pretrained(
             folder,
-            dtype=dtype,
+            dtype=dtypes,
+            variant=weights.variant,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             **given,
         )
-    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+    except (ConfigError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # a folder can be wrong in as many ways as there are parsers
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ConfigError(f"{config.name} can not be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
+    if wide:
+        pipeline.vae.decode = _widening(pipeline.vae.decode)
     return pipeline
 
 
@@ -121,11 +131,30 @@ def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
                 )
 
 
-def _dtype(config: BaseRunnerConfig, folder: Path, *, on_cpu: bool) -> torch.dtype:
+def _model_classes(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes of the pipeline's models by the names of its components.
+
+    Raises: IncompleteModel.
+    """
+    from diffusers.pipelines import stable_diffusion  # as in `_pipeline_class`
+
+    libraries = LIBRARIES | {"stable_diffusion": stable_diffusion}
+    found: dict[str, Any] = {}
+    for name, value in index.items():
+        if not (isinstance(value, list) and len(value) == 2 and value[0] in libraries):
+            continue
+        kind = getattr(libraries[value[0]], str(value[1]), None)
+        if not (inspect.isclass(kind) and issubclass(kind, MODELS)):
+            continue
+        if not (folder / name).is_dir():
+            raise IncompleteModel(f"{name} is missing, which {INDEX} names")
+        found[name] = kind
+    return found
+
+
+def _dtype(config: BaseRunnerConfig, weights: Weights, *, on_cpu: bool) -> torch.dtype:
     # The denoiser's: some pipelines keep another part in a wider type.
-    files = [
-        p for part in ("unet", "transformer", "*") for p in folder.glob(f"{part}/*.safetensors")
-    ]
+    files = [p for part in ("unet", "transformer", *weights.kinds) for p in weights.files(part)]
     if not files:
         raise IncompleteModel(f"{config.name} has no safetensors in the folders of its components")
     stored = dtype_in(files[0]) or torch.float32
@@ -133,27 +162,20 @@ def _dtype(config: BaseRunnerConfig, folder: Path, *, on_cpu: bool) -> torch.dty
     return stored if isinstance(chosen, str) else chosen
 
 
-def _text_encoders(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The pipeline's models of transformers, which would make up weights that are missing.
+def _wants_wide_vae(kind: Any, folder: Path, dtype: torch.dtype) -> bool:
+    """Whether a pipeline would decode in float32 what it computed in float16.
 
-    Raises: IncompleteModel.
+    It would widen its VAE, decode, and narrow it again, all while others use the same VAE. If that
+    is in float32 already, it leaves it alone.
     """
-    loaded: dict[str, Any] = {}
-    for name, value in index.items():
-        if not (isinstance(value, list) and len(value) == 2 and value[0] == "transformers"):
-            continue
-        kind: Any = getattr(transformers, str(value[1]), None)
-        if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)):
-            continue
-        if not os.path.isdir(folder / name):
-            raise IncompleteModel(f"{name} is missing, which {INDEX} names")
-        load: Any = kind.from_pretrained
-        loaded[name], report = load(
-            folder / name, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise IncompleteModel(
-                f"{name} lacks {len(missing)} of the weights that {value[1]} needs, such as "
-                f"{', '.join(missing[:3])}"
-            )
-    return loaded
+    if dtype != torch.float16 or not hasattr(kind, "upcast_vae"):
+        return False
+    return bool(read_json(folder / "vae" / "config.json").get("force_upcast", True))
+
+
+def _widening(decode: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(decode)
+    def widened(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return decode(latents.float(), *args, **kwargs)
+
+    return widened

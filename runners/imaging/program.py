@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
+import math
 import queue
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +16,21 @@ from diffusers import AutoencoderKL
 
 from runners.contracts import RunnerState
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest
-from runners.errors import ConfigError, EngineFailure, InvalidRequest, TriptychError
+from runners.errors import ConfigError, InvalidRequest, PictureWithheld, TriptychError
+from runners.image_config import MAX_PIXELS
 from runners.imaging.easel import Studio, gated
 from runners.imaging.painting import Painter
 from runners.imaging.pipeline import denoiser_of, models_of, parameters_of
 from runners.imaging.schedulers import Schedulers
-from runners.ranks.messages import Abort, Accepted, Failed, HostMessage, Paint, Painted, RankMessage
+from runners.ranks.messages import (
+    Abort,
+    Accepted,
+    HostMessage,
+    Paint,
+    Painted,
+    RankMessage,
+    failure,
+)
 from runners.ranks.worker import Occupancy, RankContext
 
 logger = logging.getLogger("triptych.imaging")
@@ -52,9 +63,9 @@ class ImageProgram:
         match message:
             case Paint(request):
                 try:
-                    request = self._checked(request)
+                    request = self.info.checked(request)
                 except InvalidRequest as error:
-                    self._emit(_failed(request.request_id, error))
+                    self._emit(failure(request.request_id, error))
                     return
                 self._emit(Accepted(request.request_id))
                 self._inbox.put(request)
@@ -66,7 +77,8 @@ class ImageProgram:
     def step(self) -> None:
         """Take in what arrived, waiting for it if there is nothing to do, and run one step."""
         try:
-            self._take(self._inbox.get(block=not len(self._studio), timeout=IDLE_S))
+            busy = len(self._studio) or self._waiting
+            self._take(self._inbox.get(block=not busy, timeout=IDLE_S))
             while True:
                 self._take(self._inbox.get_nowait())
         except queue.Empty:
@@ -76,9 +88,7 @@ class ImageProgram:
         while self._waiting and len(self._studio) < self._max_batch:
             self._begin(self._waiting.popleft())
         self._studio.step()
-        if self._events:
-            self._emit(Painted(self._events))
-            self._events = []
+        self._tell()
 
     def occupancy(self) -> Occupancy:
         """How many pictures are painted and wait."""
@@ -91,49 +101,33 @@ class ImageProgram:
         self._studio.stop(item.request_id)
         self._waiting = deque(r for r in self._waiting if r.request_id != item.request_id)
 
+    def _tell(self) -> None:
+        """All that happened, in its order; pixels each in a message of their own."""
+        for pixels, events in itertools.groupby(self._events, key=_has_pixels):
+            for part in ([event] for event in events) if pixels else [list(events)]:
+                self._emit(Painted(part))
+        self._events = []
+
     def _begin(self, request: ImageRequest) -> None:
         def work() -> None:
             try:
                 self._painter.paint(request, lambda event: self._events.append(event))
+            except torch.AcceleratorError:  # after which the device computes nothing any more
+                raise
             except Exception as error:  # one picture's trouble must not end the rank
-                self._emit(_failed(request.request_id, error))
+                if not isinstance(error, TriptychError):
+                    logger.error("a picture failed with %s", type(error).__name__)
+                self._emit(failure(request.request_id, error))
 
         self._studio.begin(request.request_id, work)
-
-    def _checked(self, request: ImageRequest) -> ImageRequest:
-        """The request with its size filled in. Raises: InvalidRequest."""
-        info = self.info
-        height, width = request.height or info.height, request.width or info.width
-        for name, side in (("height", height), ("width", width)):
-            if side < 1 or side % info.size_multiple:
-                raise InvalidRequest(
-                    f"{name} must be a multiple of {info.size_multiple} pixels", param=name
-                )
-        if height * width > info.max_pixels:
-            raise InvalidRequest(
-                f"height times width may be {info.max_pixels} pixels at most", param="height"
-            )
-        steps = request.num_inference_steps
-        if steps is not None and not 1 <= steps <= info.max_inference_steps:
-            raise InvalidRequest(
-                f"num_inference_steps must be from 1 to {info.max_inference_steps}",
-                param="num_inference_steps",
-            )
-        if request.scheduler is not None and request.scheduler not in info.schedulers:
-            allowed = ", ".join(info.schedulers) or "none to choose from"
-            raise InvalidRequest(
-                f"scheduler must be one of those that fit this model: {allowed}", param="scheduler"
-            )
-        if request.negative_prompt and not info.takes_negative_prompt:
-            raise InvalidRequest("this model takes no negative_prompt", param="negative_prompt")
-        return replace(request, height=height, width=width)
 
 
 def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
     """Wrap a placed pipeline: gate its models and measure what it can do. Raises: ConfigError."""
     config = context.config
     if config.attention_slicing:
-        pipeline.enable_attention_slicing()
+        # One head after the other; the default is two halves of them.
+        pipeline.enable_attention_slicing("max")
     vae = getattr(pipeline, "vae", None)
     if vae is not None and config.vae_slicing:
         vae.enable_slicing()
@@ -184,9 +178,9 @@ def _warm_up(painter: Painter, info: ImageModelInfo) -> None:
         num_inference_steps=min(2, info.max_inference_steps),
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(PictureWithheld):
             painter.paint(request, lambda event: None)
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -221,7 +215,8 @@ def _info(context: RankContext, pipeline: Any, schedulers: Schedulers) -> ImageM
         takes_negative_prompt="negative_prompt" in parameters
         and "true_cfg_scale" not in parameters,
         size_multiple=multiple,
-        max_pixels=config.max_pixels or 4 * height * width,
+        max_side=_max_side(pipeline, denoiser, multiple),
+        max_pixels=config.max_pixels or min(4 * height * width, MAX_PIXELS),
         max_inference_steps=config.max_inference_steps,
     )
 
@@ -238,9 +233,18 @@ def _sizes(pipeline: Any, denoiser: Any) -> tuple[int, int, int]:
     return height * scale, width * scale, max(8, scale * patch)
 
 
-def _failed(request_id: str, error: Exception) -> Failed:
-    if isinstance(error, TriptychError):
-        return Failed(request_id, type(error).__name__, error.message, error.param)
-    logger.error("a picture failed with %s", type(error).__name__)
-    message = f"the engine failed on this request: {type(error).__name__}"
-    return Failed(request_id, EngineFailure.__name__, message)
+def _max_side(pipeline: Any, denoiser: Any, multiple: int) -> int | None:
+    """Longest side in pixels of a model whose positions are a table that it cuts pieces from.
+
+    The table holds a vector for each patch of a square: so have it Stable Diffusion 3 and AuraFlow.
+    """
+    embedding: Any = getattr(denoiser, "pos_embed", None)
+    if not getattr(embedding, "pos_embed_max_size", None):
+        return None
+    patches = math.isqrt(embedding.pos_embed.shape[1])
+    side = patches * denoiser.config.patch_size * pipeline.vae_scale_factor
+    return int(side - side % multiple)
+
+
+def _has_pixels(event: ImageEvent) -> bool:
+    return event.preview is not None or event.picture is not None

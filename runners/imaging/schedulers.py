@@ -34,7 +34,8 @@ class Schedulers:
         self.names = [
             name
             for name, kind in NAMES.items()
-            if kind in compatible and self._works(getattr(diffusers, kind))
+            if kind == type(own).__name__
+            or (kind in compatible and self._works(getattr(diffusers, kind)))
         ]
 
     @property

@@ -8,12 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from runners.contracts import ChatPrompt, GenerationRequest, ModelInfo
-from runners.errors import (
-    ContextLengthExceeded,
-    EngineFailure,
-    InvalidRequest,
-    TriptychError,
-)
+from runners.errors import ContextLengthExceeded, InvalidRequest
 from runners.ragged.detokenizer import Detokenizer
 from runners.ragged.engine import Engine
 from runners.ragged.sampling import SamplerState, SamplingDefaults
@@ -32,6 +27,7 @@ from runners.ranks.messages import (
     Text,
     Tokenize,
     Tokens,
+    failure,
 )
 from runners.ranks.worker import Occupancy
 
@@ -209,11 +205,3 @@ class TextProgram:
     def _describe_token(self, token_id: int) -> tuple[str, bytes]:
         raw = self._tokenizer.token_bytes(token_id)
         return raw.decode("utf-8", errors="replace"), raw
-
-
-def failure(request_id: str, error: Exception) -> Failed:
-    """An error as the message that tells the host. What nobody raises on purpose is not quoted."""
-    if isinstance(error, TriptychError):
-        return Failed(request_id, type(error).__name__, error.message, error.param)
-    message = f"the engine failed on this request: {type(error).__name__}"
-    return Failed(request_id, EngineFailure.__name__, message)

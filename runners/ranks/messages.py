@@ -11,6 +11,7 @@ import msgspec
 from runners.contracts import GenerationRequest, ModelInfo, Prompt, RunnerState, TextDelta
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest
 from runners.contracts.tasks import Finding, TaskRequest
+from runners.errors import EngineFailure, TriptychError
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -184,3 +185,11 @@ RankMessage = (
     | Text
     | CallFailed
 )
+
+
+def failure(request_id: str, error: Exception) -> Failed:
+    """An error as the message that tells the host. What nobody raises on purpose is not quoted."""
+    if isinstance(error, TriptychError):
+        return Failed(request_id, type(error).__name__, error.message, error.param)
+    message = f"the engine failed on this request: {type(error).__name__}"
+    return Failed(request_id, EngineFailure.__name__, message)

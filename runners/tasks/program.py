@@ -12,8 +12,15 @@ import torch
 from runners.contracts import ModelInfo
 from runners.contracts.tasks import Finding, TaskRequest
 from runners.errors import TriptychError
-from runners.ragged.program import failure
-from runners.ranks.messages import Abort, Accepted, Found, HostMessage, RankMessage, RunTask
+from runners.ranks.messages import (
+    Abort,
+    Accepted,
+    Found,
+    HostMessage,
+    RankMessage,
+    RunTask,
+    failure,
+)
 from runners.ranks.worker import Occupancy
 
 logger = logging.getLogger("triptych.tasks")

@@ -100,7 +100,7 @@ def test_a_size_of_ones_own(images: Server) -> None:
     ("change", "param", "said"),
     [
         ({"height": 10_000, "width": 10_000}, "height", "4096 pixels at most"),
-        ({"height": 20_000}, "height", "less than or equal to 16384"),
+        ({"height": 20_000}, "height", "less than or equal to 16383"),
         ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
         ({"num_inference_steps": 900}, "num_inference_steps", "from 1 to 200"),
         ({"num_images": 11}, "num_images", "less than or equal to 10"),
@@ -189,6 +189,7 @@ def test_the_openai_client_sees_the_steps(client: openai.OpenAI, right: list[Pix
     ("change", "param"),
     [
         ({"size": "10000x10000"}, "size"),
+        ({"size": "16384x8"}, "size"),
         ({"size": "large"}, "size"),
         ({"extra_body": {"num_inference_steps": 0}}, "num_inference_steps"),
         ({"n": 0}, "n"),
@@ -231,6 +232,33 @@ def test_a_picture_as_a_task(images: Server, right: list[Pixels]) -> None:
     assert images.gauge("admitted_sequences") == 0
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        (b"{", 400, None),
+        ({"prompt": "a", "num_inference_steps": 0}, 400, "num_inference_steps"),
+        ({"prompt": "a", "height": 10_000, "width": 10_000}, 400, "height"),
+        ({"prompt": "a", "model": "other"}, 404, "model"),
+    ],
+)
+def test_a_bad_task_is_refused_when_it_is_submitted(
+    images: Server, body: Any, status: int, param: str | None
+) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    answer = httpx.post(
+        f"{images.url}/generate_image_task/submit",
+        content=content,
+        headers={"Content-Type": "application/json"},
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+def test_a_task_goes_on_when_it_is_told_to_be_cancelled(images: Server) -> None:
+    answer = httpx.put(f"{images.url}/generate_image_task/cancel", params={"task_id": "x"})
+    assert answer.status_code == 400
+    assert "can not be cancelled" in answer.json()["error"]["message"]
+
+
 def test_a_dead_rank_fails_its_pictures_and_comes_back(images: Server) -> None:
     [rank] = ranks_below(images.pid)
     body = {"prompt": "a", "stream": True, "num_inference_steps": 200}
@@ -243,6 +271,8 @@ def test_a_dead_rank_fails_its_pictures_and_comes_back(images: Server) -> None:
     assert rest[-2] == "event: error"
     error = json.loads(rest[-1].removeprefix("data: "))["error"]
     assert error["code"] == "model_not_ready"
+    failed = 'triptych_pictures_total{outcome="failed",route="/v1/images/generations"} 1.0'
+    assert failed in images.metrics().splitlines()
     images.wait_ready()
     assert images.post("/generate_image", ASK).status_code == 200
 

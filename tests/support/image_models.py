@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,13 +196,46 @@ def _flux(scratch: Path) -> Any:
             axes_dims_rope=(4, 4, 8),
             guidance_embeds=True,
         ),
-        scheduler=df.FlowMatchEulerDiscreteScheduler(),
+        scheduler=df.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=_vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1),
         text_encoder=_clip(tokenizer),
         tokenizer=tokenizer,
         text_encoder_2=t5,
         tokenizer_2=t5_tokenizer,
     )
+
+
+def add_safety_checker(folder: Path, *, objects: bool) -> None:
+    """Give a Stable Diffusion a safety checker, which objects to all pictures or to none."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import (
+        StableDiffusionSafetyChecker,
+    )
+
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = tf.CLIPConfig(
+        vision_config=tower | {"image_size": SIDE, "patch_size": 8},
+        text_config=tower | {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1},
+        projection_dim=8,
+    )
+    checker: Any = StableDiffusionSafetyChecker(config)
+    for bounds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        bounds.data.fill_(-2.0 if objects else 2.0)  # of cosines
+    checker.save_pretrained(folder / "safety_checker")
+    side = {"shortest_edge": SIDE}
+    extractor = tf.CLIPImageProcessorPil(size=side, crop_size={"height": SIDE, "width": SIDE})
+    extractor.save_pretrained(folder / "feature_extractor")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "requires_safety_checker": True,
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 KINDS: dict[str, Callable[[Path], Any]] = {

@@ -74,17 +74,17 @@ def difference(one: Pixels, other: Pixels) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-def plain(folder: Path, request: ImageRequest) -> Pixels:
-    """The picture that diffusers alone paints, with nothing of ours."""
+def plain(folder: Path, request: ImageRequest, **options: object) -> Pixels:
+    """The picture that diffusers alone paints, with nothing of ours; `options` to load with."""
     with warnings.catch_warnings(action="ignore"):  # of diffusers' own
-        return _plain(folder, request)
+        return _plain(folder, request, options)
 
 
-def _plain(folder: Path, request: ImageRequest) -> Pixels:
+def _plain(folder: Path, request: ImageRequest, options: dict[str, object]) -> Pixels:
     import diffusers
     import torch
 
-    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
     if request.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[request.scheduler])

@@ -1,0 +1,19 @@
+"""Pictures as files."""
+
+from __future__ import annotations
+
+import io
+from typing import get_args
+
+import pytest
+from PIL import Image
+
+from api.image_schemas import MAX_SIDE
+from api.pictures import Format, as_file
+from runners.contracts.images import Picture
+
+
+@pytest.mark.parametrize("kind", get_args(Format))
+async def test_the_longest_side_fits_into_every_format(kind: Format) -> None:
+    picture = Picture(width=MAX_SIDE, height=8, data=bytes(MAX_SIDE * 8 * 3))
+    assert Image.open(io.BytesIO(await as_file(picture, kind))).size == (MAX_SIDE, 8)
