@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from api.error_shapes import OPENAI, Shape
 from runners.errors import DeadlineExceeded
 
 
@@ -23,6 +24,7 @@ class RequestContext:
     request_id: str
     route: str
     timeout: float
+    error_shape: Shape = OPENAI
     arrived: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     resources: AsyncExitStack = field(default_factory=AsyncExitStack)
 
@@ -51,6 +53,12 @@ _current: ContextVar[RequestContext] = ContextVar("triptych_request")
 def current_request() -> RequestContext:
     """The request that the calling task works for."""
     return _current.get()
+
+
+def current_shape() -> Shape:
+    """What errors of that request look like."""
+    request = _current.get(None)
+    return OPENAI if request is None else request.error_shape
 
 
 def enter_request(context: RequestContext) -> None:

@@ -1,36 +1,23 @@
-"""Errors on the wire: one JSON shape for every route, that of the OpenAI API.
+"""Errors on the wire, in the shape that the route's clients know (`error_shapes`).
 
-`{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}`, where `param` names the field
-at fault or is null. No message repeats what a body holds.
+No message repeats what a body holds.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, ParamSpec
+from typing import ParamSpec
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
-from api.context import current_request
-from runners.errors import (
-    ContextLengthExceeded,
-    DeadlineExceeded,
-    EngineFailure,
-    InvalidRequest,
-    ModelNotServed,
-    Overloaded,
-    PayloadTooLarge,
-    PictureWithheld,
-    RunnerUnavailable,
-    TriptychError,
-    Unauthorized,
-)
+from api.context import current_request, current_shape
+from api.error_shapes import Kind
+from runners.errors import InvalidRequest, Overloaded, TriptychError, Unauthorized
 
 logger = logging.getLogger("triptych.api")
 
@@ -47,41 +34,20 @@ IN_OUR_WORDS = {
 """Where pydantic speaks of Python."""
 
 
-class Kind(NamedTuple):
-    """How a class of errors looks to a client."""
-
-    status: int
-    type: str
-    code: str | None
-
-
-INTERNAL = Kind(500, "server_error", "internal_error")
-KINDS: dict[type[TriptychError], Kind] = {
-    InvalidRequest: Kind(400, "invalid_request_error", None),
-    PictureWithheld: Kind(400, "invalid_request_error", "content_policy_violation"),
-    ContextLengthExceeded: Kind(400, "invalid_request_error", "context_length_exceeded"),
-    Unauthorized: Kind(401, "authentication_error", "invalid_api_key"),
-    ModelNotServed: Kind(404, "invalid_request_error", "model_not_found"),
-    PayloadTooLarge: Kind(413, "invalid_request_error", "payload_too_large"),
-    Overloaded: Kind(429, "rate_limit_error", "rate_limit_exceeded"),
-    EngineFailure: Kind(500, "server_error", "engine_failure"),
-    RunnerUnavailable: Kind(503, "service_unavailable_error", "model_not_ready"),
-    DeadlineExceeded: Kind(504, "timeout_error", "deadline_exceeded"),
-}
-
-
 def kind_of(error: Exception) -> Kind:
     """Status, type and code of an error; a 500 for what nobody raises on purpose."""
-    return next((KINDS[cls] for cls in type(error).__mro__ if cls in KINDS), INTERNAL)
+    shape = current_shape()
+    classes = type(error).__mro__
+    return next((shape.kinds[cls] for cls in classes if cls in shape.kinds), shape.internal)
 
 
 def error_body(error: Exception) -> str:
     """An error as JSON. What nobody raises on purpose is logged here and not described."""
-    kind = kind_of(error)
-    if isinstance(error, TriptychError) and kind is not INTERNAL:
-        return _body(error.message, kind, error.param)
+    shape, kind = current_shape(), kind_of(error)
+    if isinstance(error, TriptychError) and kind is not shape.internal:
+        return shape.body(error.message, kind, error.param)
     log_unexpected(error)
-    return _body("the server failed on this request; its log has the request id", kind)
+    return shape.body("the server failed on this request; its log has the request id", kind, None)
 
 
 def error_headers(error: Exception) -> dict[str, str]:
@@ -122,8 +88,10 @@ def no_such_route(status: int, method: str, path: str, allow: str | None) -> Res
     message = (
         f"{path} takes {allow}, not {method}" if allow else f"there is no {method} {path} here"
     )
-    body = _body(message, Kind(status, "invalid_request_error", "unknown_url"))
+    shape = current_shape()
+    kind = shape.not_allowed if status == shape.not_allowed.status else shape.unknown
     headers = {"Allow": allow} if allow else {}
+    body = shape.body(message, kind, None)
     return Response(body, status, headers, media_type="application/json")
 
 
@@ -168,8 +136,3 @@ def _requirement(problem: ErrorDetails) -> str:
     if problem["type"] in IN_OUR_WORDS:
         return IN_OUR_WORDS[problem["type"]]
     return problem["msg"].removeprefix("Value error, ").partition(" after validation")[0]
-
-
-def _body(message: str, kind: Kind, param: str | None = None) -> str:
-    error = {"message": message, "type": kind.type, "param": param, "code": kind.code}
-    return json.dumps({"error": error})

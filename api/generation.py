@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from api import metrics
-from api.admission import Admission
 from api.arrivals import Arrivals, cut_short, open_all
 from api.context import RequestContext, current_request
+from api.held import HeldModel
 from runners.contracts import (
     FinishReason,
     GenerationRequest,
@@ -44,22 +44,13 @@ class Output:
     finish_reason: FinishReason = "stop"
 
 
-class TextModel:
+class TextModel(HeldModel[TextRunner]):
     """A text model as the routes see it."""
-
-    def __init__(self, runner: TextRunner, admission: Admission) -> None:
-        self._runner = runner
-        self._admission = admission
-
-    @property
-    def name(self) -> str:
-        """The name clients call the model by."""
-        return self._runner.name
 
     @property
     def info(self) -> ModelInfo | None:
         """What the ranks loaded; None until they were ready once."""
-        return self._runner.info
+        return self.runner.info
 
     @property
     def default_temperature(self) -> float | None:
@@ -81,7 +72,7 @@ class TextModel:
         Raises: Overloaded, DeadlineExceeded and what `TextRunner.generate` does.
         """
         request = current_request()
-        request.resources.enter_context(self._admission.admit(len(prompts) * n))
+        request.resources.enter_context(self.admission.admit(len(prompts) * n))
         requests = [
             GenerationRequest(
                 request_id=f"{request.request_id}-{next(_sequence_numbers)}",
@@ -92,7 +83,7 @@ class TextModel:
             for i in range(n)
         ]
         async with request.within_deadline():
-            streams = await open_all([self._runner.generate(each) for each in requests])
+            streams = await open_all([self.runner.generate(each) for each in requests])
         generation = Generation(request, streams, n)
         request.resources.push_async_callback(generation.aclose)
         return generation
@@ -100,16 +91,16 @@ class TextModel:
     async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text or a conversation."""
         request = current_request()
-        with self._admission.admit(1):
+        with self.admission.admit(1):
             async with request.within_deadline():
-                return await self._runner.tokenize(prompt, add_special_tokens=add_special_tokens)
+                return await self.runner.tokenize(prompt, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """The text of token ids."""
         request = current_request()
-        with self._admission.admit(1):
+        with self.admission.admit(1):
             async with request.within_deadline():
-                return await self._runner.detokenize(
+                return await self.runner.detokenize(
                     token_ids, skip_special_tokens=skip_special_tokens
                 )
 

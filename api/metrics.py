@@ -54,7 +54,9 @@ ROUTES = frozenset(
         "/v1/models",
     }
 )
-"""The values of the label `route`; all else is `other`, or a scanner would fill the memory."""
+"""Values of the label `route`; all else is `other`, or a scanner would fill the memory."""
+TORCHSERVE = frozenset({"/ping", "/predictions", "/models"})
+"""TorchServe's, each for all that lies below it, too."""
 
 REQUESTS = Counter(
     "triptych_requests", "HTTP requests; status 499: the client left", ["route", "status"]
@@ -88,8 +90,9 @@ DENOISING_STEPS = Counter("triptych_denoising_steps", "Denoising steps of pictur
 
 
 def route_label(path: str) -> str:
-    """The path if it is one of ours."""
-    return path if path in ROUTES else "other"
+    """The path if it is one of ours, or what stands for it."""
+    top = "/" + path.lstrip("/").partition("/")[0]
+    return path if path in ROUTES else top if top in TORCHSERVE else "other"
 
 
 class RunnerMetrics:

@@ -15,12 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import metrics
 from api.context import RequestContext, current_request, enter_request
+from api.error_shapes import OPENAI, TORCHSERVE
 from api.errors import error_response, log_unexpected, no_such_route
 from runners.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, Unauthorized
 
 REQUEST_ID = "X-Request-ID"
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/healthz"})
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/ping"})
+PREDICTIONS = "/predictions"
+"""TorchServe's route, which takes a body of any type."""
 SEND_GRACE_S = 5.0
 """How long past its deadline a client may take to receive; one that reads nothing holds a place."""
 CLIENT_LEFT = 499
@@ -39,10 +42,12 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         given = Headers(scope=scope).get(REQUEST_ID, "")
+        route = metrics.route_label(scope["path"])
         context = RequestContext(
             request_id=given if SANE_REQUEST_ID.fullmatch(given) else uuid4().hex,
-            route=metrics.route_label(scope["path"]),
+            route=route,
             timeout=self.timeout,
+            error_shape=TORCHSERVE if route in metrics.TORCHSERVE else OPENAI,
         )
         enter_request(context)
         status = 0
@@ -131,7 +136,8 @@ class BodyMiddleware:
             if not message.get("more_body", False):
                 break
         content_type = headers.get("content-type", "application/json").partition(";")[0]
-        if body and content_type.strip().lower() != "application/json":
+        json_alone = current_request().route != PREDICTIONS
+        if body and json_alone and content_type.strip().lower() != "application/json":
             raise InvalidRequest("Content-Type must be application/json", param="Content-Type")
         return bytes(body)
 

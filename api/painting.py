@@ -11,9 +11,9 @@ from itertools import count
 from random import SystemRandom
 
 from api import metrics
-from api.admission import Admission
 from api.arrivals import Arrivals, cut_short, open_all
 from api.context import RequestContext, current_request
+from api.held import HeldModel
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, Picture
 from runners.errors import ModelNotServed, RunnerUnavailable, TriptychError
 
@@ -29,22 +29,13 @@ class Painted:
     seed: int
 
 
-class ImageModel:
+class ImageModel(HeldModel[ImageRunner]):
     """An image model as the routes see it."""
-
-    def __init__(self, runner: ImageRunner, admission: Admission) -> None:
-        self._runner = runner
-        self._admission = admission
-
-    @property
-    def name(self) -> str:
-        """The name clients call the model by."""
-        return self._runner.name
 
     @property
     def info(self) -> ImageModelInfo | None:
         """What the ranks loaded; None until they were ready once."""
-        return self._runner.info
+        return self.runner.info
 
     def require(self, name: str | None) -> None:
         """Check that this is the model a request names. Raises: ModelNotServed."""
@@ -59,11 +50,11 @@ class ImageModel:
 
         Raises: Overloaded, InvalidRequest, RunnerUnavailable.
         """
-        health = self._runner.health()
+        health = self.runner.health()
         if self.info is None or not health.ready:
             raise RunnerUnavailable(f"model {self.name} is not ready: {health.detail}")
         self.info.checked(wish)
-        with self._admission.admit(n):
+        with self.admission.admit(n):
             pass
 
     async def paint(self, wish: ImageRequest, *, seed: int | None, n: int = 1) -> Painting:
@@ -72,7 +63,7 @@ class ImageModel:
         Raises: Overloaded, DeadlineExceeded and what `ImageRunner.paint` does.
         """
         request = current_request()
-        request.resources.enter_context(self._admission.admit(n))
+        request.resources.enter_context(self.admission.admit(n))
         first = _random.getrandbits(31) if seed is None else seed
         wishes = [
             replace(
@@ -83,7 +74,7 @@ class ImageModel:
             for i in range(n)
         ]
         async with request.within_deadline():
-            streams = await open_all([self._runner.paint(each) for each in wishes])
+            streams = await open_all([self.runner.paint(each) for each in wishes])
         painting = Painting(
             request, wishes, Arrivals(streams, lambda event: event.picture is not None)
         )

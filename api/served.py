@@ -19,6 +19,12 @@ class Served:
     image_model: ImageModel | None = None
 
     @property
+    def models(self) -> list[TextModel | TaskModel | ImageModel]:
+        """All there are."""
+        held = (self.text_model, self.task_model, self.image_model)
+        return [model for model in held if model is not None]
+
+    @property
     def text(self) -> TextModel:
         """The text model. Raises: ModelNotServed."""
         if self.text_model is None:

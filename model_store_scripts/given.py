@@ -10,6 +10,7 @@ from model_store_scripts.safety import refuse_code_keys
 from model_store_scripts.sources import refuse_leaving
 from runners.config_files import find_model, read_object, read_setup, setup_files
 from runners.errors import ModelNotFound
+from runners.torchserve_config import MODEL_CONFIG
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,21 @@ class Given:
     """Where in the folder the model lies; None for what is no folder."""
 
 
-def read_given(source: Path, *, file: Path | None, engine: object) -> Given:
+def read_given(
+    source: Path,
+    *,
+    file: Path | None,
+    engine: object,
+    model_path: Path | None = None,
+    model_config: str = MODEL_CONFIG,
+) -> Given:
     """What `file` says, else what lies in the source if that is a folder.
 
-    `engine` wins over the files' own, if it is not None. Raises: ModelNotFound (no such file),
-    IncompleteModel (no model in the folder), UnsafeModel (it names what lies outside of it, or asks
-    for code), ConfigError.
+    `model_path`: where the model lies, if not in the source. `model_config`: what TorchServe's file
+    is called there. `engine` wins over the files' own, if it is not None.
+
+    Raises: ModelNotFound (no such file), IncompleteModel (no model in the folder), UnsafeModel (it
+    names what lies outside of it, or asks for code), ConfigError.
     """
     if file and not file.is_file():
         raise ModelNotFound(f"{file} does not exist")
@@ -45,11 +55,11 @@ def read_given(source: Path, *, file: Path | None, engine: object) -> Given:
         seen.add(path)
         return content
 
-    files = [file] if file else setup_files(source) if is_folder else []
+    files = [file] if file else setup_files(source, model_config) if is_folder else []
     values, notes = read_setup(files, engine=engine, read=read)
-    model_path = values.pop("model_path", None)
+    named = values.pop("model_path", None)
     root = None
     if is_folder:
-        root, more = find_model(source, None if file else model_path)
+        root, more = find_model(model_path or source, None if file or model_path else named)
         notes = notes + more
     return Given(values, notes, frozenset(seen), root)

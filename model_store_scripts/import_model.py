@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ImportRequest(
                 source=args.source,
                 name=args.name,
-                overrides={field: getattr(args, field) for field in FIELDS},
+                overrides=overrides(args),
                 revision=args.revision,
                 setup_config=args.setup_config,
                 convert_checkpoints=args.convert_checkpoints,
@@ -88,8 +88,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a folder or a hub id")
-    add("--name", type=_name, required=True, help="the model's name in the store")
+    add("--name", type=name, required=True, help="the model's name in the store")
     add("--revision", help="branch, tag or commit of a hub model")
+    add(
+        "--setup-config",
+        type=Path,
+        metavar="FILE",
+        help="a published setup_config.json, or a model-config.yaml with its ds-config.json beside "
+        "it, to take over in place of SOURCE's own",
+    )
+    add_fields(parser)
+    return parser
+
+
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    """Options for how the model is run, whatever it comes in."""
+    add = parser.add_argument
     add("--engine", choices=get_args(Engine), help="what runs it (default: accelerate)")
     add("--task", choices=get_args(Task), help="what it does (default: what the files say)")
     add("--dtype", choices=get_args(Dtype), help="type to run it in (default: auto)")
@@ -105,18 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-batch-size", type=int, help="sequences generated together")
     add("--tensor-parallel", type=int, help="over how many ranks to split it")
     add("--gpus", type=int, help="GPUs that a deployment asks for (default: as many as it uses)")
-    add(
-        "--setup-config",
-        type=Path,
-        metavar="FILE",
-        help="a published setup_config.json, or a model-config.yaml with its ds-config.json beside "
-        "it, to take over in place of SOURCE's own",
-    )
     add("--convert-checkpoints", action="store_true", help="convert .bin and .pt to safetensors")
-    return parser
 
 
-def _name(value: str) -> str:
+def overrides(args: argparse.Namespace) -> dict[str, object]:
+    """What these options say; None where they say nothing."""
+    return {field: getattr(args, field) for field in FIELDS}
+
+
+def name(value: str) -> str:
+    """The type of an option that names a model in the store."""
     try:
         check_name(value)
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from model_store_scripts.sources import FolderSource, Source
 from runners.config import validate
 from runners.config_files import MODEL_FOLDER, MODEL_HEADS, read_json, task_of
 from runners.errors import ConfigError, ModelNotFound
+from runners.torchserve_config import MODEL_CONFIG
 
 if TYPE_CHECKING:
     from model_store_scripts.store import StoredModel
@@ -43,6 +45,12 @@ class ImportRequest:
     """More to write down about the model; differing, it makes a new version too."""
     force: bool = False
     """Whether to make a new version even if the store has the very same model."""
+    model_path: Path | None = None
+    """Where the model lies, if not in the folder that says how it is run."""
+    model_config: str = MODEL_CONFIG
+    """What TorchServe's `model-config.yaml` is called in that folder."""
+    set_aside: frozenset[str] = frozenset()
+    """What lies at the top of that folder, is no part of a model and is not spoken of here."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class ImportedModel:
     """False if the store had the very same model under this name already."""
     metadata: Mapping[str, Any]
     notes: tuple[str, ...]
+    setup_config: Mapping[str, Any] = field(default_factory=dict)
+    """How it is run."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,13 @@ def check_name(name: str) -> None:
 def _look(request: ImportRequest) -> _Looked:
     """Everything that can be refused before a byte is copied or a weight downloaded."""
     folder = Path(request.source).expanduser()
-    given = read_given(folder, file=request.setup_config, engine=request.overrides.get("engine"))
+    given = read_given(
+        folder,
+        file=request.setup_config,
+        engine=request.overrides.get("engine"),
+        model_path=request.model_path,
+        model_config=request.model_config,
+    )
     source = _open(request, folder, given)
     refuse_unsafe_names(source.names)
     heads = [name for name in MODEL_HEADS if name in source.names]
@@ -130,11 +146,17 @@ def _look(request: ImportRequest) -> _Looked:
     )
     pickles = [name for part in weights.pickles for name in part.files]
     others = sorted(source.names - {*small, *weights.files, *pickles, *read})
-    beside = [name for name in source.ignored if folder / name not in given.files]
-    notes = given.notes + _left_out([*beside, *(n for n in others if not n.startswith("."))])
+    others = [name for name in others if not name.startswith(".")]
+    notes = given.notes + _left_out([*_beside(request, folder, source, given), *others])
     source.fetch([*weights.files, *pickles])
     layout.refuse_pointers(source.root, [*weights.files, *pickles])
     return _Looked(source, setup_config, small, weights, notes)
+
+
+def _beside(request: ImportRequest, folder: Path, source: Source, given: Given) -> list[str]:
+    """What lies beside the model, and was not read."""
+    names = sorted(os.listdir(folder)) if request.model_path else source.ignored
+    return [n for n in names if n not in request.set_aside and folder / n not in given.files]
 
 
 def _left_out(names: list[str]) -> list[str]:
@@ -146,7 +168,7 @@ def _open(request: ImportRequest, folder: Path, given: Given) -> Source:
     if given.root:
         if request.revision:
             raise ConfigError(f"{request.source} is a folder here and has no revisions")
-        return FolderSource(folder, given.root)
+        return FolderSource(request.model_path or folder, given.root, request.set_aside)
     from model_store_scripts.hub import HubSource, is_hub_id
 
     if folder.exists() or not is_hub_id(request.source):
@@ -232,4 +254,6 @@ def _but_revision(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _result(tag: str, looked: _Looked, metadata: Mapping[str, Any], *, new: bool) -> ImportedModel:
-    return ImportedModel(tag, looked.setup_config["task"], new, metadata, tuple(looked.notes))
+    setup_config = looked.setup_config
+    notes = tuple(looked.notes)
+    return ImportedModel(tag, setup_config["task"], new, metadata, notes, setup_config)

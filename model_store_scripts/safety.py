@@ -24,17 +24,30 @@ def refuse_unsafe_names(names: Collection[str]) -> None:
     Raises: UnsafeModel that names the file.
     """
     for name in sorted(names):
-        path = PurePosixPath(name)
-        if (
-            not name.isprintable()
-            or "\\" in name
-            or path.is_absolute()
-            or ".." in path.parts
-            or any(len(part.encode("utf-8", "surrogateescape")) > 200 for part in path.parts)
-        ):
-            raise UnsafeModel(f"{name!r} is not a file name a model can have")
-        if path.suffix.lower() in CODE:
+        refuse_unsafe_path(name)
+        if is_code(name):
             raise UnsafeModel(f"{name} is code: Triptych serves models that need none of their own")
+
+
+def is_code(name: str) -> bool:
+    """Whether a file is called as code is."""
+    return PurePosixPath(name).suffix.lower() in CODE
+
+
+def refuse_unsafe_path(name: str) -> None:
+    """No name that leads elsewhere or that a file system or a terminal could trip over.
+
+    Raises: UnsafeModel that names it.
+    """
+    path = PurePosixPath(name)
+    if (
+        not name.isprintable()
+        or "\\" in name
+        or path.is_absolute()
+        or ".." in path.parts
+        or any(len(part.encode("utf-8", "surrogateescape")) > 200 for part in path.parts)
+    ):
+        raise UnsafeModel(f"{name!r} is not a file name a model can have")
 
 
 def refuse_unsafe_configs(root: Path, names: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -43,6 +43,8 @@ class Source(Protocol):
 class FolderSource:
     """A model on this machine: `root`, which is `folder`, or lies in it as TorchServe has it.
 
+    `set_aside`: names in `folder` that are no part of a model, whatever lies there.
+
     Raises: IncompleteModel (a link that leads nowhere), UnsafeModel (a way or a link that leads out
     of `folder`, a device or pipe), ConfigError (unreadable, or far too many files).
     """
@@ -50,7 +52,7 @@ class FolderSource:
     revision: str | None = None
     checksums: Mapping[str, str] = {}
 
-    def __init__(self, folder: Path, root: Path) -> None:
+    def __init__(self, folder: Path, root: Path, set_aside: Collection[str] = ()) -> None:
         self.root = root
         way = root.relative_to(folder).parts if root.is_relative_to(folder) else ("..",)
         if ".." in way:
@@ -59,8 +61,9 @@ class FolderSource:
             )
         if way:
             refuse_leaving(root, folder)
-        self.names = frozenset(_walk(root))
-        self.ignored = tuple(n for n in sorted(os.listdir(folder)) if way and n != way[0])
+        self.names = frozenset(_walk(root, () if way else set_aside))
+        beside = [n for n in sorted(os.listdir(folder)) if way and n != way[0]]
+        self.ignored = tuple(n for n in beside if n not in set_aside)
 
     def fetch(self, names: Iterable[str]) -> None:
         """A folder has all its files already."""
@@ -74,12 +77,16 @@ def refuse_leaving(path: Path, folder: Path) -> None:
         raise UnsafeModel(f"{path} does not lie in the model folder {folder}")
 
 
-def _walk(root: Path) -> Iterator[str]:
+def _walk(root: Path, set_aside: Collection[str]) -> Iterator[str]:
     """Every file below `root`, hidden folders (git's, the hub client's) aside."""
     allowed = (root.resolve(), _hub_blobs(root))
     count = 0
     for folder, subfolders, files in os.walk(root, onerror=_unreadable):
+        top = folder == str(root)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        if top:
+            subfolders[:] = [s for s in subfolders if s not in set_aside]
+            files = [f for f in files if f not in set_aside]
         for name in [*subfolders, *files]:
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()

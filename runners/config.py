@@ -59,6 +59,8 @@ class BaseRunnerConfig(BaseModel):
     """What the model does."""
     revision: str | None = None
     """The hub revision the weights came from; a record, the folder decides."""
+    model_version: Annotated[str, Field(pattern=r"^[^/\s]{1,64}$")] = "1.0"
+    """What clients of TorchServe call this version of the model by."""
     dtype: Dtype = "auto"
     """Weights' type. `auto`: the checkpoint's own, except that a CPU without fast half-precision
     arithmetic computes in float32. `torch_dtype` is an older name of it."""

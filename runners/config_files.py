@@ -24,6 +24,7 @@ from runners.config import (
 )
 from runners.contracts.tasks import IMAGE_TASK, TEXT_TASKS, PipelineTask
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
+from runners.image_config import ImageFields
 from runners.torchserve_config import MODEL_CONFIG, read_model_config, read_yaml
 
 MODEL_HEADS = ("model_index.json", "config.json")
@@ -83,10 +84,13 @@ def task_of(model_path: Path) -> Task:
     return next((task for head, task in HEADS.items() if first.endswith(head)), "text-generation")
 
 
-def setup_files(folder: Path) -> list[Path]:
-    """The files that say how the model of a folder is run, the one that wins last."""
+def setup_files(folder: Path, model_config: str = MODEL_CONFIG) -> list[Path]:
+    """The files that say how the model of a folder is run, the one that wins last.
+
+    `model_config`: what TorchServe's file is called there.
+    """
     for place in (folder, folder / MODEL_FOLDER):
-        files = [place / name for name in (MODEL_CONFIG, SETUP_CONFIG)]
+        files = [place / name for name in (model_config, SETUP_CONFIG)]
         if found := [path for path in files if path.is_file()]:
             return found
     return []
@@ -182,11 +186,28 @@ def parse_setup_config(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     known = set(engine_model(values["engine"]).model_fields)
     if values["engine"] == "mii":
         known |= {"model_name", *mii_config.FORERUNNERS}
-        known |= mii_config.BESIDE if mii_config.is_forerunners(values) else set()
+        if mii_config.is_forerunners(values):
+            known |= mii_config.BESIDE
+            warnings += _take_mii_example(values)
     for key in sorted(values.keys() - known):
         del values[key]
         warnings.append(f"{SETUP_CONFIG}: unknown key {key} is ignored")
     return values, warnings
+
+
+def _take_mii_example(values: dict[str, Any]) -> list[str]:
+    """Map what TorchServe's MII example has beside `mii_config`: the task, and `model_config`,
+    which speaks of every picture. Returns the warnings. Raises: ConfigError.
+    """
+    if (task := values.pop("task_name", None)) is not None:
+        values.setdefault("task", task)
+    painting = values.pop("model_config", {})
+    if not isinstance(painting, Mapping):
+        raise ConfigError(f"{SETUP_CONFIG}: model_config must be an object")
+    unknown = set(painting) - ImageFields.model_fields.keys()
+    for key in painting.keys() - unknown:
+        values.setdefault(key, painting[key])
+    return [f"{SETUP_CONFIG}: unknown key model_config.{key} is ignored" for key in sorted(unknown)]
 
 
 def read_json(path: Path) -> dict[str, Any]:

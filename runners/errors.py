@@ -11,6 +11,7 @@ TriptychError
 │   ├── ContextLengthExceeded   prompt (plus asked-for tokens) does not fit the model
 │   ├── Unauthorized        the API key is missing or wrong
 │   ├── ModelNotServed      the request names a model this server does not hold
+│   │   └── ModelVersionNotServed   or a version of it
 │   └── PayloadTooLarge     the body is larger than the server accepts
 ├── Overloaded              the queue is full; try again after `retry_after_s`
 ├── DeadlineExceeded        the request ran past its time limit
@@ -72,6 +73,10 @@ class Unauthorized(RequestError):
 
 class ModelNotServed(RequestError):
     """The request names a model this server does not hold."""
+
+
+class ModelVersionNotServed(ModelNotServed):
+    """The request names a version of a model that this server does not hold."""
 
 
 class PayloadTooLarge(RequestError):

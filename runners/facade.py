@@ -84,6 +84,22 @@ class RankedRunner(Generic[Item]):
         """The name clients call the model by."""
         return self._config.name
 
+    @property
+    def version(self) -> str:
+        """Which version of the model this is."""
+        return self._config.model_version
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, inputs or pictures that are computed together."""
+        return self._config.places
+
+    @property
+    def devices(self) -> list[str]:
+        """Where the ranks hold the model; empty until they were ready once."""
+        info = self._group.info
+        return [] if info is None else info.devices
+
     def health(self) -> RunnerHealth:
         """The state right now."""
         return self._group.health()

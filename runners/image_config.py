@@ -14,6 +14,10 @@ class ImageFields(BaseModel):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Denoising steps of a request that names none. Default: the pipeline's own."""
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    """That of a request that names none. Default: the pipeline's own."""
     max_batch_images: Annotated[int, Field(ge=1, le=256)] = 8
     """Pictures that a rank paints together in one step."""
     max_pixels: Annotated[int, Field(ge=64, le=MAX_PIXELS)] | None = None

@@ -237,6 +237,9 @@ OBSOLETE = {
     "hf_auth_token": "nothing is fetched while serving",
     "trust_remote_code": "a model that brings code is refused",
     "ckpt_config": "weights are always memory-mapped from the model folder",
+    "provider": "the model folder says which library it is of",
+    "ds_optimize": "MII paints no more: image models run as on Accelerate",
+    "ds_zero": "device_map and max_memory place weights, with engine accelerate",
     "max_tokens": "max_length bounds prompt plus output",
 }
 """Keys of MII's legacy `mii_config` that mean nothing any more, and what happens instead."""

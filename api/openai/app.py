@@ -1,5 +1,5 @@
-"""The FastAPI app with the OpenAI-compatible routes and those of tasks, mounted into the BentoML
-service.
+"""The FastAPI app with the OpenAI-compatible routes, those of tasks and TorchServe's, mounted into
+the BentoML service.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import ChatCompletion, Completion, Error, Model, ModelList
 from api.served import Served
 from api.tasks.routes import ROUTES, TaskRoute
+from api.torchserve.routes import add_routes
 from runners.errors import ModelNotServed
 
 STARTED = int(time.time())
@@ -75,6 +76,7 @@ def create_app() -> FastAPI:
 
     for task, route in ROUTES.items():
         _add_task(app, task, route)
+    add_routes(app)
     return app
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import count
 
 from api import metrics
-from api.admission import Admission
 from api.context import current_request
+from api.held import HeldModel
 from runners.contracts import ModelInfo
 from runners.contracts.tasks import Finding, TaskRequest, TaskRunner
 from runners.errors import ModelNotServed
@@ -17,27 +17,18 @@ from runners.errors import ModelNotServed
 _input_numbers = count(1)
 
 
-class TaskModel:
+class TaskModel(HeldModel[TaskRunner]):
     """A model for one task: admission, the deadline and metrics of its inputs."""
-
-    def __init__(self, runner: TaskRunner, admission: Admission) -> None:
-        self._runner = runner
-        self._admission = admission
-
-    @property
-    def name(self) -> str:
-        """The name clients call the model by."""
-        return self._runner.name
 
     @property
     def task(self) -> str:
         """What the model does."""
-        return self._runner.task
+        return self.runner.task
 
     @property
     def info(self) -> ModelInfo | None:
         """What the rank loaded; None until it was ready once."""
-        return self._runner.info
+        return self.runner.info
 
     def require(self, name: str | None) -> None:
         """Check that this is the model a request names. Raises: ModelNotServed."""
@@ -52,9 +43,9 @@ class TaskModel:
         Raises: Overloaded, DeadlineExceeded and what `TaskRunner.run` does.
         """
         request = current_request()
-        with self._admission.admit(len(inputs)):
+        with self.admission.admit(len(inputs)):
             running = [
-                asyncio.ensure_future(self._runner.run(replace(each, request_id=request_id)))
+                asyncio.ensure_future(self.runner.run(replace(each, request_id=request_id)))
                 for each in inputs
                 for request_id in [f"{request.request_id}-{next(_input_numbers)}"]
             ]

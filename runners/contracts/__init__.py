@@ -202,6 +202,21 @@ class Runner(Protocol):
         """The name clients call the model by."""
         ...
 
+    @property
+    def version(self) -> str:
+        """Which version of the model this is."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences, inputs or pictures that are computed together."""
+        ...
+
+    @property
+    def devices(self) -> list[str]:
+        """Where the ranks hold the model; empty until they were ready once."""
+        ...
+
     def health(self) -> RunnerHealth:
         """The state right now; never blocks."""
         ...

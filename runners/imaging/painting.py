@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,17 @@ logger = logging.getLogger("triptych.imaging")
 
 
 class Painter:
-    """Paints with one pipeline, whose models are gated (see `easel`)."""
+    """Paints with one pipeline, whose models are gated (see `easel`).
 
-    def __init__(self, pipeline: Any, schedulers: Schedulers) -> None:
+    `defaults`: what a request has that names nothing, where the pipeline's own will not do.
+    """
+
+    def __init__(
+        self, pipeline: Any, schedulers: Schedulers, defaults: Mapping[str, object]
+    ) -> None:
         self._pipeline = pipeline
         self._schedulers = schedulers
+        self._defaults = defaults
         self._parameters = parameters_of(type(pipeline))
 
     def paint(self, request: ImageRequest, tell: Callable[[ImageEvent], None]) -> None:
@@ -36,18 +42,19 @@ class Painter:
         progress = _Progress(own, request, tell)
         # Always of the CPU: the same seed gives the same noise on every device.
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        wishes = {
+        named = {
             "negative_prompt": request.negative_prompt,
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
         }
+        wishes = {**self._defaults, **{k: v for k, v in named.items() if v is not None}}
         output = own(
             prompt=request.prompt,
             height=request.height,
             width=request.width,
             generator=generator,
             output_type="np",
-            **{k: v for k, v in wishes.items() if v is not None and k in self._parameters},
+            **{k: v for k, v in wishes.items() if k in self._parameters},
         )
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             # The pipeline has blackened it.

@@ -136,11 +136,21 @@ def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
     info = _info(context, pipeline, schedulers)
     _gate(pipeline)
     context.progress(RunnerState.WARMUP, "painting a first picture")
-    painter = Painter(pipeline, schedulers)
+    painter = Painter(pipeline, schedulers, _defaults(config))
     _warm_up(painter, info)
     return ImageProgram(
         info=info, painter=painter, max_batch=config.max_batch_images, emit=context.emit
     )
+
+
+def _defaults(config: Any) -> dict[str, object]:
+    """What the config has for requests that name nothing, no more steps than it allows."""
+    steps, guidance = config.num_inference_steps, config.guidance_scale
+    defaults = {
+        "num_inference_steps": steps and min(steps, config.max_inference_steps),
+        "guidance_scale": guidance,
+    }
+    return {name: value for name, value in defaults.items() if value is not None}
 
 
 def _gate(pipeline: Any) -> None:
@@ -180,6 +190,9 @@ def _info(context: RankContext, pipeline: Any, schedulers: Schedulers) -> ImageM
     config = context.config
     denoiser = denoiser_of(pipeline)
     parameters = parameters_of(type(pipeline))
+    guidance = config.guidance_scale
+    if guidance is None:
+        guidance = getattr(parameters.get("guidance_scale"), "default", None)
     height, width, multiple = _sizes(pipeline, denoiser)
     models = models_of(pipeline).values()
     return ImageModelInfo(
@@ -191,9 +204,10 @@ def _info(context: RankContext, pipeline: Any, schedulers: Schedulers) -> ImageM
         height=height,
         width=width,
         num_inference_steps=min(
-            parameters["num_inference_steps"].default, config.max_inference_steps
+            config.num_inference_steps or parameters["num_inference_steps"].default,
+            config.max_inference_steps,
         ),
-        guidance_scale=float(getattr(parameters.get("guidance_scale"), "default", None) or 0.0),
+        guidance_scale=float(guidance or 0.0),
         scheduler=schedulers.default,
         schedulers=schedulers.names,
         # Where it has a scale of its own, it does nothing without that.

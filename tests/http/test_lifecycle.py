@@ -209,6 +209,8 @@ def test_a_runner_that_gave_up_is_not_alive(
         assert "tokenizer" in detail
         answer = server.get("/livez")
         assert (answer.status_code, answer.text) == (503, detail)
+        ping = server.get("/ping")
+        assert (ping.status_code, ping.json()) == (500, {"status": "Unhealthy"})
     finally:
         server.stop()
 

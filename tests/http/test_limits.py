@@ -25,6 +25,7 @@ MAX_BODY = 4096
 TIMEOUT = 3.0
 ENDLESS = {"max_new_tokens": 8000, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "ignore_eos": True}
+LONG_PREDICTION = json.dumps({"data": "hello", **ENDLESS})
 LONG_JOBS = [
     ("/generate", {"prompt": "hello", **ENDLESS}),
     ("/generate", {"prompts": ["hello", "cat"], **ENDLESS}),
@@ -93,7 +94,7 @@ def test_a_misspelt_variable_is_told_once(limited: LimitedServer) -> None:
 
 
 def test_probes_and_preflights_need_no_key(limited: LimitedServer) -> None:
-    for path in ("/livez", "/readyz", "/healthz"):
+    for path in ("/livez", "/readyz", "/healthz", "/ping"):
         assert httpx.get(limited.url + path).status_code == 200
     assert httpx.options(limited.url + "/generate").status_code != 401
 
@@ -157,6 +158,22 @@ def test_a_body_that_never_ends_meets_the_deadline(limited: LimitedServer) -> No
         assert b"504" in connection.recv(4096)
 
 
+def test_torchserves_clients_are_told_in_their_words(
+    limited: LimitedServer, text_model: Path
+) -> None:
+    url = f"{limited.url}/predictions/{text_model.name}"
+    for headers, content, status, kind in [
+        ({}, "hello", 401, "InvalidKeyException"),
+        (AUTH, "x" * (MAX_BODY + 1), 413, "BadRequestException"),
+        (AUTH | {"Content-Type": "application/json"}, LONG_PREDICTION, 504, "RequestTimeoutEx"),
+    ]:
+        answer = httpx.post(url, content=content, headers=headers, timeout=30)
+        told = answer.json()
+        assert (answer.status_code, told["code"]) == (status, status)
+        assert told["type"].startswith(kind)
+        assert told["message"]
+
+
 def test_a_full_house_says_when_to_come_back(limited: LimitedServer) -> None:
     body = {"prompt": "hello", **ENDLESS}
     with ExitStack() as stack, httpx.Client(headers=AUTH, timeout=30) as client:
@@ -175,6 +192,9 @@ def test_a_full_house_says_when_to_come_back(limited: LimitedServer) -> None:
             assert answer.status_code == 429, answer.text
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["type"] == "rate_limit_error"
+        answer = limited.post("/predictions/tiny-llama", {"data": "a"})
+        assert (answer.status_code, answer.json()["code"]) == (503, 503), "as TorchServe has it"
+        assert int(answer.headers["retry-after"]) >= 1
     wait_until(
         lambda: limited.post("/generate", {"prompt": "a", "max_new_tokens": 1}).is_success,
         2,

@@ -12,12 +12,15 @@ import pytest
 from tests.mii.test_published import processes
 from tests.support.models import greedy
 from tests.support.processes import wait_until
-from tests.support.server import Server
+from tests.support.readme import ROOT, guide
+from tests.support.server import Server, environment
 
 pytest.importorskip("mii")
 
 PROMPTS = ["hello", "the cat sat on", "x"]
 COUNT = 12
+IMPORTS, SERVE, CALLS = guide("mii.md")
+PERSISTENT = '{"engine": "mii", "mii": {"mode": "persistent", "deployment_name": "kept"}}\n'
 
 
 @pytest.fixture(scope="module", params=["pipeline", "persistent"])
@@ -27,20 +30,31 @@ def served(
     bentoml_home: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Server, str]]:
-    """A server of the model that all HTTP tests have, in one of the modes."""
+    """A server of the model that all HTTP tests have, in one of the modes.
+
+    The persistent one is imported and served as the guide for users of MII says.
+    """
     folder = tmp_path_factory.mktemp("mii")
-    (folder / "model").symlink_to(text_model)
-    setup = {"mii": {"mode": request.param}} if request.param == "persistent" else {}
-    (folder / "setup_config.json").write_text(json.dumps({"engine": "mii"} | setup))
-    model = folder if setup else text_model
-    variables = {
-        "TRIPTYCH_TEXT_MODEL": str(model),
-        "TRIPTYCH_TEXT_ENGINE": "mii",
-        "MII_CACHE_PATH": str(folder / "cache"),
-    }
+    variables = {"MII_CACHE_PATH": str(folder / "cache")}
+    if request.param == "persistent":
+        (folder / "my-model").symlink_to(text_model)
+        (folder / "persistent.json").write_text(PERSISTENT)
+        for example in IMPORTS:
+            example.check(url="", cwd=folder, env=environment(bentoml_home))
+        variables |= SERVE.variables
+    else:
+        variables |= {"TRIPTYCH_TEXT_MODEL": str(text_model), "TRIPTYCH_TEXT_ENGINE": "mii"}
     with Server(bentoml_home, variables) as server:
+        if request.param == "persistent":
+            for example in CALLS:
+                env = environment(bentoml_home, MII_CACHE_PATH=variables["MII_CACHE_PATH"])
+                example.check(url=server.url, cwd=folder, env=env)
         yield server, request.param
     wait_until(lambda: not processes(folder), 5, "nothing of the deployment is left")
+
+
+def test_the_guide_shows_the_file_that_was_imported() -> None:
+    assert f"```json\n{PERSISTENT}```" in (ROOT / "docs" / "mii.md").read_text()
 
 
 def test_the_native_api_gives_the_tokens_of_generate(

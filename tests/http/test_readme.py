@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,18 +39,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("example", examples(), ids=lambda e: e.code.splitlines()[0][:40])
 def test_examples_print_what_they_promise(example: Example, demo: Server, workdir: Path) -> None:
-    code = example.code.replace("http://127.0.0.1:3000", demo.url)
-    run = ["bash", "-euo", "pipefail", "-c"] if example.language == "sh" else [sys.executable, "-c"]
-    env = environment(workdir / "store", PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1")
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-    done = subprocess.run(
-        [*run, code], cwd=workdir, env=env, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    same = doctest.OutputChecker().check_output(
-        example.output, done.stdout, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    )
-    assert same, f"promised:\n{example.output}\nprinted:\n{done.stdout}"
+    example.check(url=demo.url, cwd=workdir, env=environment(workdir / "store"))
 
 
 def test_there_are_examples_of_all_kinds() -> None:

@@ -118,6 +118,21 @@ def test_text_classification(serve: Any, options: dict[str, Any]) -> None:
         alike(ours, pipe(text, **({"top_k": 1} | options)))
 
 
+def test_torchserves_clients_may_ask_too(serve: Any) -> None:
+    for task, text in (("fill-mask", MASKED[0]), ("text-classification", TEXTS[0])):
+        server, folder = serve(task)
+        [found] = outputs(server, task, inputs=text, top_k=2)
+        body = {"data": text, "top_k": 2}
+        alike(server.post(f"/predictions/{folder.name}", body).json(), found)
+    server, folder = serve("question-answering")
+    asked = {"question": "where does anna live", "context": TEXTS[1]}
+    found = outputs(server, "question-answering", **asked)
+    alike(server.post(f"/predictions/{folder.name}", {"inputs": asked}).json(), found)
+    answer = server.post(f"/predictions/{folder.name}", {"data": TEXTS[1]})
+    assert (answer.status_code, answer.json()["code"]) == (400, 400)
+    assert answer.json()["message"].startswith("question: Field required")
+
+
 def probabilities(
     folder: Path, question: str, context: str
 ) -> tuple[Any, dict[int, float], dict[int, float]]:

@@ -1,15 +1,21 @@
-"""The README as data: its code blocks with the output they promise, and its generated tables.
+"""The documentation as data: code blocks with the output they promise, and generated tables.
 
 A block of `sh` or `python` that is followed by a block of `text` is run by a test, and must print
-that text, in which `...` stands for anything. Tables between `<!-- table: X -->` and `<!-- end -->`
-come from the types: `make docs` writes them, a test compares them.
+that text, in which `...` stands for anything. In the guides one that runs `bentoml serve` is
+followed by nothing, and serves what comes after it. Tables between `<!-- table: X -->` and
+`<!-- end -->` come from the types: `make docs` writes them, a test compares them.
 """
 
 from __future__ import annotations
 
+import doctest
 import itertools
+import os
 import re
+import shlex
+import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +30,9 @@ from runners.image_config import ImageFields
 from runners.mii_config import MIISection
 from settings import describe_settings
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+_URL = re.compile(r"http://127\.0\.0\.1:(3000|8080)")
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 
@@ -37,15 +45,52 @@ class Example:
     code: str
     output: str
 
+    def check(self, *, url: str, cwd: Path, env: Mapping[str, str]) -> None:
+        """Run it, with the server at `url`. Raises: AssertionError if it prints anything else."""
+        code = _URL.sub(url, self.code)
+        run = (
+            ["bash", "-euo", "pipefail", "-c"] if self.language == "sh" else [sys.executable, "-c"]
+        )
+        path = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+        env = {**env, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        done = subprocess.run(
+            [*run, code], cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        same = doctest.OutputChecker().check_output(
+            self.output, done.stdout, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        )
+        assert same, f"promised:\n{self.output}\nprinted:\n{done.stdout}"
 
-def examples() -> list[Example]:
-    """The blocks that a test runs, in the README's order."""
-    blocks = _BLOCK.findall(README.read_text(encoding="utf-8"))
-    return [
-        Example(language, code, output)
+    @property
+    def serves(self) -> bool:
+        """Whether it starts a server."""
+        return "bentoml serve" in self.code
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Those of `NAME=VALUE ... bentoml serve . --port N`; it may do nothing else."""
+        *chosen, bentoml, serve, target, option, _ = shlex.split(self.code)
+        assert (bentoml, serve, target, option) == ("bentoml", "serve", ".", "--port")
+        return dict(variable.split("=", 1) for variable in chosen)
+
+
+def guide(name: str) -> tuple[list[Example], Example, list[Example]]:
+    """The blocks of a guide in `docs/`: before the one that serves, that one, and after it."""
+    found = examples(ROOT / "docs" / name)
+    [place] = [i for i, example in enumerate(found) if example.serves]
+    return found[:place], found[place], found[place + 1 :]
+
+
+def examples(file: Path = README) -> list[Example]:
+    """The blocks that a test runs, in the file's order."""
+    blocks = _BLOCK.findall(file.read_text(encoding="utf-8"))
+    found = [
+        Example(language, code, output if after == "text" else "")
         for (language, code), (after, output) in itertools.pairwise(blocks)
-        if language in ("sh", "python") and after == "text"
+        if language in ("sh", "python")
     ]
+    return [e for e in found if e.output or (e.serves and file != README)]
 
 
 def commands(path: Path) -> list[tuple[str, str]]:

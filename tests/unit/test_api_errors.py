@@ -11,7 +11,8 @@ from pydantic import Field
 
 from api import sse
 from api.context import RequestContext, enter_request
-from api.errors import KINDS, error_body, error_response, kind_of
+from api.error_shapes import OPENAI, TORCHSERVE, Shape
+from api.errors import error_body, error_response, kind_of
 from api.native.schemas import GenerateRequest
 from api.openai.answers import in_terms_of
 from api.openai.completions import alternatives, name_of
@@ -27,11 +28,13 @@ def leaves(cls: type[TriptychError]) -> list[type[TriptychError]]:
     return below or [cls]
 
 
-def test_every_error_a_request_can_meet_has_a_status() -> None:
+@pytest.mark.parametrize("shape", [OPENAI, TORCHSERVE], ids=["openai", "torchserve"])
+async def test_every_error_a_request_can_meet_has_a_status(shape: Shape) -> None:
+    enter_request(RequestContext(request_id="r", route="other", timeout=1.0, error_shape=shape))
     stopping_the_start = set(leaves(errors.ConfigError))
     for cls in leaves(TriptychError):
         if cls not in stopping_the_start:
-            assert kind_of(cls("x")) == KINDS[cls], cls
+            assert kind_of(cls("x")) == shape.kinds[cls], cls
 
 
 def test_an_overload_says_when_to_come_back() -> None:

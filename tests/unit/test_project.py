@@ -70,7 +70,8 @@ def imports(path: Path) -> set[str]:
                                  "runners.mii_config", "runners.ragged", "runners.ranks",
                                  "runners.config", "runners.contracts", "runners.errors")),
         ("deploy", ("deploy", "model_choice", "settings", "runners.config", "runners.errors")),
-        ("model_store_scripts", ("model_store_scripts", "runners.config", "runners.errors")),
+        ("model_store_scripts", ("model_store_scripts", "runners.config", "runners.errors",
+                                 "runners.torchserve_config")),
     ],
 )  # fmt: skip
 def test_imports_run_one_way(folder: str, allowed: tuple[str, ...]) -> None:

@@ -1,0 +1,76 @@
+"""TorchServe's routes: `/predictions`, `/ping`, `/models`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from api.errors import as_response
+from api.served import Served
+from api.torchserve.bodies import read_body
+from api.torchserve.models import describe, find, is_healthy, list_models
+from api.torchserve.predictions import predict
+
+
+def add_routes(app: FastAPI) -> None:
+    """Give an app these routes; its `state.served` has the models once they are known."""
+
+    # curl -T sends PUT.
+    @app.put("/predictions/{model_name}", include_in_schema=False)
+    @app.post("/predictions/{model_name}")
+    @as_response
+    async def predictions(request: Request, model_name: str) -> Response:
+        """Generate, paint or classify, as TorchServe's example handlers did."""
+        return await _predict(request, model_name, None)
+
+    @app.put("/predictions/{model_name}/{version}", include_in_schema=False)
+    @app.post("/predictions/{model_name}/{version}")
+    @as_response
+    async def predictions_of_version(request: Request, model_name: str, version: str) -> Response:
+        """The same, if the model is of this version."""
+        return await _predict(request, model_name, version)
+
+    @app.get("/ping")
+    @as_response
+    async def ping(request: Request) -> Response:
+        """Whether the server works or will do so by itself; `/readyz` says whether it is ready."""
+        healthy = is_healthy(_served(request))
+        status = {"status": "Healthy" if healthy else "Unhealthy"}
+        return _json(status, 200 if healthy else 500)
+
+    @app.get("/models")
+    @as_response
+    async def models(request: Request) -> Response:
+        """The models this server holds."""
+        return _json(list_models(_served(request)))
+
+    @app.get("/models/{model_name}")
+    @as_response
+    async def model(request: Request, model_name: str) -> Response:
+        """The state of a model."""
+        return _json([describe(find(_served(request), model_name))])
+
+    @app.get("/models/{model_name}/{version}")
+    @as_response
+    async def model_of_version(request: Request, model_name: str, version: str) -> Response:
+        """The state of a model, if it is of this version; `all` means every one."""
+        only = None if version == "all" else version
+        return _json([describe(find(_served(request), model_name, only))])
+
+
+async def _predict(request: Request, model_name: str, version: str | None) -> Response:
+    model = find(_served(request), model_name, version)
+    return await predict(model, await read_body(request), request.headers.get("accept", ""))
+
+
+def _served(request: Request) -> Served:
+    served: Served = request.app.state.served
+    return served
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    # Indented as TorchServe's: there are scripts that look for `"status": "Healthy"`.
+    return Response(json.dumps(content, indent=2) + "\n", status, media_type="application/json")

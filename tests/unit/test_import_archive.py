@@ -1,0 +1,374 @@
+"""Importing what torch-model-archiver made: all of it is mapped or named, none of it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bentoml
+import pytest
+
+from model_store_scripts import import_archive
+from runners.config_files import load_setup_config
+from tests.support.archives import (
+    HANDLER,
+    MII_OF_THE_REPOSITORY,
+    accelerate_archive,
+    deepspeed_archive,
+    mii_archive,
+    zip_of,
+)
+from tests.support.image_models import write_image_model
+from tests.support.model_store import copy, edit_json, is_empty, pickled, store_at, write_pipeline
+from tests.support.models import write_model
+from tests.support.processes import wait_until
+from tests.support.server import ROOT, environment
+from tests.support.torchserve import DS_CONFIG
+
+NO_ARCHIVE = ("--archive-format", "no-archive")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def bloom(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return accelerate_archive(tmp_path_factory.mktemp("accelerate") / "bloom", llama)
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As TorchServe's DeepSpeed example was published: the weights lie elsewhere."""
+    return deepspeed_archive(tmp_path_factory.mktemp("deepspeed") / "opt", None)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Path]:
+    with store_at(tmp_path / "home") as models:
+        yield models
+        assert not any((models.parent / "tmp").iterdir()), "what was unpacked is gone"
+
+
+def cli(*argv: str | Path) -> int:
+    return import_archive.main([str(a) for a in argv])
+
+
+def refused(capsys: pytest.CaptureFixture[str], store: Path, *argv: str | Path) -> str:
+    """The one sentence with which an import is refused; nothing of it is left."""
+    assert cli(*argv) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert "triptych-import-" not in said.err, "where it was unpacked is nobody's business"
+    assert is_empty(store)
+    return said.err
+
+
+def stored(name: str) -> tuple[dict[str, Any], set[str], bytes]:
+    """A stored model's configuration, its files, and its weights."""
+    folder = Path(bentoml.models.get(name).path)
+    files = {p.relative_to(folder / "model").as_posix() for p in (folder / "model").rglob("*.*")}
+    weights = folder / "model" / "model.safetensors"
+    setup: dict[str, Any] = json.loads((folder / "setup_config.json").read_text())
+    assert load_setup_config(folder, name=name)[1] == [], "what is stored is in today's words"
+    return setup, files, weights.read_bytes() if weights.exists() else b""
+
+
+def files_of(model: Path) -> set[str]:
+    return {path.relative_to(model).as_posix() for path in model.rglob("*.*")}
+
+
+def test_accelerates_archive(
+    bloom: Path, llama: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bloom.name == "bloom.tar.gz"
+    assert cli(bloom) == 0
+    setup, files, weights = stored("bloom")
+    assert setup == {
+        "engine": "accelerate",
+        "task": "text-generation",
+        "revision": "main",
+        "model_version": "1.0",
+        "dtype": "float16",
+        "max_length": 50,
+        "step_timeout": 300.0,
+        "device_map": "auto",
+        "max_memory": {"0": "10GiB", "1": "10GiB", "cpu": "30GiB"},
+        "offload_folder": "offload",
+    }
+    assert (files, weights) == (files_of(llama), (llama / "model.safetensors").read_bytes())
+    said = capsys.readouterr()
+    for key, value in setup.items():
+        assert f"    {key}: {json.dumps(value)}\n" in said.out
+    assert "bloom.tar.gz holds bloom, version 1.0\n" in said.out
+    assert (
+        f"custom_handler.py, was not run; Triptych does its work. It reads:\n    | {HANDLER}"
+        in (said.out)
+    )
+    assert "serve it with: TRIPTYCH_TEXT_MODEL=bloom:" in said.out
+    for note in (
+        "requirements.txt is ignored: Triptych brings the packages it needs",
+        "model-config.yaml: minWorkers is ignored: one group of ranks holds the model",
+        "setup_config.json: low_cpu_mem_usage is obsolete and ignored: weights are always",
+    ):
+        assert f"note: {note}" in said.err
+    assert bentoml.models.get("bloom").info.metadata["source"] == str(bloom)
+    assert cli(bloom) == 0
+    assert "already in the store, unchanged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [(), NO_ARCHIVE, ("--archive-format", "default")])
+def test_deepspeeds_archive(how: tuple[str, ...], llama: Path, store: Path, tmp_path: Path) -> None:
+    made = deepspeed_archive(tmp_path / "opt", llama, *how)
+    before = {p: p.stat().st_mtime_ns for p in made.rglob("*")}
+    assert cli(made, "--name", "served") == 0
+    setup, files, weights = stored("served")
+    assert setup == {
+        "engine": "deepspeed",
+        "task": "text-generation",
+        "model_version": "1.0",
+        "max_length": 80,
+        "max_new_tokens": 50,
+        "tensor_parallel": 2,
+        "step_timeout": 120.0,
+        "deepspeed": DS_CONFIG,
+    }
+    assert (files, weights) == (files_of(llama), (llama / "model.safetensors").read_bytes())
+    assert {p: p.stat().st_mtime_ns for p in made.rglob("*")} == before, "a folder stays as it is"
+
+
+def test_miis_archive(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_image_model("stable-diffusion", tmp_path / "sd")
+    made = mii_archive(tmp_path / "stable-diffusion", model)
+    assert made.name == "stable-diffusion.mar"
+    assert cli(made) == 0
+    setup, files, _ = stored("stable-diffusion")
+    assert setup["engine"] == "mii"
+    assert setup["task"] == "text-to-image"
+    assert files == files_of(model)
+    assert "serve it with: TRIPTYCH_IMAGE_MODEL=stable-diffusion:" in capsys.readouterr().out
+
+
+def test_miis_archive_of_the_repository(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_pipeline(tmp_path / "sd")
+    assert cli(mii_archive(tmp_path / "made", model, MII_OF_THE_REPOSITORY)) == 0
+    assert stored("stable-diffusion")[0] == {
+        "engine": "mii",
+        "task": "text-to-image",
+        "model_version": "1.0",
+        "dtype": "float32",
+        "tensor_parallel": 1,
+        "num_inference_steps": 3,
+        "guidance_scale": 4.0,
+        "mii": {},
+    }
+    said = capsys.readouterr().err
+    assert "mii.provider is obsolete and ignored: the model folder says" in said
+    assert "mii.ds_zero is obsolete and ignored" in said
+    assert "unknown" not in said
+
+
+def test_an_archive_without_weights(
+    empty: Path, llama: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, store, empty)
+    assert "opt.tar.gz/checkpoints is not a model folder: it has neither config.json" in said
+    assert cli(empty, "--model-path", llama) == 0
+    setup, files, _ = stored("opt")
+    assert (setup["engine"], setup["max_new_tokens"]) == ("deepspeed", 50)
+    assert files == files_of(llama)
+
+
+def test_names_and_options(
+    empty: Path, llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = accelerate_archive(tmp_path / "a", llama, "--version", "2.1-rc", name="OPT_30b.")
+    assert "'opt_30b.' is not a model name" in (said := refused(capsys, store, made))
+    assert said.endswith("give one with --name\n")
+    assert cli(made, "--name", "opt", "--max-length", "7", "--dtype", "float32") == 0
+    setup, _, _ = stored("opt")
+    assert (setup["max_length"], setup["dtype"]) == (7, "float32")
+    assert setup["model_version"] == "2.1-rc"
+
+
+def test_a_config_file_of_another_name(llama: Path, store: Path, tmp_path: Path) -> None:
+    made = deepspeed_archive(tmp_path / "opt", llama, *NO_ARCHIVE)
+    (made / "model-config.yaml").rename(made / "opt.yaml")
+    manifest = json.loads((made / "MAR-INF/MANIFEST.json").read_text())
+    edit_json(made / "MAR-INF/MANIFEST.json", model=manifest["model"] | {"configFile": "opt.yaml"})
+    assert cli(made) == 0
+    assert stored("opt")[0]["engine"] == "deepspeed"
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_pickled_weights(
+    llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = pickled(copy(llama, tmp_path / "pickled"), shards=2)
+    made = accelerate_archive(tmp_path / "bloom", model)
+    assert "--convert-checkpoints converts it" in refused(capsys, store, made)
+    assert cli(made, "--convert-checkpoints") == 0
+    assert "model-00002-of-00002.safetensors" in stored("bloom")[1]
+
+
+def test_a_pickle_with_a_payload(
+    llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = copy(llama, tmp_path / "evil")
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "marker")))
+    made = accelerate_archive(tmp_path / "bloom", model)
+    said = refused(capsys, store, made, "--convert-checkpoints")
+    assert "pytorch_model.bin holds more than weights" in said
+    assert not (tmp_path / "marker").exists()
+
+
+def spoilt(made: Path, target: Path, **files: str | bytes | None) -> Path:
+    """A copy of a no-archive folder with other files; None takes one away."""
+    copy(made, target)
+    for name, content in files.items():
+        path = target / name.replace("__", "/").replace("_dot_", ".")
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return target
+
+
+@pytest.fixture(scope="module")
+def folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return accelerate_archive(tmp_path_factory.mktemp("folder") / "bloom", llama, *NO_ARCHIVE)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"MAR-INF__MANIFEST_dot_json": None}, "has no MAR-INF/MANIFEST.json"),
+        ({"MAR-INF__MANIFEST_dot_json": "{"}, "can not be read as JSON"),
+        ({"MAR-INF__MANIFEST_dot_json": "{}"}, "model: value: Input should be a valid"),
+        (
+            {"MAR-INF__MANIFEST_dot_json": '{"model": {"modelName": "a/b", "handler": "x"}}'},
+            "modelName: String should match pattern",
+        ),
+        ({"model_dot_zip": b"PK\x03\x04" + bytes(99)}, "bloom's model.zip is cut off or damaged"),
+        ({"model_dot_zip": None}, "is not a model folder"),
+        ({"setup_config_dot_json": '{"trust_remote_code": true}'}, "asks for trust_remote_code"),
+        ({"setup_config_dot_json": '{"max_length": 0}'}, "max_length: Input should be greater"),
+    ],
+)
+def test_archives_that_are_none(
+    files: dict[str, Any],
+    said: str,
+    folder: Path,
+    store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert said in refused(capsys, store, spoilt(folder, tmp_path / "bloom", **files))
+
+
+def test_a_hostile_model_zip(
+    folder: Path, llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = spoilt(folder, tmp_path / "bloom")
+    with zipfile.ZipFile(made / "model.zip", "a") as packed:
+        packed.writestr("../../up.json", "{}")
+    assert "bloom's model.zip" not in (said := refused(capsys, store, made))
+    assert "'../../up.json' is not a file name a model can have" in said
+    zip_of(copy(llama, tmp_path / "coded"), made / "model.zip")
+    with zipfile.ZipFile(made / "model.zip", "a") as packed:
+        packed.writestr("modeling_evil.py", "")
+    assert "modeling_evil.py is code" in refused(capsys, store, made)
+    (made / "model").mkdir()
+    assert "has model.zip and model: which is the model?" in refused(capsys, store, made)
+    assert not list(tmp_path.rglob("up.json"))
+
+
+def test_a_file_whose_name_is_no_name(
+    folder: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = spoilt(folder, tmp_path / "bloom")
+    (made / "\x1b[2J.py").write_text("")
+    assert r"'\x1b[2J.py' is not a file name a model can have" in refused(capsys, store, made)
+
+
+@pytest.mark.parametrize("name", ["model.zip", "MAR-INF/MANIFEST.json", "custom_handler.py"])
+def test_links_that_lead_out_of_a_folder(
+    name: str, folder: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = spoilt(folder, tmp_path / "bloom")
+    (made / name).rename(tmp_path / "elsewhere")
+    (made / name).symlink_to(tmp_path / "elsewhere")
+    assert "is a link that leads out of the model folder" in refused(capsys, store, made)
+
+
+def test_a_handler_can_not_play_with_the_terminal(
+    folder: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = spoilt(folder, tmp_path / "a", custom_handler_dot_py="x = 1\n# \x1b[2J\x9b\n")
+    assert cli(made, "--name", "a") == 0
+    assert "    | x = 1\n    | # \ufffd[2J\ufffd\n" in capsys.readouterr().out
+    made = spoilt(folder, tmp_path / "b", custom_handler_dot_py="x = 1\n" * 2000)
+    assert cli(made, "--name", "b") == 0
+    assert "was not run; Triptych does its work (it is empty, too long" in capsys.readouterr().out
+
+
+def test_no_archive_at_all(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.mar does not exist" in refused(capsys, store, tmp_path / "none.mar")
+    (tmp_path / "text.mar").write_text("text")
+    assert "is no .mar, no .tar.gz and no folder" in refused(capsys, store, tmp_path / "text.mar")
+    with pytest.raises(SystemExit) as stop:
+        cli(tmp_path / "text.mar", "--max-unpacked-size", "huge")
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_import_leaves_nothing(number: int, tmp_path: Path) -> None:
+    size = 1 << 32  # long enough to be interrupted on a busy machine; never written in full
+    with zipfile.ZipFile(tmp_path / "big.mar", "w") as packed:
+        info = zipfile.ZipInfo("model.safetensors")
+        info.file_size = info.compress_size = size
+        info.CRC = info.header_offset = 0
+        assert packed.fp is not None
+        packed.fp.write(info.FileHeader(zip64=True))
+        packed.start_dir = packed.fp.seek(size, os.SEEK_CUR)
+        packed.filelist.append(info)
+        packed._didModify = True  # type: ignore[attr-defined]
+    home = tmp_path / "home"
+    command = [
+        sys.executable,
+        "-m",
+        "model_store_scripts.import_archive",
+        str(tmp_path / "big.mar"),
+    ]
+    with (tmp_path / "err").open("w") as err:
+        running = subprocess.Popen(command, cwd=ROOT, env=environment(home), stderr=err)
+    try:
+        begun = "tmp/triptych-import-*/archive/model.safetensors"
+        wait_until(lambda: any(home.glob(begun)), 60, "something was written")
+        running.send_signal(number)
+        assert running.wait(30) == 130
+    finally:
+        running.kill()
+    assert (tmp_path / "err").read_text() == "interrupted: nothing was imported\n"
+    assert not any((home / "tmp").iterdir())
