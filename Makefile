@@ -21,7 +21,7 @@ serve: setup
 		exec $(BIN)/bentoml serve . --host $(HOST) --port $(PORT) --timeout-graceful-shutdown 30
 
 test: setup
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .
