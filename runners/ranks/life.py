@@ -98,9 +98,9 @@ class Life:
         self._exited.add_done_callback(lambda _: self.end("the rank processes ended"))
 
     def _say_goodbye(self) -> None:
-        for writer in self._writers.values():
+        for rank, writer in self._writers.items():
             with contextlib.suppress(OSError):
-                writer.write(encode_frame(Shutdown()))
+                self.send(Shutdown(), rank)
             writer.close()
 
     async def _disconnect(self, server: asyncio.Server) -> None:
@@ -110,8 +110,10 @@ class Life:
         await asyncio.gather(*self._readers, return_exceptions=True)
 
     def send(self, message: HostMessage, rank: int = 0) -> None:
-        """Write to a rank."""
-        self._writers[rank].write(encode_frame(message))
+        """Write to a rank; to one that died just now, nothing."""
+        writer = self._writers[rank]
+        if not writer.is_closing():  # uvloop raises what nobody expects of a write
+            writer.write(encode_frame(message))
 
     def end(self, reason: str, *, final: bool = False, told_by: int | None = None) -> None:
         """Declare this life over; only the first reason counts."""
