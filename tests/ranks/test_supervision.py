@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from runners import create_runner
 from runners.config_files import load_setup_config
@@ -59,6 +60,24 @@ async def test_killed_while_idle_it_says_why_and_comes_back(model: Path) -> None
         assert runner.health().restarts == 1
         deltas = await collect(runner, "hello", max_new_tokens=8, ignore_eos=True)
         assert [ids_of(deltas)] == greedy(model, ["hello"], 8)
+
+
+def test_what_is_told_to_a_rank_that_just_died_troubles_nobody(model: Path) -> None:
+    async def leave_a_dead_rank() -> None:
+        async with serving(model) as runner:
+            options = {"max_new_tokens": 500, "ignore_eos": True}
+            streams = [await runner.generate(request("hello", **options)) for _ in range(3)]
+            [rank] = own_ranks()
+            rank.kill()
+            wait_until(lambda: alive([rank]) == [], 5, "it is dead")  # unknown to the loop
+            for stream in streams:
+                await stream.aclose()
+                await asyncio.sleep(0)
+            await went_down(runner, timeout=2)
+            await wait_ready(runner)
+            assert runner.health().restarts == 1
+
+    uvloop.run(leave_a_dead_rank())  # BentoML's, which refuses to write where nobody reads
 
 
 async def test_killed_midway_fails_what_is_in_flight_at_once(model: Path) -> None:
