@@ -91,7 +91,7 @@ def store(home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
 
     from settings import get_settings
 
-    for name in [n for n in os.environ if n.startswith("TRIPTYCH_")]:
+    for name in [n for n in os.environ if n.startswith("TRIPTYCH_") or n == "PORT"]:
         monkeypatch.delenv(name)
     BentoMLContainer.model_store.set(ModelStore(home.path / "models"))
     BentoMLContainer.bento_store.set(BentoStore(home.path / "bentos"))

@@ -85,7 +85,8 @@ def test_a_start_with_a_wrong_choice_names_it(
 ) -> None:
     assert "TRIPTYCH_MAX_QUEUE" in refused(store, TRIPTYCH_MAX_QUEUE="many")
     assert "x is neither" in refused(store, TRIPTYCH_IMAGE_MODEL="x", TRIPTYCH_TEXT_MODEL="small")
-    assert "text-to-image runs on" in refused(store, TRIPTYCH_IMAGE_MODEL="small")
+    misplaced = refused(store, TRIPTYCH_IMAGE_MODEL="small")
+    assert "a model for text-generation: choose it with TRIPTYCH_TEXT_MODEL" in misplaced
     folder = shutil.copytree(text_model, tmp_path / "wrong")
     (folder / "setup_config.json").write_text('{"engine": "steam"}')
     assert "engine must be one of" in refused(store, TRIPTYCH_TEXT_MODEL=str(folder))

@@ -190,6 +190,7 @@ def test_the_docs_describe_all_routes(server: Server) -> None:
     generate_schema = docs["components"]["schemas"]["GenerateRequest"]
     assert generate_schema["properties"]["max_new_tokens"]["description"]
     routes = {route["name"]: route for route in server.get("/schema.json").json()["routes"]}
-    assert set(routes) == {"generate", "generate_stream", "tokenize", "detokenize"}
+    text = {"generate", "generate_stream", "tokenize", "detokenize"}
+    assert set(routes) == text | {"generate_image", "generate_image_task"}
     assert routes["generate_stream"]["output"]["is_stream"]
     assert server.get("/").status_code == 200
