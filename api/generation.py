@@ -26,7 +26,6 @@ from runners.contracts import (
     TextStream,
     TokenLogprob,
 )
-from runners.errors import ModelNotServed
 
 MAX_SEQUENCES = 128
 """Sequences one request may ask for: prompts times `n`."""
@@ -56,13 +55,6 @@ class TextModel(HeldModel[TextRunner]):
     def default_temperature(self) -> float | None:
         """The temperature of the model's own generation config, if it names one."""
         return self.info.default_temperature if self.info is not None else None
-
-    def require(self, name: str | None) -> None:
-        """Check that this is the model a request names. Raises: ModelNotServed."""
-        if name is not None and name != self.name:
-            raise ModelNotServed(
-                f"this server does not hold that model; it holds {self.name}", param="model"
-            )
 
     async def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, n: int = 1

@@ -6,12 +6,16 @@ from typing import Generic, TypeVar
 
 from api.admission import Admission
 from runners.contracts import Runner
+from runners.errors import ModelNotServed
 
 R = TypeVar("R", bound=Runner)
 
 
 class HeldModel(Generic[R]):
     """A model this server holds: its runner, and how much of it may be in work at once."""
+
+    verbs = ("hold", "holds")
+    """What the server does with it."""
 
     def __init__(self, runner: R, admission: Admission) -> None:
         self.runner = runner
@@ -21,3 +25,11 @@ class HeldModel(Generic[R]):
     def name(self) -> str:
         """The name clients call the model by."""
         return self.runner.name
+
+    def require(self, name: str | None) -> None:
+        """Check that this is the model a request names. Raises: ModelNotServed."""
+        if name is not None and name != self.name:
+            does, is_doing = self.verbs
+            raise ModelNotServed(
+                f"this server does not {does} that model; it {is_doing} {self.name}", param="model"
+            )

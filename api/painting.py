@@ -15,7 +15,7 @@ from api.arrivals import Arrivals, cut_short, open_all
 from api.context import RequestContext, current_request
 from api.held import HeldModel
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, Picture
-from runners.errors import ModelNotServed, RunnerUnavailable, TriptychError
+from runners.errors import RunnerUnavailable, TriptychError
 
 _picture_numbers = count(1)
 _random = SystemRandom()
@@ -32,18 +32,12 @@ class Painted:
 class ImageModel(HeldModel[ImageRunner]):
     """An image model as the routes see it."""
 
+    verbs = ("paint with", "paints with")
+
     @property
     def info(self) -> ImageModelInfo | None:
         """What the ranks loaded; None until they were ready once."""
         return self.runner.info
-
-    def require(self, name: str | None) -> None:
-        """Check that this is the model a request names. Raises: ModelNotServed."""
-        if name is not None and name != self.name:
-            raise ModelNotServed(
-                f"this server does not paint with that model; it paints with {self.name}",
-                param="model",
-            )
 
     def check(self, wish: ImageRequest, *, n: int) -> None:
         """Whether `n` pictures would be painted, as far as can be told before.

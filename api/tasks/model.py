@@ -12,7 +12,6 @@ from api.context import current_request
 from api.held import HeldModel
 from runners.contracts import ModelInfo
 from runners.contracts.tasks import Finding, TaskRequest, TaskRunner
-from runners.errors import ModelNotServed
 
 _input_numbers = count(1)
 
@@ -29,13 +28,6 @@ class TaskModel(HeldModel[TaskRunner]):
     def info(self) -> ModelInfo | None:
         """What the rank loaded; None until it was ready once."""
         return self.runner.info
-
-    def require(self, name: str | None) -> None:
-        """Check that this is the model a request names. Raises: ModelNotServed."""
-        if name is not None and name != self.name:
-            raise ModelNotServed(
-                f"this server does not hold that model; it holds {self.name}", param="model"
-            )
 
     async def run(self, inputs: Sequence[TaskRequest]) -> list[list[Finding]]:
         """The findings of each input; if one is refused, all are.

@@ -15,17 +15,7 @@ from runners.config import GIVEN, AccelerateConfig, validate
 from runners.config_files import load_setup_config, parse_setup_config
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound
 from settings import Settings, get_settings
-
-PUBLISHED = {
-    "revision": "main",
-    "max_memory": {"0": "10GiB", "1": "10GiB", "cpu": "30GiB"},
-    "low_cpu_mem_usage": True,
-    "device_map": "auto",
-    "offload_folder": "offload",
-    "offload_state_dict": True,
-    "torch_dtype": "float16",
-    "max_length": 50,
-}
+from tests.support.archives import ACCELERATE
 
 
 def folder(path: Path, setup: object = None, *, inside: str = "") -> Path:
@@ -40,7 +30,7 @@ def folder(path: Path, setup: object = None, *, inside: str = "") -> Path:
 
 @pytest.mark.parametrize("inside", ["", "model"])
 def test_the_published_accelerate_file_is_taken_as_it_is(tmp_path: Path, inside: str) -> None:
-    config, warnings = load_setup_config(folder(tmp_path, PUBLISHED, inside=inside), name="bloom")
+    config, warnings = load_setup_config(folder(tmp_path, ACCELERATE, inside=inside), name="bloom")
     assert isinstance(config, AccelerateConfig)
     assert config.max_memory == {0: "10GiB", 1: "10GiB", "cpu": "30GiB"}
     assert (config.dtype, config.max_length) == ("float16", 50)
