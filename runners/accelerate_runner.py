@@ -60,11 +60,8 @@ def load_model(
             **options,
         )
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise IncompleteModel(
-            f"{config.name} lacks {len(missing)} of the weights that "
-            f"{type(model).__name__} needs, such as {', '.join(missing[:3])}"
-        )
+    if missing := report["missing_keys"]:
+        raise IncompleteModel.lacking(config.name, type(model), missing)
     if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
         logger.warning("part of the model lies on disk, which makes every token slower")
     return cast(PreTrainedModel, model)

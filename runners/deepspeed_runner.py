@@ -119,11 +119,8 @@ class Splitting:
                 **options,
             )
         model, report = loaded
-        if missing := sorted(report["missing_keys"]):
-            raise IncompleteModel(
-                f"{config.name} lacks {len(missing)} of the weights that "
-                f"{type(model).__name__} needs, such as {', '.join(missing[:3])}"
-            )
+        if missing := report["missing_keys"]:
+            raise IncompleteModel.lacking(config.name, type(model), missing)
         return cast(PreTrainedModel, model)
 
     def split(self, model: PreTrainedModel, proof: Proof) -> PreTrainedModel:

@@ -25,6 +25,8 @@ TriptychError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class TriptychError(Exception):
     """Base of all errors below. `str(error)` is one sentence fit for the user."""
@@ -45,6 +47,15 @@ class ModelNotFound(ConfigError):
 
 class IncompleteModel(ConfigError):
     """A model folder lacks a file it needs."""
+
+    @classmethod
+    def lacking(cls, name: str, kind: type, weights: Iterable[str]) -> IncompleteModel:
+        """Model `name` lacks weights that its class needs; transformers would make them up."""
+        missing = sorted(weights)
+        return cls(
+            f"{name} lacks {len(missing)} of the weights that {kind.__name__} needs, such as "
+            f"{', '.join(missing[:3])}"
+        )
 
 
 class UnsafeModel(ConfigError):

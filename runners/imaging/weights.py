@@ -60,11 +60,8 @@ class Weights:
             output_loading_info=True,
             **options,
         )
-        if missing := sorted(report["missing_keys"]):
-            raise IncompleteModel(
-                f"{name} lacks {len(missing)} of the weights that {kind.__name__} needs, such as "
-                f"{', '.join(missing[:3])}"
-            )
+        if missing := report["missing_keys"]:
+            raise IncompleteModel.lacking(name, kind, missing)
         return model
 
 
