@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from deploy.plan import HOME, MODELS, USER, Plan
+from deploy.plan import HOME, MODELS, Plan
 from runners.errors import ConfigError
 from settings import PREFIX
 
-# Compiled kernels are executed, which Docker forbids in a tmpfs unless told.
-TMPFS = [f"{HOME}:exec,mode=0700,uid={USER},gid={USER}", "/tmp:exec,mode=1777"]  # noqa: S108
+# Compiled kernels are executed, which Docker forbids in a tmpfs unless told; podman knows no owner.
+TMPFS = [f"{folder}:exec,mode=1777" for folder in (HOME, "/tmp")]  # noqa: S108
 
 
 def compose_file(plan: Plan) -> dict[str, Any]:

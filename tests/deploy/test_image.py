@@ -10,12 +10,15 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import httpx
@@ -32,8 +35,11 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PLAIN, BASE, IMAGE = "localhost/plain", "localhost/triptych-base", "localhost/triptych:1"
 # Without systemd, and within another container.
 PODMAN = ("--cgroup-manager=cgroupfs", "--runtime=runc", "--events-backend=file")
-RUN = ("--network=host", "--cgroups=enabled", "--log-driver=k8s-file")
+RUN = ("--detach", "--network=host", "--cgroups=enabled", "--log-driver=k8s-file")
 LIMITS = ("--ulimit=nofile=1024:20000", "--ulimit=nproc=4096:4096")
+# Of the rendered command: the host's network needs no ports, limits need cgroups of our own, and
+# podman's health checks need systemd.
+NOT_HERE = re.compile("--(publish|memory|health-.*)")
 
 pytestmark = [
     pytest.mark.image,
@@ -116,27 +122,36 @@ def _lend_pip(builder: Builder, container: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def image(builder: Builder, base: str) -> str:
-    """`bentoml build`, then `bentoml containerize`, with both demo models in it."""
+def bento(builder: Builder, base: str) -> str:
+    """`bentoml build` with both demo models: the bento's tag."""
     python, bentoml = sys.executable, bentoml_command()[0]
     builder.run(python, "-m", "model_store_scripts.make_demo_models")
     chosen = ["--arg", "text_model=demo-text", "--arg", "image_model=demo-image"]
-    tag = builder.run(
-        bentoml, "build", ".", "-o", "tag", *chosen, "--arg", f"base_image={base}"
-    ).split("__tag__:")[-1]
-    labels = builder.run(python, "-m", "deploy.labels", tag).split()
-    builder.run(bentoml, "containerize", tag, "--backend", "buildah", "-t", IMAGE, *labels)
+    built = builder.run(bentoml, "build", ".", "-o", "tag", *chosen, "--arg", f"base_image={base}")
+    return built.split("__tag__:")[-1]
+
+
+@pytest.fixture(scope="module")
+def image(builder: Builder, bento: str) -> str:
+    """`bentoml containerize` of the bento."""
+    labels = builder.run(sys.executable, "-m", "deploy.labels", bento).split()
+    containerize = (bentoml_command()[0], "containerize", bento, "--backend", "buildah")
+    builder.run(*containerize, "-t", IMAGE, *labels)
     return IMAGE
 
 
 @pytest.fixture
-def container(builder: Builder, image: str) -> Iterator[tuple[str, str]]:
-    """A container of the image, ready: its id and its address."""
+def container(builder: Builder, bento: str, image: str) -> Iterator[tuple[str, str]]:
+    """A container of the image, run as `deploy.render` says: its id and its address."""
     port = free_port()
-    started = builder.run(
-        *("podman", *PODMAN, "run", "-d", *RUN, *LIMITS),
-        *("-e", f"PORT={port}", "-e", "TRIPTYCH_NUM_THREADS=1", image),
-    )
+    render = (sys.executable, "-m", "deploy.render", "run", "--bento", bento, "--image", image)
+    rendered = replace(builder, env=builder.env | {"PORT": str(port)}).run(*render)
+    options = [
+        option
+        for line in rendered.split("\\\n")[1:]
+        if not NOT_HERE.fullmatch((option := shlex.split(line))[0])
+    ]
+    started = builder.run("podman", *PODMAN, "run", *RUN, *LIMITS, *chain.from_iterable(options))
     try:
         yield started, f"http://127.0.0.1:{port}"
     finally:
@@ -170,7 +185,7 @@ def test_the_image_serves_text_and_pictures_and_leaves_nothing(
     asked = {"prompt": "Where does Fenna live?", "max_new_tokens": 8, "temperature": 0}
     text = httpx.post(f"{url}/generate", json=asked, timeout=120)
     assert text.status_code == 200, text.text
-    assert text.json()["outputs"][0]["text"].strip()
+    assert text.json()["outputs"][0]["generated_text"].strip()
     wish = {"prompt": "a red circle", "n": 1, "size": "64x64", "seed": 1}
     picture = httpx.post(f"{url}/v1/images/generations", json=wish, timeout=300)
     assert picture.status_code == 200, picture.text
