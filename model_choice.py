@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import bentoml
 from bentoml.exceptions import BentoMLException
@@ -20,6 +21,9 @@ from runners.contracts.images import ImageRunner
 from runners.contracts.tasks import IMAGE_TASK, TEXT_TASKS, TaskRunner
 from runners.errors import ConfigError, ModelNotFound
 from settings import PREFIX, Settings, variable
+
+if TYPE_CHECKING:
+    from bentoml import Bento
 
 logger = logging.getLogger("triptych")
 
@@ -68,17 +72,8 @@ def chosen_runners(text: str, image: str, settings: Settings) -> Runners:
             f"no model is chosen: set {PREFIX}TEXT_MODEL or {PREFIX}IMAGE_MODEL to a folder or a "
             f"tag of the model store; {_models_in_store()}"
         )
-    configs = {}
-    if text:
-        configs["text"] = config = model_config(text, settings, OVERRIDES)
-        if config.task == IMAGE_TASK:
-            raise _misplaced("TEXT_MODEL", text, config, "IMAGE_MODEL")
-    if image:
-        configs["image"] = config = model_config(image, settings, IMAGE_OVERRIDES)
-        if config.task != IMAGE_TASK:
-            raise _misplaced("IMAGE_MODEL", image, config, "TEXT_MODEL")
     runners = Runners()
-    for kind, config in _with_own_gpus(configs).items():
+    for kind, config in _with_own_gpus(chosen_configs(text, image, settings)).items():
         if kind == "image":
             runners = replace(runners, image=create_image_runner(config))
         elif config.task in TEXT_TASKS:
@@ -86,6 +81,36 @@ def chosen_runners(text: str, image: str, settings: Settings) -> Runners:
         else:
             runners = replace(runners, task=create_task_runner(config))
     return runners
+
+
+def chosen_configs(
+    text: str, image: str, settings: Settings, *, overriding: bool = True
+) -> dict[str, BaseRunnerConfig]:
+    """`text` and `image`, as far as they are chosen, to how the model is run.
+
+    `overriding`: whether the settings go before the models' own configs. Raises: ConfigError.
+    """
+    configs = {}
+    if text:
+        settable = OVERRIDES if overriding else {}
+        configs["text"] = config = model_config(text, settings, settable)
+        if config.task == IMAGE_TASK:
+            raise _misplaced("TEXT_MODEL", text, config, "IMAGE_MODEL")
+    if image:
+        settable = IMAGE_OVERRIDES if overriding else {}
+        configs["image"] = config = model_config(image, settings, settable)
+        if config.task != IMAGE_TASK:
+            raise _misplaced("IMAGE_MODEL", image, config, "TEXT_MODEL")
+    return configs
+
+
+def frozen_tag(bento: Bento, built: str) -> str:
+    """The model that a bento was built with, in the version of that time; empty: not in it."""
+    if is_folder(built):
+        return ""
+    name = built.partition(":")[0]
+    tags = (str(model.tag) for model in bento.info.all_models if model.tag.name == name)
+    return next(tags, "")
 
 
 def _with_own_gpus(configs: Mapping[str, BaseRunnerConfig]) -> dict[str, BaseRunnerConfig]:

@@ -44,16 +44,13 @@ from api.served import Served
 from api.task_gate import TaskGateMiddleware
 from api.task_results import choose_file, make_folder
 from api.tasks.model import TaskModel
-from model_choice import chosen_runners, is_folder, model_config
+from model_choice import chosen_configs, chosen_runners, frozen_tag, is_folder
 from runners.contracts import Runner, RunnerHealth, RunnerState
 from runners.errors import ConfigError, ModelNotFound
 from settings import Settings, get_settings, unknown_variables
 
 logger = logging.getLogger("triptych")
 logger.setLevel(logging.INFO)
-
-TIMER_SLACK_S = 30.0
-"""By how much our deadline precedes BentoML's timer, which knows the time to first byte only."""
 
 
 class BuildArguments(BaseModel):
@@ -84,9 +81,9 @@ def _tracing() -> dict[str, Any]:
 
 def _demands() -> dict[str, Any]:
     """What a bento's models ask for, by their own configs: GPUs, and requests at a time."""
-    models = [name for name in (arguments.text_model, arguments.image_model) if name]
+    built = (arguments.text_model, arguments.image_model)
     try:
-        configs = [model_config(name, settings, {}) for name in models]
+        configs = list(chosen_configs(*built, settings, overriding=False).values())
     except ModelNotFound:  # which is told where the model is needed
         configs = []
     except ConfigError as error:
@@ -94,7 +91,7 @@ def _demands() -> dict[str, Any]:
     gpus = sum(config.gpus_asked for config in configs)
     # BentoCloud hands out this many at once: BentoML's own default, for services with tasks, is 1.
     places = sum(config.places for config in configs) or settings.max_queue
-    traffic = {"timeout": settings.request_timeout + TIMER_SLACK_S, "concurrency": places}
+    traffic = {"timeout": settings.timer, "concurrency": places}
     return {"traffic": traffic} | ({"resources": {"gpu": gpus}} if gpus else {})
 
 
@@ -243,9 +240,7 @@ def _chosen(kind: Literal["text", "image"]) -> str:
     bento = _service().bento
     if chosen or bento is None:
         return chosen or built
-    name = built.partition(":")[0]
-    frozen = (str(model.tag) for model in bento.info.all_models if model.tag.name == name)
-    return next(frozen, built)
+    return frozen_tag(bento, built) or built
 
 
 def _service() -> Any:

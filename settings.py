@@ -17,6 +17,7 @@ from runners.config import Engine, describe_fields, explain
 from runners.errors import ConfigError
 
 PREFIX = "TRIPTYCH_"
+TIMER_SLACK_S = 30.0
 
 
 def _bare(key: SecretStr) -> SecretStr:
@@ -75,6 +76,11 @@ class Settings(BaseSettings):
     """When set, every route but the health probes asks for `Authorization: Bearer <key>`."""
     port: Annotated[int, Field(ge=1, le=65_535, validation_alias="PORT")] = 3000
     """HTTP port (the variable is `PORT`, without prefix)."""
+
+    @property
+    def timer(self) -> float:
+        """Seconds of BentoML's timer, which knows the time to first byte only: later than ours."""
+        return self.request_timeout + TIMER_SLACK_S
 
     @model_validator(mode="before")
     @classmethod

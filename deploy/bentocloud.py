@@ -8,6 +8,7 @@ import bentoml
 
 from deploy.plan import Plan
 from runners.errors import ConfigError
+from settings import variable
 
 SERVICE = "triptych"
 """The name of the service in service.py."""
@@ -15,17 +16,13 @@ SERVICE = "triptych"
 
 def deployment(plan: Plan) -> dict[str, Any]:
     """BentoML's deployment configuration. Raises: ConfigError for what can not be."""
-    if plan.nnodes > 1:
-        raise ConfigError(
-            f"the model is spread over {plan.nnodes} machines, and BentoCloud runs a replica on "
-            "one: set TRIPTYCH_NNODES=1, or choose kubernetes"
-        )
+    plan.refuse_several_machines("BentoCloud runs a replica")
     if not plan.options.bento:
         raise ConfigError("BentoCloud runs bentos: name one with --bento")
     service: dict[str, Any] = {
         "scaling": {
             "min_replicas": plan.options.replicas,
-            "max_replicas": plan.options.max_replicas,
+            "max_replicas": plan.max_replicas,
         },
         "cold_start_timeout": plan.start_s,
     }
@@ -39,7 +36,8 @@ def deployment(plan: Plan) -> dict[str, Any]:
         "access_authorization": True,
         "services": {SERVICE: service},
     }
-    if variables := plan.environment():
+    # Its port is BentoCloud's to say.
+    if variables := {k: v for k, v in plan.environment().items() if k != variable("port")}:
         config["envs"] = [{"name": name, "value": value} for name, value in variables.items()]
     if secret := plan.options.api_key_secret:
         config["secrets"] = [secret]
@@ -49,9 +47,9 @@ def deployment(plan: Plan) -> dict[str, Any]:
 def _overrides(plan: Plan) -> dict[str, Any]:
     """What the models ask for by what is set here, where the bento itself says otherwise."""
     [service] = bentoml.bentos.get(plan.options.bento).info.services
-    asked = {
+    asked: dict[str, dict[str, float]] = {
         "resources": {"gpu": plan.gpus} if plan.gpus else {},
-        "traffic": {"concurrency": sum(model.config.places for model in plan.models)},
+        "traffic": {"timeout": plan.settings.timer, "concurrency": plan.places},
     }
     if service.config.get("resources") and not plan.gpus:
         raise ConfigError("the bento asks for GPUs, which can not be taken back: build it anew")

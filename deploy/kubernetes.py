@@ -7,8 +7,8 @@ A replica on several machines is one pod on each: the first serves, the others h
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from deploy.manifests import HOLDS, SERVES, Manifest, labels, manifest
 from deploy.plan import (
     BENTO_PATH,
     GIB,
@@ -16,6 +16,7 @@ from deploy.plan import (
     MODELS,
     PRE_STOP_S,
     RENDEZVOUS_PORT,
+    START_MARGIN_S,
     USER,
     Plan,
     rendezvous,
@@ -24,24 +25,17 @@ from deploy.scaling import autoscaler
 from runners.errors import ConfigError
 from settings import PREFIX, variable
 
-Manifest = dict[str, Any]
 GPU = "nvidia.com/gpu"
-NAME, INSTANCE, ROLE = (f"app.kubernetes.io/{key}" for key in ("name", "instance", "component"))
 INDEX = "metadata.labels['apps.kubernetes.io/pod-index']"
-SERVES, HOLDS = "server", "ranks"
 PROBE_S = 10
 
 
 def manifests(plan: Plan) -> list[Manifest]:
     """Everything to `kubectl apply`. Raises: ConfigError for what can not be."""
-    if not (plan.options.bento or plan.options.model_volume):
-        raise ConfigError(
-            "where are the models? Name a bento that has them (--bento), or the claim of a volume "
-            "on which each has its folder (--model-volume)"
-        )
+    plan.refuse_without_models("the claim of a volume")
     if plan.nnodes == 1:
-        return [_service(plan), _deployment(plan), _budget(plan), *autoscaler(plan, labels(plan))]
-    if plan.options.max_replicas > 1:
+        return [_service(plan), _deployment(plan), _budget(plan), *autoscaler(plan)]
+    if plan.max_replicas > 1:
         raise ConfigError(
             f"a model over {plan.nnodes} machines is one replica: for more, render it again under "
             "another --name"
@@ -49,41 +43,36 @@ def manifests(plan: Plan) -> list[Manifest]:
     return [_service(plan), _nodes(plan), _policy(plan), *_node_sets(plan), _budget(plan)]
 
 
-def labels(plan: Plan, role: str | None = SERVES) -> dict[str, str]:
-    """The labels of the pods of a role, or what those of all have in common."""
-    found = {NAME: "triptych", INSTANCE: plan.options.name}
-    return found | ({ROLE: role} if role else {})
-
-
-def _manifest(plan: Plan, kind: str, version: str, spec: Manifest, *, suffix: str = "") -> Manifest:
-    meta = {
-        "name": plan.options.name + suffix,
-        "namespace": plan.options.namespace,
-        "labels": labels(plan, None),
-    }
-    return {"apiVersion": version, "kind": kind, "metadata": meta, "spec": spec}
-
-
 def _service(plan: Plan) -> Manifest:
-    ports = [{"name": "http", "port": 80, "targetPort": "http"}]
-    return _manifest(plan, "Service", "v1", {"selector": labels(plan), "ports": ports})
+    spec: Manifest = {
+        "selector": labels(plan),
+        "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
+    }
+    if any(model.field == "image_model" for model in plan.models) and plan.max_replicas > 1:
+        # Whoever submitted a task asks for it where it is.
+        spec["sessionAffinity"] = "ClientIP"
+    return manifest(plan, "Service", "v1", spec)
 
 
 def _deployment(plan: Plan) -> Manifest:
+    more, fewer = (1, 0) if plan.options.surge else (0, 1)
     spec = {
         "replicas": plan.options.replicas,
         "selector": {"matchLabels": labels(plan)},
+        "strategy": {"rollingUpdate": {"maxSurge": more, "maxUnavailable": fewer}},
+        # Kubernetes' own would call a start that is allowed a failure.
+        "progressDeadlineSeconds": plan.start_s + plan.stop_s + START_MARGIN_S,
         "template": _template(plan, SERVES, _server(plan)),
     }
-    if plan.options.max_replicas > plan.options.replicas:
+    if plan.max_replicas > plan.options.replicas:
         del spec["replicas"]  # or each apply would undo what the autoscaler did
-    return _manifest(plan, "Deployment", "apps/v1", spec)
+    return manifest(plan, "Deployment", "apps/v1", spec)
 
 
 def _budget(plan: Plan) -> Manifest:
     # One at a time may be moved; `minAvailable` of one replica would never let its machine go.
     spec = {"maxUnavailable": 1, "selector": {"matchLabels": labels(plan, None)}}
-    return _manifest(plan, "PodDisruptionBudget", "policy/v1", spec)
+    return manifest(plan, "PodDisruptionBudget", "policy/v1", spec)
 
 
 def _nodes(plan: Plan) -> Manifest:
@@ -93,7 +82,7 @@ def _nodes(plan: Plan) -> Manifest:
         "selector": labels(plan, None),
         "ports": [{"name": "rendezvous", "port": RENDEZVOUS_PORT}],
     }
-    return _manifest(plan, "Service", "v1", spec, suffix="-nodes")
+    return manifest(plan, "Service", "v1", spec, suffix="-nodes")
 
 
 def _policy(plan: Plan) -> Manifest:
@@ -104,7 +93,7 @@ def _policy(plan: Plan) -> Manifest:
         "policyTypes": ["Ingress"],
         "ingress": [each_other, {"ports": [{"port": "http"}]}],
     }
-    return _manifest(plan, "NetworkPolicy", "networking.k8s.io/v1", spec)
+    return manifest(plan, "NetworkPolicy", "networking.k8s.io/v1", spec)
 
 
 def _node_sets(plan: Plan) -> list[Manifest]:
@@ -130,7 +119,7 @@ def _node_set(plan: Plan, role: str, container: Manifest, *, count: int, first: 
         "template": _template(plan, role, container),
     }
     suffix = "" if role == SERVES else f"-{role}"
-    return _manifest(plan, "StatefulSet", "apps/v1", spec, suffix=suffix)
+    return manifest(plan, "StatefulSet", "apps/v1", spec, suffix=suffix)
 
 
 def _template(plan: Plan, role: str, container: Manifest) -> Manifest:
@@ -178,7 +167,8 @@ def _joining(plan: Plan, meeting: dict[str, str]) -> Manifest:
         env[variable(model.field)] = f"{BENTO_PATH}/models/{model.choice.replace(':', '/')}"
     index = {"name": f"{PREFIX}NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
     return _container(plan, model.config.gpus_asked) | {
-        "args": ["python", "-m", "runners.ranks.join"],
+        # The server's last requests need them.
+        "args": ["python", "-m", "runners.ranks.join", "--drain", str(PRE_STOP_S + plan.drain_s)],
         "workingDir": f"{BENTO_PATH}/src",
         "env": [*_env(env), index],
     }

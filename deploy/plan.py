@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import bentoml
 from bentoml.exceptions import BentoMLException
 
-from model_choice import IMAGE_OVERRIDES, OVERRIDES, is_folder, model_config
+from model_choice import chosen_configs, frozen_tag
+from model_store_scripts.safetensors_header import read_header
 from runners.config import BaseRunnerConfig, MIIConfig
+from runners.contracts.tasks import IMAGE_TASK
 from runners.errors import ConfigError
 from settings import PREFIX, Settings, variable
+
+if TYPE_CHECKING:
+    from bentoml import Bento
 
 BENTO_PATH = "/home/bentoml/bento"
 """Where BentoML puts a bento in its image."""
@@ -24,6 +29,8 @@ HOME = "/home/triptych"
 read-only."""
 MODELS = "/models"
 GIB = 2**30
+HALF, FULL = 2, 4
+"""Bytes of a half-precision number, and of what most CPUs compute it in."""
 START_MARGIN_S, DRAIN_MARGIN_S, STOP_MARGIN_S = 60, 30, 30
 PRE_STOP_S = 10
 """How long a load balancer may go on to send requests to what is being stopped."""
@@ -31,6 +38,11 @@ RENDEZVOUS_PORT = 29400
 
 NOT_HANDED_ON = {"text_model", "image_model", "api_key", "node_rank", "rdzv_endpoint"}
 """Settings that differ between here and there, or are secret."""
+
+NO_MODEL = (
+    "no model is chosen: name a bento that has one (--bento), or models with --text-model and "
+    "--image-model"
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +57,17 @@ class Options:
     model_volume: str = ""
     """Where the models' folders lie, if not in the image."""
     replicas: int = 1
-    max_replicas: int = 1
+    max_replicas: int | None = None
+    """Up to how many it scales. Default: it does not."""
     cpus: int | None = None
     memory: int | None = None
     """In GiB."""
+    api_key: bool = False
+    """Whether the shell's key is handed through."""
     api_key_secret: str = ""
+    """Where the deployment finds its key."""
+    surge: bool = True
+    """Whether an update may take one replica more than there are."""
     namespace: str = "default"
     autoscaler: str = "keda"
     prometheus: str = ""
@@ -78,12 +96,24 @@ class Plan:
     @property
     def nnodes(self) -> int:
         """Over how many machines a replica is spread."""
-        return max(getattr(model.config, "nnodes", 1) for model in self.models)
+        return max(
+            model.config.world_size // model.config.local_world_size for model in self.models
+        )
+
+    @property
+    def max_replicas(self) -> int:
+        """Up to how many there are."""
+        return self.options.max_replicas or self.options.replicas
 
     @property
     def gpus(self) -> int:
         """Of the machine that serves."""
         return sum(model.config.gpus_asked for model in self.models)
+
+    @property
+    def places(self) -> int:
+        """How many sequences and pictures a replica computes together."""
+        return sum(model.config.places for model in self.models)
 
     @property
     def ranks(self) -> int:
@@ -99,10 +129,17 @@ class Plan:
         )
 
     @property
+    def num_threads(self) -> int | None:
+        """CPU threads of a rank that has to be told: it sees all cores of the machine."""
+        if all(model.config.gpus_asked for model in self.models):
+            return None
+        return self.settings.num_threads or max(1, (self.cpus - 1) // self.ranks)
+
+    @property
     def memory_gib(self) -> int:
         """1 GiB for the server, 2 for each rank, the weights and a quarter, and /dev/shm."""
-        weights = 1.25 * sum(self.weights.values()) / GIB
-        return self.options.memory or 1 + 2 * self.ranks + math.ceil(weights) + self.shm_gib
+        weights = math.ceil(1.25 * self.weight_bytes / GIB)
+        return self.options.memory or 1 + 2 * self.ranks + weights + self.shm_gib
 
     @property
     def shm_gib(self) -> int:
@@ -110,12 +147,9 @@ class Plan:
         return max(1, sum(n for m in self.models if (n := ranks_of(m.config)) > 1))
 
     @cached_property
-    def weights(self) -> Mapping[str, int]:
-        """Model to the bytes of its weights."""
-        return {
-            m.config.name: sum(f.stat().st_size for f in m.config.model_path.rglob("*.safetensors"))
-            for m in self.models
-        }
+    def weight_bytes(self) -> int:
+        """What the models' weights take in memory. Raises: IncompleteModel."""
+        return sum(copies_of(m.config) * bytes_of(m.config) for m in self.models)
 
     @property
     def start_s(self) -> int:
@@ -139,10 +173,29 @@ class Plan:
 
     @property
     def image(self) -> str:
-        """The image to run. Raises: ConfigError if nobody says."""
-        if image := self.options.image or self.options.bento:
-            return image
-        raise ConfigError("--image is needed: which image to run")
+        """The image to run; `bentoml containerize` names it by the bento's version.
+
+        Raises: ConfigError if nobody says.
+        """
+        if not (self.options.image or self.options.bento):
+            raise ConfigError("--image is needed: which image to run")
+        return self.options.image or str(bentoml.bentos.get(self.options.bento).tag)
+
+    def refuse_several_machines(self, what: str) -> None:
+        """Raises: ConfigError if `what` would have to run a replica on more than one."""
+        if self.nnodes > 1:
+            raise ConfigError(
+                f"the model is spread over {self.nnodes} machines, and {what} on one: set "
+                f"{PREFIX}NNODES=1, or choose kubernetes"
+            )
+
+    def refuse_without_models(self, volume: str) -> None:
+        """Raises: ConfigError if the models are neither in the image nor on a `volume`."""
+        if not (self.options.bento or self.options.model_volume):
+            raise ConfigError(
+                f"where are the models? Name a bento that has them (--bento), or {volume} "
+                "(--model-volume) in which each has a folder of its name"
+            )
 
     def environment(self) -> dict[str, str]:
         """Variables of a replica: what is set here, as far as it means something there."""
@@ -155,10 +208,34 @@ class Plan:
         found = self.environment() | {"HOME": HOME, "BENTOML_HOME": f"{HOME}/bentoml"}
         if self.options.model_volume:
             found |= {variable(m.field): f"{MODELS}/{m.config.name}" for m in self.models}
-        if not self.gpus:  # A container sees all cores of the machine, and would use them.
-            threads = max(1, (self.cpus - 1) // self.ranks)
-            found.setdefault(f"{PREFIX}NUM_THREADS", str(threads))
+        if (threads := self.num_threads) is not None:
+            found[f"{PREFIX}NUM_THREADS"] = str(threads)
+        if self.gpus:  # nvcc is run by as many jobs as the machine, not the container, has cores
+            found["MAX_JOBS"] = str(self.cpus)
         return dict(sorted(found.items()))
+
+
+def bytes_of(config: BaseRunnerConfig) -> int:
+    """What one copy of a model's weights takes in memory. Raises: IncompleteModel.
+
+    On a CPU half precision may be computed in float32 (`dtype`), for which there is room then.
+    """
+    widened = not config.gpus_asked and config.dtype in ("auto", "float32")
+    found = 0
+    for file in config.model_path.rglob("*.safetensors"):
+        parameters = read_header(file, f"{config.name}/{file.name}").parameters
+        half = parameters["F16"] + parameters["BF16"] if widened else 0
+        found += file.stat().st_size + (FULL - HALF) * half
+    return found
+
+
+def copies_of(config: BaseRunnerConfig) -> int:
+    """How many copies of its weights a model takes on one machine."""
+    if config.task == IMAGE_TASK:  # each rank paints with a whole one
+        return config.local_world_size
+    if isinstance(config, MIIConfig) and config.mii.mode == "persistent":
+        return config.mii.replica_num if config.mii.host is None else 0
+    return 1
 
 
 def ranks_of(config: BaseRunnerConfig) -> int:
@@ -174,59 +251,35 @@ def make_plan(options: Options, settings: Settings) -> Plan:
 
     Raises: ConfigError, one sentence for the operator.
     """
-    if settings.api_key is not None:
-        raise ConfigError(
-            f"{PREFIX}API_KEY is never written down: unset it, and say with --api-key-secret where "
-            "the deployment finds the key"
-        )
-    if options.max_replicas < options.replicas:
+    if options.max_replicas is not None and options.max_replicas < options.replicas:
         raise ConfigError("--max-replicas must not be below --replicas")
-    chosen = _in_bento(options.bento) if options.bento else _in_settings(settings)
-    if not chosen:
-        raise ConfigError(
-            "no model is chosen: name a bento that has one (--bento), or a model with --text-model "
-            "or --image-model"
-        )
-    models = tuple(Chosen(f, c, _config(c, f, options, settings)) for f, c in chosen.items())
-    return Plan(options, settings, models)
-
-
-def _in_settings(settings: Settings) -> dict[str, str]:
-    chosen = {"text_model": settings.text_model, "image_model": settings.image_model}
-    return {field: choice for field, choice in chosen.items() if choice}
+    chosen = {f"{kind}_model": getattr(settings, f"{kind}_model") for kind in ("text", "image")}
+    if options.bento:
+        chosen = _in_bento(options.bento)
+    if not any(chosen.values()):
+        raise ConfigError(NO_MODEL)
+    configs = chosen_configs(chosen["text_model"], chosen["image_model"], settings)
+    fields = {f"{kind}_model": config for kind, config in configs.items()}
+    return Plan(options, settings, tuple(Chosen(f, chosen[f], c) for f, c in fields.items()))
 
 
 def _in_bento(tag: str) -> dict[str, str]:
     """The models recorded in a bento. Raises: ConfigError."""
     try:
-        info = bentoml.bentos.get(tag).info
+        bento: Bento = bentoml.bentos.get(tag)
     except (BentoMLException, ValueError):
         stored = ", ".join(sorted(str(b.tag) for b in bentoml.bentos.list())) or "none"
         raise ConfigError(f"{tag} is not a bento of the store; bentos there: {stored}") from None
-    frozen = {model.tag.name: str(model.tag) for model in info.all_models}
     chosen = {}
     for field in ("text_model", "image_model"):
-        if built := str(info.args.get(field, "")):
-            if is_folder(built) or (name := built.partition(":")[0]) not in frozen:
-                raise ConfigError(f"{tag} was built with the folder {built}, which is not in it")
-            chosen[field] = frozen[name]
+        built = str(bento.info.args.get(field, ""))
+        chosen[field] = frozen_tag(bento, built)
+        if built and not chosen[field]:
+            raise ConfigError(
+                f"{tag} was built with the folder {built}, which is not in it: leave out --bento, "
+                "name its --image, and say with --model-volume where the folder will be"
+            )
     return chosen
-
-
-def _config(choice: str, field: str, options: Options, settings: Settings) -> BaseRunnerConfig:
-    """How the model will be run. Raises: ConfigError."""
-    settable = OVERRIDES if field == "text_model" else IMAGE_OVERRIDES
-    try:
-        return model_config(choice, settings, settable)
-    except ConfigError as error:
-        # Where the machines of a model meet is decided here, unless it is already.
-        meeting = {"rdzv_endpoint": rendezvous(options.name)}
-        if settings.rdzv_endpoint is None and field == "text_model":
-            try:
-                return model_config(choice, settings.model_copy(update=meeting), settable)
-            except ConfigError:
-                raise error from None
-        raise
 
 
 def rendezvous(name: str) -> str:

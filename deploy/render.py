@@ -21,13 +21,18 @@ from deploy.kubernetes import manifests
 from deploy.plan import Options, Plan, make_plan
 from deploy.ray_serve import serve_config
 from runners.errors import ConfigError
-from settings import get_settings
+from settings import Settings, get_settings, variable
 
 PROMETHEUS = "http://prometheus-operated.monitoring.svc:9090"
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 SECRETS = {
     "kubernetes": "the Secret whose entry api-key is the API key",
     "bentocloud": "the secret whose TRIPTYCH_API_KEY is the API key",
+}
+KEYS = {
+    **dict.fromkeys(SECRETS, "say with --api-key-secret where the deployment finds it"),
+    **dict.fromkeys(("compose", "run"), "say --api-key, which hands it through"),
+    "ray": "set it where the cluster's machines are started, whose replicas inherit it",
 }
 
 
@@ -57,17 +62,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(_parser().parse_args(argv))
     _, render = RENDERERS[args["target"]]
     try:
-        models = {k: v for k in ("text_model", "image_model") if (v := args.get(k)) is not None}
-        settings = get_settings().model_copy(update=models)
         known = {field.name for field in fields(Options)}
-        options = {k: v for k, v in args.items() if k in known and v is not None}
-        options["max_replicas"] = args.get("max_replicas") or args.get("replicas") or 1
-        text = render(make_plan(Options(**options), settings))
+        options = Options(**{k: v for k, v in args.items() if k in known and v is not None})
+        text = render(make_plan(options, _settings(args, options)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     sys.stdout.write(text)
     return 0
+
+
+def _settings(args: dict[str, Any], options: Options) -> Settings:
+    """What is set here, and which models. Raises: ConfigError."""
+    settings = get_settings()
+    if settings.api_key is not None and not (options.api_key or options.api_key_secret):
+        raise ConfigError(
+            f"{variable('api_key')} is set here, and is never written down: unset it, or "
+            f"{KEYS[args['target']]}"
+        )
+    models = {k: v for k in ("text_model", "image_model") if (v := args.get(k)) is not None}
+    if models and options.bento:
+        raise ConfigError(
+            "a bento has its own models: leave out --bento and name its --image, or leave out "
+            "--text-model and --image-model"
+        )
+    return settings.model_copy(update=models)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
             add("--model-volume", help=f"{what} that holds a folder for each model, by its name")
         if target in ("compose", "run"):
             help_ = "hand TRIPTYCH_API_KEY through, as the shell has it then"
-            add("--api-key", dest="api_key_secret", action="store_const", const="-", help=help_)
+            add("--api-key", action="store_true", help=help_)
         elif target in SECRETS:
             add("--api-key-secret", metavar="NAME", help=SECRETS[target])
         if target not in ("compose", "run"):
@@ -107,6 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         if target == "kubernetes":
             add("--namespace", type=_name, help="(default: default)")
             add("--autoscaler", choices=("keda", "hpa"), help="what scales it (default: keda)")
+            help_ = "update replica by replica, where there is no room for one more"
+            add("--no-surge", dest="surge", action="store_false", help=help_)
             add("--prometheus", default=PROMETHEUS, help="where KEDA asks (default: %(default)s)")
         if target == "bentocloud":
             add(

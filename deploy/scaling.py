@@ -9,8 +9,8 @@ serves the metrics of pods.
 from __future__ import annotations
 
 import json
-from typing import Any
 
+from deploy.manifests import Manifest, labels, manifest
 from deploy.plan import Plan
 
 METRIC = "triptych_admitted_sequences"
@@ -18,47 +18,35 @@ CALM_S = 300
 """How long less must be enough before a replica, which took minutes to load, is given up."""
 
 
-def autoscaler(plan: Plan, pods: dict[str, str]) -> list[dict[str, Any]]:
-    """What scales the Deployment whose pods have these labels; nothing if it has a fixed size."""
-    if plan.options.max_replicas == plan.options.replicas:
+def autoscaler(plan: Plan) -> list[Manifest]:
+    """What scales the Deployment; nothing if it has a fixed size."""
+    if plan.max_replicas == plan.options.replicas:
         return []
     scaler = _keda(plan) if plan.options.autoscaler == "keda" else _hpa(plan)
-    return [_monitor(plan, pods), scaler]
+    return [_monitor(plan), scaler]
 
 
-def _meta(plan: Plan) -> dict[str, Any]:
-    return {"name": plan.options.name, "namespace": plan.options.namespace}
-
-
-def _monitor(plan: Plan, pods: dict[str, str]) -> dict[str, Any]:
-    endpoint: dict[str, Any] = {"port": "http", "path": "/metrics", "interval": "15s"}
+def _monitor(plan: Plan) -> Manifest:
+    endpoint: Manifest = {"port": "http", "path": "/metrics", "interval": "15s"}
     if secret := plan.options.api_key_secret:
         credentials = {"name": secret, "key": "api-key"}
         endpoint["authorization"] = {"type": "Bearer", "credentials": credentials}
-    return {
-        "apiVersion": "monitoring.coreos.com/v1",
-        "kind": "PodMonitor",
-        "metadata": _meta(plan),
-        "spec": {"selector": {"matchLabels": pods}, "podMetricsEndpoints": [endpoint]},
+    spec = {"selector": {"matchLabels": labels(plan)}, "podMetricsEndpoints": [endpoint]}
+    return manifest(plan, "PodMonitor", "monitoring.coreos.com/v1", spec)
+
+
+def _keda(plan: Plan) -> Manifest:
+    spec = {
+        "scaleTargetRef": {"name": plan.options.name},
+        "minReplicaCount": plan.options.replicas,
+        "maxReplicaCount": plan.max_replicas,
+        "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _behavior()}},
+        "triggers": [_trigger(plan, name, places) for name, places in _places(plan)],
     }
+    return manifest(plan, "ScaledObject", "keda.sh/v1alpha1", spec)
 
 
-def _keda(plan: Plan) -> dict[str, Any]:
-    return {
-        "apiVersion": "keda.sh/v1alpha1",
-        "kind": "ScaledObject",
-        "metadata": _meta(plan),
-        "spec": {
-            "scaleTargetRef": {"name": plan.options.name},
-            "minReplicaCount": plan.options.replicas,
-            "maxReplicaCount": plan.options.max_replicas,
-            "advanced": {"horizontalPodAutoscalerConfig": {"behavior": _behavior()}},
-            "triggers": [_trigger(plan, name, places) for name, places in _places(plan)],
-        },
-    }
-
-
-def _trigger(plan: Plan, model: str, places: int) -> dict[str, Any]:
+def _trigger(plan: Plan, model: str, places: int) -> Manifest:
     matchers = {"namespace": plan.options.namespace, "model": model}
     # The pods' names, and not those of another deployment whose name only begins alike.
     selected = [f"{key}={json.dumps(value)}" for key, value in matchers.items()]
@@ -74,7 +62,7 @@ def _trigger(plan: Plan, model: str, places: int) -> dict[str, Any]:
     }
 
 
-def _hpa(plan: Plan) -> dict[str, Any]:
+def _hpa(plan: Plan) -> Manifest:
     metrics = [
         {
             "type": "Pods",
@@ -85,25 +73,18 @@ def _hpa(plan: Plan) -> dict[str, Any]:
         }
         for name, places in _places(plan)
     ]
-    return {
-        "apiVersion": "autoscaling/v2",
-        "kind": "HorizontalPodAutoscaler",
-        "metadata": _meta(plan),
-        "spec": {
-            "scaleTargetRef": {
-                "apiVersion": "apps/v1",
-                "kind": "Deployment",
-                "name": plan.options.name,
-            },
-            "minReplicas": plan.options.replicas,
-            "maxReplicas": plan.options.max_replicas,
-            "metrics": metrics,
-            "behavior": _behavior(),
-        },
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", "name": plan.options.name}
+    spec = {
+        "scaleTargetRef": target,
+        "minReplicas": plan.options.replicas,
+        "maxReplicas": plan.max_replicas,
+        "metrics": metrics,
+        "behavior": _behavior(),
     }
+    return manifest(plan, "HorizontalPodAutoscaler", "autoscaling/v2", spec)
 
 
-def _behavior() -> dict[str, Any]:
+def _behavior() -> Manifest:
     return {"scaleDown": {"stabilizationWindowSeconds": CALM_S}}
 
 

@@ -75,6 +75,8 @@ def _program_here(config: BaseRunnerConfig, tasks: Collection[str]) -> str:
     if config.task not in tasks:
         raise ConfigError(f"{config.name} is a model for {config.task}, not {' or '.join(tasks)}")
     program = rank_program(config)
+    if config.local_world_size < config.world_size and config.rendezvous is None:
+        raise ConfigError("rdzv_endpoint is needed for several nodes: host:port of node 0")
     if config.first_rank:
         raise ConfigError(
             "node_rank must be 0 where the service runs; here, run: python -m runners.ranks.join"

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from runners import deepspeed_config
-from runners.contracts.tasks import PipelineTask
+from runners.contracts.tasks import IMAGE_TASK, PipelineTask
 from runners.errors import ConfigError
 from runners.image_config import ImageFields
 from runners.mii_config import MIISection
@@ -137,7 +137,7 @@ class EngineConfig(ImageFields, BaseRunnerConfig):
     @property
     def places(self) -> int:
         """How many sequences or pictures are computed together; more of them wait."""
-        images = self.task == "text-to-image"  # of which each rank paints its own
+        images = self.task == IMAGE_TASK  # of which each rank paints its own
         return self.max_batch_images * self.world_size if images else super().places
 
 
@@ -246,8 +246,10 @@ class DeepSpeedConfig(EngineConfig):
             raise ValueError(f"node_rank must be below nnodes, which is {self.nnodes}")
         if self.nnodes > 1 and self.shm_collectives:
             raise ValueError("shm_collectives is for ranks of one machine: nnodes must be 1")
-        if self.nnodes > 1 and self.rdzv_endpoint is None:
-            raise ValueError("rdzv_endpoint is needed for several nodes: host:port of node 0")
+        if self.nnodes > 1 and self.task == IMAGE_TASK:
+            raise ValueError(
+                "nnodes must be 1 for pictures, which the ranks of a machine share out"
+            )
         port = int((self.rdzv_endpoint or ":1").rpartition(":")[2])
         if not 0 < port < 2**16:
             raise ValueError("rdzv_endpoint: the port must be from 1 to 65535")

@@ -43,8 +43,6 @@ def load_program(context: RankContext) -> ImageProgram:
 def load_deepspeed_program(context: RankContext) -> ImageProgram:
     """The rank program of an image model on one of DeepSpeed's ranks. Raises: ConfigError."""
     config = context.config
-    if config.rendezvous is not None:
-        raise ConfigError("the ranks of an image model can not be spread over several machines")
     groups = connect(config, meet(context))
     if isinstance(config, DeepSpeedConfig) and config.deepspeed and context.rank == 0:
         logger.warning("ds-config.json is ignored: every rank holds the whole image model")

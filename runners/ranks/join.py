@@ -33,12 +33,13 @@ WATCH_S = 0.5
 def main() -> None:
     """Run until SIGTERM or Ctrl-C, or until it is clear that this can not work."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    arguments = _arguments()
     try:
-        config, program = _chosen(_arguments())
+        config, program = _chosen(arguments)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _be_a_rank(config, program)
         else:
-            asyncio.run(_hold(config, program))
+            asyncio.run(_hold(config, program, drain_s=arguments.drain))
     except ConfigError as error:
         sys.exit(f"error: {error.message}")
 
@@ -54,6 +55,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--node-rank", type=int, help="which of them this is, from 1")
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 waits")
     parser.add_argument("--tensor-parallel", type=int, help="how many ranks there are in all")
+    parser.add_argument(
+        "--drain",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="for how long after SIGTERM to hold the ranks while node 0 still serves (default: 0)",
+    )
     return parser.parse_args()
 
 
@@ -75,10 +83,15 @@ def _chosen(arguments: argparse.Namespace) -> tuple[BaseRunnerConfig, str]:
     return config, rank_program(config)
 
 
-async def _hold(config: BaseRunnerConfig, program: str) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+async def _hold(config: BaseRunnerConfig, program: str, *, drain_s: float) -> None:
+    loop, stop, draining = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    def drain() -> None:
+        draining.set()
+        loop.call_later(drain_s, stop.set)
+
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    loop.add_signal_handler(signal.SIGTERM, drain)
     group = RankGroup(
         config,
         program=program,
@@ -87,10 +100,13 @@ async def _hold(config: BaseRunnerConfig, program: str) -> None:
     )
     await group.start()
     try:
-        while not stop.is_set() and group.health().state is not RunnerState.FAILED:
+        health = group.health()
+        while not stop.is_set() and health.state is not RunnerState.FAILED:
+            if draining.is_set() and health.state is not RunnerState.READY:
+                break  # node 0 serves no more
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), WATCH_S)
-        health = group.health()
+            health = group.health()
     finally:
         await group.stop()
     if health.state is RunnerState.FAILED:

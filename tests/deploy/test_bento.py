@@ -16,6 +16,7 @@ from deploy.plan import BENTO_PATH
 from tests.deploy.conftest import Home
 from tests.support.server import ROOT, Server, environment
 
+SPREAD = {"engine": "deepspeed", "tensor_parallel": 4, "nnodes": 2}
 RECORDER = '#!/bin/sh\nprintf "%s\\n" "$@" >"$RECORDED"\n'
 
 
@@ -92,6 +93,7 @@ def shipped(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Home:
     with store_at(path):
         tag = stored("small", text_model, {"gpus": 0})
         stored("broken", text_model, {"engine": "steam"})
+        stored("spread", text_model, SPREAD)
     home = Home(path, tag, tag, "", "")
     chosen = ("--arg", "text_model=small", "--arg", "base_image=registry.example/base:2")
     done = home.run("build", ".", "-o", "tag", *chosen)
@@ -112,6 +114,19 @@ def test_a_model_that_can_not_be_served_is_not_built_in(shipped: Home) -> None:
     assert done.returncode != 0
     assert "triptych: setup_config.json: engine must be one of" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_model_is_built_in_before_anybody_knows_where_its_machines_meet(shipped: Home) -> None:
+    done = shipped.run("build", ".", "-o", "tag", "--arg", "text_model=spread")
+    [tag] = re.findall(r"triptych:\w+", done.stdout)
+    config = yaml.safe_load((folder_of(shipped, tag) / "bento.yaml").read_text())
+    assert config["services"][0]["config"]["resources"] == {"gpu": 2}
+
+
+def test_a_model_is_built_in_as_what_it_is(home: Home) -> None:
+    done = home.run("build", ".", "--arg", "text_model=painter")
+    assert done.returncode != 0
+    assert "is a model for text-to-image: choose it with TRIPTYCH_IMAGE_MODEL" in done.stderr
 
 
 def test_it_serves_as_in_its_image_and_writes_only_where_it_may(

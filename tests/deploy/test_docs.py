@@ -61,7 +61,8 @@ def test_the_commands_of_the_guide_run(tmp_path: Path) -> None:
     for call in ("docker build -t triptych-base deploy", "docker compose up", "serve deploy"):
         assert call in calls
     assert "--label triptych.gpus=0" in calls
-    check_compose((checkout / "compose.yaml").read_text(), tmp_path)
+    for name in ("compose.yaml", "compose-of-volume.yaml"):
+        check_compose((checkout / name).read_text(), tmp_path)
     check_ray((checkout / "serve.yaml").read_text())
     applied = check_kubernetes((tmp_path / "applied").read_text())
     assert {"Deployment", "ScaledObject", "PodMonitor"} <= set(applied)

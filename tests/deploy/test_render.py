@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import re
 import shlex
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +55,20 @@ def test_kubernetes(render: Render, store: Home) -> None:
     assert container["securityContext"]["readOnlyRootFilesystem"]
     assert not spec["enableServiceLinks"]
     assert not [name for name in env if name.startswith("TRIPTYCH_")]
-    assert found["Deployment"]["spec"]["replicas"] == 1
-    assert (
-        render("kubernetes", "--bento", store.bento, "--image", "registry.example/triptych:1")
-        == text
-    )
+    assert env["MAX_JOBS"] == container["resources"]["requests"]["cpu"]
+    deployment = found["Deployment"]["spec"]
+    assert deployment["replicas"] == 1
+    # A start that is allowed is no failed rollout.
+    allowed = spec["terminationGracePeriodSeconds"] + 900
+    assert deployment["progressDeadlineSeconds"] > allowed
+    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
+    assert "sessionAffinity" not in found["Service"]["spec"]
+
+
+def test_an_update_may_have_to_do_without_one_more_replica(render: Render, store: Home) -> None:
+    found = check_kubernetes(render("kubernetes", "--bento", store.bento, "--no-surge"))
+    update = found["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+    assert update == {"maxSurge": 0, "maxUnavailable": 1}
 
 
 def test_limits_that_are_set_here_hold_there(render: Render, store: Home) -> None:
@@ -88,6 +100,10 @@ def test_scaling_by_what_is_in_the_house(render: Render, store: Home, scaler: st
     key = ["--api-key-secret", "door"]
     found = check_kubernetes(render("kubernetes", "--bento", store.bento, *options, *key))
     assert "replicas" not in found["Deployment"]["spec"]
+    # A task is asked for where it was submitted.
+    assert found["Service"]["spec"]["sessionAffinity"] == "ClientIP"
+    [common] = {str(manifest["metadata"]["labels"]) for manifest in found.values()}
+    assert "'app.kubernetes.io/instance': 'triptych'" in common
     [endpoint] = found["PodMonitor"]["spec"]["podMetricsEndpoints"]
     secret = {"name": "door", "key": "api-key"}
     assert endpoint["authorization"]["credentials"] == secret
@@ -132,6 +148,50 @@ def test_models_on_a_volume_and_on_cpus(render: Render, store: Home) -> None:
     assert {"name": "models", "persistentVolumeClaim": claim} in spec["volumes"]
 
 
+HALF = 2**30
+"""Parameters, of which a file of half precision has 2 GiB."""
+
+
+@pytest.mark.parametrize(
+    ("setup", "gib"),
+    [
+        ({"gpus": 1}, 2),
+        # It may be computed in float32 there.
+        ({"gpus": 0}, 4),
+        ({"gpus": 0, "dtype": "bfloat16"}, 2),
+        ({"gpus": 2, "engine": "deepspeed", "tensor_parallel": 2}, 2),
+        ({"gpus": 3, "engine": "mii", "mii": {"mode": "persistent", "replica_num": 3}}, 6),
+    ],
+)
+def test_there_is_memory_for_each_copy_of_the_weights(
+    render: Render, tmp_path: Path, setup: dict[str, Any], gib: int
+) -> None:
+    model = tmp_path / "halves"
+    model.mkdir()
+    (model / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (model / "setup_config.json").write_text(json.dumps(setup))
+    weights = {"w": {"dtype": "BF16", "shape": [HALF], "data_offsets": [0, 2 * HALF]}}
+    header = json.dumps(weights).encode()
+    with (model / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 2 * HALF)
+    options = ["--text-model", str(model), "--model-volume", "v", "--image", "t:1"]
+    service = yaml.safe_load(render("compose", *options))["services"]["triptych"]
+    memory = int(service["deploy"]["resources"]["limits"]["memory"].rstrip("g"))
+    ranks = 1 + 3 * ("mii" in setup) + ("tensor_parallel" in setup)
+    shared = int(service["shm_size"].rstrip("g"))
+    assert memory == 1 + 2 * ranks + math.ceil(1.25 * gib + 0.01) + shared
+
+
+def test_a_model_on_cpus_beside_one_on_gpus_is_told_its_threads(
+    render: Render, store: Home
+) -> None:
+    options = ["--text-model", "plain", "--image-model", "painter", "--model-volume", "v"]
+    service = yaml.safe_load(render("compose", *options, "--image", "t:1"))["services"]["triptych"]
+    assert service["environment"]["TRIPTYCH_NUM_THREADS"] == "1"
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 1
+
+
 def test_a_model_over_several_machines(render: Render, store: Home) -> None:
     found = check_kubernetes(render("kubernetes", "--bento", store.bento, **NODES))
     assert set(found) == {
@@ -145,7 +205,10 @@ def test_a_model_over_several_machines(render: Render, store: Home) -> None:
     _, server, served = pod(first)
     _, holder, held = pod(others)
     assert server["args"][0] == "serve"
-    assert holder["args"] == ["python", "-m", "runners.ranks.join"]
+    *joining, drained = holder["args"]
+    assert joining == ["python", "-m", "runners.ranks.join", "--drain"]
+    grace = others["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert int(server["args"][-1]) < int(drained) < grace
     assert "pod-index" in held["TRIPTYCH_NODE_RANK"]["fieldRef"]["fieldPath"]
     assert "TRIPTYCH_NODE_RANK" not in served
     headless = found["Service/nodes"]
@@ -165,22 +228,30 @@ def test_compose(render: Render, store: Home, tmp_path: Path) -> None:
     [device] = service["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["count"]) == ("nvidia", 3)
     assert service["environment"]["TRIPTYCH_API_KEY"] is None
-    assert service["shm_size"] == "2gb"
+    assert service["shm_size"] == "2g"
     assert int(service["stop_grace_period"].rstrip("s")) > int(service["command"][-1]) > 600
     assert int(service["healthcheck"]["start_period"].rstrip("s")) > 900
     options = ["--text-model", "plain", "--model-volume", "/srv/models", "--image", "t:1"]
     service = check_compose(render("compose", *options), tmp_path)
     assert "reservations" not in service["deploy"]["resources"]
     assert service["volumes"] == ["/srv/models:/models:ro"]
+    options[3] = "models"
+    text = render("compose", *options)
+    assert check_compose(text, tmp_path)["volumes"] == ["models:/models:ro"]
+    # One that Compose would make is empty.
+    assert yaml.safe_load(text)["volumes"] == {"models": {"external": True}}
 
 
 def test_run(render: Render, store: Home) -> None:
-    words = shlex.split(render("run", "--bento", store.bento, "--api-key"))
+    text = render("run", "--bento", store.bento, "--api-key")
+    words = shlex.split(text)
     assert words[:3] == ["docker", "run", "--rm"]
     told = dict(itertools.pairwise(words))
     assert (told["--gpus"], told["--shm-size"]) == ("3", "2g")
     assert int(told["--stop-timeout"]) > int(words[-1]) > 600
+    # By the name that `bentoml containerize` gives the image.
     assert words[-4:-1] == [store.bento, "serve", "--timeout-graceful-shutdown"]
+    assert render("run", "--bento", "triptych:latest", "--api-key") == text
     assert words[words.index("TRIPTYCH_API_KEY") - 1] == "--env"
 
 
@@ -204,7 +275,7 @@ def test_ray(render: Render, store: Home) -> None:
 
 def test_bentocloud(render: Render, store: Home) -> None:
     options = ["--bento", store.bento, "--api-key-secret", "door", "--instance-type", "gpu.big"]
-    config = yaml.safe_load(render("bentocloud", *options, TRIPTYCH_MAX_QUEUE="9"))
+    config = yaml.safe_load(render("bentocloud", *options, TRIPTYCH_MAX_QUEUE="9", PORT="8080"))
     service = config["services"]["triptych"]
     assert service["instance_type"] == "gpu.big"
     assert config["secrets"] == ["door"]
@@ -212,9 +283,12 @@ def test_bentocloud(render: Render, store: Home) -> None:
     # What the bento's models ask for stands in the bento; only what is changed here is said again.
     assert "config_overrides" not in service
     changed = {"TRIPTYCH_MAX_BATCH_SIZE": "20", "TRIPTYCH_TENSOR_PARALLEL": "4"}
+    changed["TRIPTYCH_REQUEST_TIMEOUT"] = "7200"
     config = yaml.safe_load(render("bentocloud", *options, **changed))
     overrides = config["services"]["triptych"]["config_overrides"]
-    assert overrides == {"traffic": {"concurrency": 24}, "resources": {"gpu": 5}}
+    assert overrides["resources"] == {"gpu": 5}
+    assert overrides["traffic"]["concurrency"] == 24
+    assert overrides["traffic"]["timeout"] > 7200
 
 
 def test_the_file_for_bentocloud_is_what_is_rendered(render: Render, store: Home) -> None:
@@ -235,12 +309,16 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
         {},
         "not be below",
     ),
-    (["ray", "--text-model", "plain"], {"TRIPTYCH_API_KEY": "k"}, "--api-key-secret"),
+    (["kubernetes", "--bento", "B"], {"TRIPTYCH_API_KEY": "k"}, "--api-key-secret"),
+    (["compose", "--bento", "B"], {"TRIPTYCH_API_KEY": "k"}, "--api-key,"),
+    (["ray", "--text-model", "plain"], {"TRIPTYCH_API_KEY": "k"}, "machines are started"),
+    (["run", "--bento", "B", "--text-model", "plain"], {}, "leave out --bento"),
+    (["ray", "--text-model", "painter"], {}, "choose it with TRIPTYCH_IMAGE_MODEL"),
     (["ray", "--text-model", "plain"], {"TRIPTYCH_MAX_QUEUE": "x"}, "TRIPTYCH_MAX_QUEUE"),
     (["bentocloud", "--bento", "B", "--replicas", "2"], NODES, "on one"),
     (["ray", "--text-model", "split"], NODES, "on one"),
-    (["compose", "--bento", "B"], NODES, "only kubernetes"),
-    (["run", "--bento", "B"], NODES, "only kubernetes"),
+    (["compose", "--bento", "B"], NODES, "or choose kubernetes"),
+    (["run", "--bento", "B"], NODES, "or choose kubernetes"),
     (["kubernetes", "--bento", "B", "--max-replicas", "2"], NODES, "another --name"),
 ]
 

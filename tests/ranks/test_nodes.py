@@ -134,6 +134,23 @@ async def test_two_nodes_serve_one_model_and_survive_the_loss_of_a_rank(
         assert node.stop() == 0
 
 
+async def test_a_node_that_is_ended_serves_the_requests_that_run(
+    folder: Path, tmp_path: Path
+) -> None:
+    """`--drain`: a cluster ends all machines of a model at once."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    arguments = [*as_arguments(folder, endpoint), "--drain", 120]
+    with joining(tmp_path / "node1.log", *arguments) as node:
+        async with serving(folder, **options(endpoint)) as runner:
+            stream = await runner.generate(request("hello", max_new_tokens=500, ignore_eos=True))
+            iterator = aiter(stream)
+            first = await anext(iterator)
+            node.process.terminate()
+            rest = [delta async for delta in iterator]
+            assert [ids_of([first, *rest])] == greedy(folder, ["hello"], 500)
+        assert node.process.wait(20) == 0
+
+
 async def test_a_node_that_is_lost_during_the_start_is_waited_for(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from model_choice import chosen_runners
 from runners.config import validate
+from runners.errors import ConfigError
 from runners.ranks.environment import visible_gpus
 from settings import Settings
 
@@ -95,6 +96,19 @@ def test_two_models_get_shares(tmp_path: Path) -> None:
     assert [spec.gpu_share for spec in specs] == [(0, 4, 5), (4, 1, 5)]
     alone = chosen_runners(str(split), "", Settings())
     assert alone.text._group._spec.gpu_share is None  # type: ignore[union-attr]
+
+
+def test_a_model_over_several_machines_is_served_where_they_meet(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "setup_config.json").write_text(json.dumps(SPLIT | {"nnodes": 2}))
+    with pytest.raises(ConfigError, match="rdzv_endpoint is needed"):
+        chosen_runners(str(tmp_path), "", Settings())
+    assert chosen_runners(str(tmp_path), "", Settings(rdzv_endpoint="a:1")).text is not None
+
+
+def test_pictures_are_painted_on_one_machine() -> None:
+    with pytest.raises(ConfigError, match="nnodes must be 1 for pictures"):
+        validate(fields_of(SPLIT | NODES | {"task": "text-to-image"}))
 
 
 def fields_of(fields: dict[str, Any]) -> dict[str, Any]:
