@@ -202,6 +202,10 @@ def test_the_image_says_what_it_needs(builder: Builder, image: str) -> None:
     config = json.loads(builder.run("buildah", "inspect", "--type", "image", image))["OCIv1"][
         "config"
     ]
-    assert config["Labels"]["org.opencontainers.image.title"] == "triptych"
+    labels = config["Labels"]
+    assert labels["org.opencontainers.image.title"] == "triptych"
+    assert labels["triptych.gpus"] == "0"
+    assert re.fullmatch(r"demo-image:\w+\+demo-text:\w+", labels["triptych.models"])
+    assert config["User"] == "bentoml"
     variables = dict(each.split("=", 1) for each in config["Env"])
     assert variables["HF_HUB_OFFLINE"] == "1"
