@@ -17,10 +17,10 @@ def serve_config(plan: Plan) -> dict[str, Any]:
     plan.refuse_several_machines("Ray Serve runs a replica")
     if plan.options.bento:
         raise ConfigError("Ray Serve runs a checkout: choose models, not a bento")
-    # The models' own batches, and as many again that wait: Ray starts a replica before one is full.
+    # How many requests wait, and what is refused, is for the service to say: max_ongoing_requests
+    # stays that of `deploy.ray_app`. A lower one had Ray keep requests waiting, and probes with them.
     deployment: dict[str, Any] = {
         "name": DEPLOYMENT,
-        "max_ongoing_requests": plan.settings.max_queue,
         "health_check_timeout_s": DRAIN_MARGIN_S,
         "graceful_shutdown_timeout_s": plan.drain_s,
         "ray_actor_options": {"num_cpus": plan.cpus, "num_gpus": plan.gpus},
