@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from ray import serve
 
-from api.task_results import FILE as TASK_RESULTS
-
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 POLL_S = 0.2
+TASK_RESULTS = "BENTOML_RESULT_STORE"
+"""Which file has the results of tasks: the replicas' of one machine, or else each one's own."""
 
 
 def service_app() -> ASGIApp:
@@ -79,9 +79,15 @@ class Replica:
 
 
 def _make_table(results: Path) -> None:
-    """The table of tasks' results, as `bentoml serve` makes it before its workers start."""
+    """The table of tasks' results, as `bentoml serve` makes it before its workers start.
+
+    Raises: RuntimeError if somebody else could read it.
+    """
     from _bentoml_impl.tasks import Sqlite3Store  # type: ignore[import-untyped]
 
+    results.parent.mkdir(mode=0o700, exist_ok=True)
+    if results.parent.lstat().st_uid != os.getuid():
+        raise RuntimeError(f"{TASK_RESULTS}: {results.parent} belongs to another user")
     folder = os.open(results.parent, os.O_RDONLY)
     try:
         # Replicas that share the file come one by one: SQLite turns a second one away.
