@@ -34,14 +34,16 @@ def service_app() -> ASGIApp:
     # Without it /metrics fails. BentoML sets it in its workers; `api.metrics` then makes a folder.
     os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.gettempdir())
     shared = TASK_RESULTS in os.environ
-    # In the replica only: a service reads its settings where it is imported.
-    import service
     from api.metrics import remove_files
 
-    triptych: Any = service.Triptych  # what its decorator, which has no types, made of it
     try:
+        # In the replica only: a service reads its settings where it is imported.
+        import service
+
+        triptych: Any = service.Triptych  # what its decorator, which has no types, made of it
         triptych.inner.check_model()
     except SystemExit as stop:
+        remove_files()
         raise RuntimeError(str(stop)) from None
     results = Path(os.environ[TASK_RESULTS])
     _make_table(results)
