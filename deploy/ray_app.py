@@ -34,10 +34,10 @@ def service_app() -> ASGIApp:
     # Without it /metrics fails. BentoML sets it in its workers; `api.metrics` then makes a folder.
     os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.gettempdir())
     shared = TASK_RESULTS in os.environ
+    # In the replica only: metrics find their folder, a service its settings, as it is imported.
     from api.metrics import remove_files
 
     try:
-        # In the replica only: a service reads its settings where it is imported.
         import service
 
         triptych: Any = service.Triptych  # what its decorator, which has no types, made of it
