@@ -67,10 +67,10 @@ class RayCluster:
         """What `serve status` says."""
         return self._serve("status")
 
-    def answered(self) -> list[int]:
-        """How many POST requests each replica answered with 200, as Ray logged it."""
+    def answered(self, request_id: str) -> list[int]:
+        """How many requests of this X-Request-ID each replica answered with 200, as Ray logs."""
         logs = (self._folder / "ray/session_latest/logs/serve").glob("replica_*.log")
-        return [log.read_text().count(" -- POST / 200 ") for log in sorted(logs)]
+        return [log.read_text().count(f" {request_id} -- POST / 200 ") for log in logs]
 
     def _applications(self) -> set[str]:
         status = self.status()
