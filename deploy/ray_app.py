@@ -8,6 +8,11 @@ machine is lost. Models and limits are chosen as everywhere, by the `TRIPTYCH_*`
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -17,6 +22,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 POLL_S = 0.2
+TASK_RESULTS = "BENTOML_RESULT_STORE"
+"""Which file has the results of tasks: the replicas' of one machine, or else each one's own."""
 
 
 def service_app() -> ASGIApp:
@@ -24,14 +31,22 @@ def service_app() -> ASGIApp:
 
     Raises: RuntimeError with the sentence for the operator if there is nothing to serve.
     """
-    # In the replica only: a service reads its settings where it is imported.
-    import service
+    # Without it /metrics fails. BentoML sets it in its workers; `api.metrics` then makes a folder.
+    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.gettempdir())
+    shared = TASK_RESULTS in os.environ
+    # In the replica only: metrics find their folder, a service its settings, as it is imported.
+    from api.metrics import remove_files
 
-    triptych: Any = service.Triptych  # what its decorator, which has no types, made of it
     try:
+        import service
+
+        triptych: Any = service.Triptych  # what its decorator, which has no types, made of it
         triptych.inner.check_model()
     except SystemExit as stop:
+        remove_files()
         raise RuntimeError(str(stop)) from None
+    results = Path(os.environ[TASK_RESULTS])
+    _make_table(results)
     inner: ASGIApp = triptych.to_asgi()
 
     async def until_ready(scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,6 +55,11 @@ def service_app() -> ASGIApp:
                 failure = await _failure(inner)
                 if failure is not None:
                     message = {"type": "lifespan.startup.failed", "message": failure}
+            if message["type"] != "lifespan.startup.complete":
+                # Not at the process' end, which Ray does not wait for.
+                remove_files()
+                if not shared:
+                    shutil.rmtree(results.parent, ignore_errors=True)
             await send(message)
 
         await inner(scope, receive, told if scope["type"] == "lifespan" else send)
@@ -58,6 +78,25 @@ class Replica:
         """Raises: RuntimeError once a runner has given up for good, upon which Ray replaces us."""
         if (failure := await _says(self.app, "/livez")) is not None:
             raise RuntimeError(failure)
+
+
+def _make_table(results: Path) -> None:
+    """The table of tasks' results, as `bentoml serve` makes it before its workers start.
+
+    Raises: RuntimeError if somebody else could read it.
+    """
+    from _bentoml_impl.tasks import Sqlite3Store  # type: ignore[import-untyped]
+
+    results.parent.mkdir(mode=0o700, exist_ok=True)
+    if results.parent.lstat().st_uid != os.getuid():
+        raise RuntimeError(f"{TASK_RESULTS}: {results.parent} belongs to another user")
+    folder = os.open(results.parent, os.O_RDONLY)
+    try:
+        # Replicas that share the file come one by one: SQLite turns a second one away.
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        Sqlite3Store.init_db(str(results))
+    finally:
+        os.close(folder)
 
 
 async def _failure(app: ASGIApp) -> str | None:

@@ -17,10 +17,10 @@ def serve_config(plan: Plan) -> dict[str, Any]:
     plan.refuse_several_machines("Ray Serve runs a replica")
     if plan.options.bento:
         raise ConfigError("Ray Serve runs a checkout: choose models, not a bento")
-    # The models' own batches, and as many again that wait: Ray starts a replica before one is full.
+    # How many requests wait, and what is refused, is for the service to say: max_ongoing_requests
+    # stays that of `deploy.ray_app`. A lower one had Ray keep requests waiting, probes among them.
     deployment: dict[str, Any] = {
         "name": DEPLOYMENT,
-        "max_ongoing_requests": plan.settings.max_queue,
         "health_check_timeout_s": DRAIN_MARGIN_S,
         "graceful_shutdown_timeout_s": plan.drain_s,
         "ray_actor_options": {"num_cpus": plan.cpus, "num_gpus": plan.gpus},
@@ -37,6 +37,10 @@ def serve_config(plan: Plan) -> dict[str, Any]:
     variables = plan.environment() | {variable(m.field): m.choice for m in plan.models}
     if (threads := plan.num_threads) is not None:
         variables[f"{PREFIX}NUM_THREADS"] = str(threads)
+    if plan.max_replicas > 1 and any(m.field == "image_model" for m in plan.models):
+        # Ray asks any replica for a task's result, and rather not the one that is busy with it.
+        results = f"/tmp/triptych-{plan.options.name}/tasks.db"  # noqa: S108 its folder is private
+        variables["BENTOML_RESULT_STORE"] = results
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": plan.settings.port},  # noqa: S104 a cluster's door

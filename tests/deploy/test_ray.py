@@ -1,13 +1,15 @@
-"""The service under Ray Serve: two replicas on a local Ray, text streaming included."""
+"""The service under Ray Serve: what is rendered, deployed on a local Ray, two replicas."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
+import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,82 +20,70 @@ import yaml
 
 from runners.mii_deployment.places import free_port
 from tests.support.models import greedy
-from tests.support.processes import alive, descendants, ranks_below, wait_until
+from tests.support.processes import ranks_below, wait_until
+from tests.support.ray_cluster import RayCluster
 from tests.support.server import ROOT, environment
 
-COUNT = 24
+COUNT, LIMIT, KEY = 24, 4, "sesame"
 
 
 @dataclass(frozen=True)
-class Running:
-    """`serve run`, and where it listens."""
+class Deployed:
+    """The application: where it listens, and its config file."""
 
-    url: str
-    pid: int
+    cluster: RayCluster
+    client: httpx.Client
+    config: str
 
 
 @pytest.fixture(scope="module")
-def ray(text_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Two replicas; nothing of them or of Ray is left afterwards."""
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline."""
+    from tests.support.image_models import write_image_model
+
+    return write_image_model("stable-diffusion", tmp_path_factory.mktemp("models") / "painter")
+
+
+@pytest.fixture(scope="module")
+def ray(
+    text_model: Path, image_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Deployed]:
+    """Two replicas of a text and an image model; nothing of them or of Ray is left afterwards."""
     home, port = tmp_path_factory.mktemp("ray"), free_port()
-    config = {
-        "http_options": {"host": "127.0.0.1", "port": port},
-        "applications": [
-            {
-                "name": "triptych",
-                "route_prefix": "/",
-                "import_path": "deploy.ray_app:app",
-                "deployments": [
-                    {
-                        "name": "Triptych",
-                        "num_replicas": 2,
-                        "ray_actor_options": {"num_cpus": 0.5},
-                    }
-                ],
-            }
-        ],
-    }
-    (home / "serve.yaml").write_text(yaml.safe_dump(config))
-    choices = {"TRIPTYCH_TEXT_MODEL": str(text_model), "TRIPTYCH_NUM_THREADS": "1"}
-    variables = environment(home, HOME=str(home), RAY_USAGE_STATS_ENABLED="0", **choices)
-    command = [str(Path(sys.executable).with_name("serve")), "run", str(home / "serve.yaml")]
-    with (
-        (home / "ray.log").open("wb") as log,
-        subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=log, stderr=log, process_group=0
-        ) as serve,
-    ):
-
-        def both_ready() -> bool:
-            assert serve.poll() is None, (home / "ray.log").read_text()[-3000:]
-            try:
-                return ready(f"http://127.0.0.1:{port}") and len(ranks_below(serve.pid)) == 2
-            except httpx.TransportError:
-                return False
-
-        try:
-            wait_until(both_ready, 180, "both replicas are there")
-            yield Running(f"http://127.0.0.1:{port}", serve.pid)
-        finally:
-            family = descendants(serve.pid)
-            os.killpg(serve.pid, signal.SIGINT)
-            try:
-                serve.wait(60)
-                wait_until(lambda: not alive(family), 30, "all of Ray is gone")
-            finally:
-                for process in alive(family):
-                    process.kill()
+    models = []
+    for model in (text_model, image_model):
+        models.append(shutil.copytree(model, home / "models" / model.name))
+        (models[-1] / "setup_config.json").write_text('{"gpus": 0}')
+    variables = {"PORT": str(port), "TRIPTYCH_MAX_QUEUE": str(LIMIT), "TRIPTYCH_NUM_THREADS": "1"}
+    name = f"test-{secrets.token_hex(4)}"
+    command = [sys.executable, "-m", "deploy.render", "ray", "--name", name, "--replicas", "2"]
+    command += [f"--text-model={models[0]}", f"--image-model={models[1]}"]
+    rendered = subprocess.run(
+        command, cwd=ROOT, env=environment(home, **variables), stdout=subprocess.PIPE, check=True
+    ).stdout.decode()
+    (home / "serve.yaml").write_text(rendered)
+    [application] = yaml.safe_load(rendered)["applications"]
+    tasks = Path(application["runtime_env"]["env_vars"]["BENTOML_RESULT_STORE"]).parent
+    headers, url = {"Authorization": f"Bearer {KEY}"}, f"http://127.0.0.1:{port}"
+    try:
+        with (
+            RayCluster(home, {"TRIPTYCH_API_KEY": KEY}) as cluster,
+            httpx.Client(base_url=url, headers=headers, timeout=60) as client,
+        ):
+            cluster.deploy(home / "serve.yaml")
+            assert len(ranks_below(cluster.pid)) == 4
+            yield Deployed(cluster, client, rendered)
+            cluster.shut_down()
+            assert not list(cluster.temporary.glob("triptych-*"))
+    finally:
+        shutil.rmtree(tasks, ignore_errors=True)
 
 
-def ready(url: str) -> bool:
-    return httpx.get(f"{url}/readyz", timeout=30).status_code == 200
-
-
-def test_text_streams_as_it_is_made(ray: Running, text_model: Path) -> None:
+def test_text_streams_as_it_is_made(ray: Deployed, text_model: Path) -> None:
     [want] = greedy(text_model, ["hello"], COUNT)
     body = {"prompt": "hello", "max_new_tokens": COUNT, "ignore_eos": True, "temperature": 0}
     ids, arrivals = [], 0
-    with httpx.stream("POST", f"{ray.url}/generate_stream", json=body, timeout=60) as answer:
+    with ray.client.stream("POST", "/generate_stream", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         for chunk in answer.iter_text():
             arrivals += 1
@@ -104,16 +94,73 @@ def test_text_streams_as_it_is_made(ray: Running, text_model: Path) -> None:
     assert arrivals > COUNT / 4, "the answer came in one piece"
 
 
-def test_both_replicas_answer(ray: Running) -> None:
-    ranks = ranks_below(ray.pid)
-    before = [rank.cpu_times().user for rank in ranks]
-    with openai.OpenAI(base_url=f"{ray.url}/v1", api_key="none", max_retries=0) as client:
-        [model] = [each.id for each in client.models.list()]
+def test_both_replicas_answer(ray: Deployed) -> None:
+    url, mark = f"{ray.client.base_url}/v1", secrets.token_hex(8)
+    with openai.OpenAI(
+        base_url=url, api_key=KEY, max_retries=0, default_headers={"X-Request-ID": mark}
+    ) as client:
         for _ in range(16):
-            client.completions.create(model=model, prompt="a", max_tokens=50)
-    assert all(rank.cpu_times().user > used for rank, used in zip(ranks, before, strict=True))
+            client.completions.create(model="tiny-llama", prompt="a", max_tokens=2)
+    wait_until(lambda: sum(ray.cluster.answered(mark)) == 16, 10, "all 16 are logged")
+    shares = ray.cluster.answered(mark)
+    assert len(shares) == 2
+    assert all(shares), shares
 
 
-def test_bad_input_keeps_its_status(ray: Running) -> None:
-    answer = httpx.post(f"{ray.url}/generate", json={"prompt": 3}, timeout=30)
+def test_bad_input_keeps_its_status(ray: Deployed) -> None:
+    answer = ray.client.post("/generate", json={"prompt": 3})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+
+
+def test_one_more_than_there_is_room_for_is_refused_and_keeps_no_probe_waiting(
+    ray: Deployed,
+) -> None:
+    body = {"prompt": "hello", "max_new_tokens": 8000, "ignore_eos": True}
+    with ExitStack() as streams:
+        statuses: list[int] = []
+        while len(statuses) <= 2 * LIMIT and 429 not in statuses:
+            stream = ray.client.stream("POST", "/generate_stream", json=body)
+            answer = streams.enter_context(stream)
+            statuses.append(answer.status_code)
+        assert statuses[-1] == 429
+        assert int(answer.headers["retry-after"]) > 0
+        assert statuses.count(200) >= LIMIT
+        assert ray.client.get("/readyz").status_code == 200
+
+
+def test_metrics(ray: Deployed) -> None:
+    ray.client.post("/generate", json={"prompt": 3})
+    text = ray.client.get("/metrics").text
+    assert 'triptych_admitted_sequences{model="tiny-llama"}' in text
+    assert 'triptych_requests_total{route="' in text
+
+
+def test_the_key_is_the_one_ray_was_started_with(ray: Deployed) -> None:
+    url = ray.client.base_url
+    assert httpx.get(f"{url}/v1/models").status_code == 401
+    assert httpx.get(f"{url}/readyz").status_code == 200
+    assert ray.client.get("/v1/models").status_code == 200
+    assert KEY not in ray.config + ray.cluster.status()
+
+
+def test_any_replica_knows_of_a_task(ray: Deployed) -> None:
+    wish = {"prompt": "a red circle", "num_inference_steps": 40}
+    answer = ray.client.post("/generate_image_task/submit", json=wish)
+    assert answer.status_code == 200, answer.text
+    task = {"task_id": answer.json()["task_id"]}
+    told: list[str] = []
+
+    def completed() -> bool:
+        status = ray.client.get("/generate_image_task/status", params=task)
+        assert status.status_code == 200, f"after {told}: {status.text}"
+        told.append(status.json()["status"])
+        return bool(told[-1] == "completed")
+
+    wait_until(completed, 60, "the picture is painted")
+    for _ in range(8):
+        picture = ray.client.get("/generate_image_task/get", params=task)
+        assert picture.headers["content-type"] == "image/png", picture.text
+    [application] = yaml.safe_load(ray.config)["applications"]
+    folder = Path(application["runtime_env"]["env_vars"]["BENTOML_RESULT_STORE"]).parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_uid == os.getuid()

@@ -261,7 +261,7 @@ def test_ray(render: Render, store: Home) -> None:
     [deployment] = application["deployments"]
     assert deployment["ray_actor_options"]["num_gpus"] == 3
     assert deployment["num_replicas"] == 1
-    assert deployment["max_ongoing_requests"] == 100
+    assert "max_ongoing_requests" not in deployment
     assert deployment["graceful_shutdown_timeout_s"] > 600
     assert application["runtime_env"]["env_vars"] == {
         "TRIPTYCH_IMAGE_MODEL": store.image,
