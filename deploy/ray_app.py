@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from ray import serve
 
+from deploy.ray_serve import TASK_RESULTS
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 POLL_S = 0.2
-TASK_RESULTS = "BENTOML_RESULT_STORE"
-"""Which file has the results of tasks: the replicas' of one machine, or else each one's own."""
 
 
 def service_app() -> ASGIApp:

@@ -10,6 +10,8 @@ from settings import PREFIX, variable
 
 APP, DEPLOYMENT = "deploy.ray_app:app", "Triptych"
 """Where Ray finds the application, and what its deployment is called there."""
+TASK_RESULTS = "BENTOML_RESULT_STORE"
+"""Which file has the results of tasks: the replicas' of one machine, or else each one's own."""
 
 
 def serve_config(plan: Plan) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def serve_config(plan: Plan) -> dict[str, Any]:
     if plan.max_replicas > 1 and any(m.field == "image_model" for m in plan.models):
         # Ray asks any replica for a task's result, and rather not the one that is busy with it.
         results = f"/tmp/triptych-{plan.options.name}/tasks.db"  # noqa: S108 its folder is private
-        variables["BENTOML_RESULT_STORE"] = results
+        variables[TASK_RESULTS] = results
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": plan.settings.port},  # noqa: S104 a cluster's door
