@@ -21,7 +21,8 @@ from model_store_scripts.safety import is_code, refuse_unsafe_path
 from model_store_scripts.sources import refuse_leaving
 from model_store_scripts.unpacking import is_archive, unpack
 from runners.config import explain
-from runners.config_files import MODEL_FOLDER, read_json
+from runners.config_files import MODEL_FOLDER
+from runners.config_reading import read_json
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound
 from runners.torchserve_config import MODEL_CONFIG
 

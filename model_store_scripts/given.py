@@ -8,7 +8,8 @@ from typing import Any
 
 from model_store_scripts.safety import refuse_code_keys
 from model_store_scripts.sources import refuse_leaving
-from runners.config_files import find_model, read_object, read_setup, setup_files
+from runners.config_files import find_model, read_setup, setup_files
+from runners.config_reading import read_object
 from runners.errors import ModelNotFound
 from runners.torchserve_config import MODEL_CONFIG
 

@@ -16,7 +16,8 @@ from model_store_scripts.safetensors_header import summarise
 from model_store_scripts.safety import refuse_unsafe_configs, refuse_unsafe_names
 from model_store_scripts.sources import FolderSource, Source
 from runners.config import validate
-from runners.config_files import MODEL_FOLDER, MODEL_HEADS, read_json, task_of
+from runners.config_files import MODEL_FOLDER, MODEL_HEADS, task_of
+from runners.config_reading import read_json
 from runners.errors import ConfigError, ModelNotFound
 from runners.torchserve_config import MODEL_CONFIG
 

@@ -7,13 +7,17 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runners.config_files import read_json
+from runners.config_reading import read_json
 from runners.errors import UnsafeModel
 
 CODE = frozenset({".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib"})
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_pipeline")
 # Where a pipeline's component may come from. diffusers would import any module named here.
 LIBRARIES = frozenset({"diffusers", "transformers", "stable_diffusion"})
+
+MAX_NAME = 1024
+"""Bytes of a name with its folders, of which there are few."""
+MAX_PARTS = 32
 
 _CLASS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -34,20 +38,23 @@ def is_code(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in CODE
 
 
-def refuse_unsafe_path(name: str) -> None:
+def refuse_unsafe_path(name: str, *, of: str = "") -> None:
     """No name that leads elsewhere or that a file system or a terminal could trip over.
 
-    Raises: UnsafeModel that names it.
+    `of`: what it is a name in. Raises: UnsafeModel that names both.
     """
     path = PurePosixPath(name)
     if (
         not name.isprintable()
+        or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME
+        or len(path.parts) > MAX_PARTS
         or "\\" in name
         or path.is_absolute()
         or ".." in path.parts
         or any(len(part.encode("utf-8", "surrogateescape")) > 200 for part in path.parts)
     ):
-        raise UnsafeModel(f"{name!r} is not a file name a model can have")
+        where, called = of and f"{of}: ", name if len(name) <= 200 else f"{name[:50]}..."
+        raise UnsafeModel(f"{where}{called!r} is not a file name a model can have")
 
 
 def refuse_unsafe_configs(root: Path, names: Iterable[str]) -> None:

@@ -7,10 +7,7 @@ What ranks with continuous batching have no use for is named in a warning that s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from runners.deepspeed_config import DTYPES
 from runners.errors import ConfigError
@@ -42,18 +39,6 @@ NO_USE = {
     "handler.manual_seed": "each request has its own seed",
     "handler.model_name": "the model is the one in its folder",
 }
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file. Raises: ConfigError."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} can not be read as YAML: {reason}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys and values")
-    return content
 
 
 def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

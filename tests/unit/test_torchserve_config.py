@@ -137,6 +137,10 @@ def change(*pairs: str) -> Any:
         (change('"tp"', '"pp"'), "parallelType pp is not offered: only tp is"),
         (change('parallelType: "tp"', "a: [b"), "model-config.yaml can not be read as YAML: "),
         (rewrite("model-config.yaml", "a"), "model-config.yaml must hold keys and values"),
+        (rewrite("model-config.yaml", "a: " + "[" * 3000), "can not be read as YAML: "),
+        (rewrite("model-config.yaml", "a: &a {b: *a}"), "can not be read as YAML: an alias (*a)"),
+        (rewrite("model-config.yaml", f"a: 0x{'f' * 9999}"), "can not be read as YAML: "),
+        (rewrite("model-config.yaml", "a: " + "[" * 150 + "]" * 150), "is nested more than 100"),
         (change("handler:", "handler: 3\nx:"), "handler must hold keys and values"),
     ],
 )
@@ -147,6 +151,14 @@ def test_mistakes_are_one_sentence(folder: Path, spoil: Any, said: str) -> None:
         load(folder)
     assert said.format(folder=folder) in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_a_byte_order_mark_and_dates_are_taken(folder: Path) -> None:
+    edit(folder, '"facebook/opt-30b"', "2020-01-01\n    1: 2")
+    (folder / "setup_config.json").write_text('{"max_length": 7}', encoding="utf-8-sig")
+    text = (folder / "model-config.yaml").read_text()
+    (folder / "model-config.yaml").write_text(text, encoding="utf-8-sig")
+    assert (load(folder).max_length, load(folder).tensor_parallel) == (7, 2)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.bin", "a.pt"])
