@@ -186,7 +186,8 @@ def _setup_config(request: ImportRequest, source: Source, given: Given) -> dict[
     values = {"task": task} | given.values | overrides
     if source.revision:
         values["revision"] = source.revision
-    config = validate(values | {"name": request.name, "model_path": source.root})
+    given_here = {"name": request.name, "model_path": source.root}
+    config = validate(values | given_here, where=given.where)
     conversing = (task, config.task) == ("text-generation", "conversational")
     if config.task != task and not conversing:
         raise ConfigError(f"the model is for {task}, not for {config.task}")

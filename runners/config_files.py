@@ -71,8 +71,7 @@ def load_setup_config(
     if own["engine"] == "mii" and own["task"] not in TEXT_TASKS:
         warnings += mii_config.drop_section(own)
     given = {"name": name, "model_path": model_path, "gpu_share": None}
-    where = " and ".join(path.name for path in files) or SETUP_CONFIG
-    return validate(own | wanted | given, where=where), warnings + more
+    return validate(own | wanted | given, where=names_of(files)), warnings + more
 
 
 def task_of(model_path: Path) -> Task:
@@ -82,6 +81,11 @@ def task_of(model_path: Path) -> Task:
     names = read_json(model_path / "config.json").get("architectures")
     first = str(names[0]) if isinstance(names, list) and names else ""
     return next((task for head, task in HEADS.items() if first.endswith(head)), "text-generation")
+
+
+def names_of(files: Sequence[Path]) -> str:
+    """What errors call the files that a config was read from."""
+    return " and ".join(path.name for path in files) or SETUP_CONFIG
 
 
 def setup_files(folder: Path, model_config: str = MODEL_CONFIG) -> list[Path]:
