@@ -42,6 +42,8 @@ class ImportRequest:
     own."""
     convert_checkpoints: bool = False
     """Whether pickled weights are converted; else they are refused."""
+    origin: str | None = None
+    """What is written down as where the model came from, if not `source`."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """More to write down about the model; differing, it makes a new version too."""
     force: bool = False
@@ -147,7 +149,6 @@ def _look(request: ImportRequest) -> _Looked:
     )
     pickles = [name for part in weights.pickles for name in part.files]
     others = sorted(source.names - {*small, *weights.files, *pickles, *read})
-    others = [name for name in others if not name.startswith(".")]
     notes = given.notes + _left_out([*_beside(request, folder, source, given), *others])
     source.fetch([*weights.files, *pickles])
     layout.refuse_pointers(source.root, [*weights.files, *pickles])
@@ -161,6 +162,7 @@ def _beside(request: ImportRequest, folder: Path, source: Source, given: Given) 
 
 
 def _left_out(names: list[str]) -> list[str]:
+    names = [name for name in names if not name.startswith(".")]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return [f"left out: {', '.join(names[:5])}{more}"] if names else []
 
@@ -217,7 +219,7 @@ def _describe(request: ImportRequest, looked: _Looked, files: Mapping[str, Path]
         "dtype": dtype,
         "task": looked.setup_config["task"],
         "engine": looked.setup_config["engine"],
-        "source": request.source,
+        "source": request.origin or request.source,
         **({"revision": revision} if revision else {}),
         **request.metadata,
     }
@@ -227,8 +229,7 @@ def _architecture(root: Path) -> str:
     if task_of(root) == "text-to-image":
         return str(read_json(root / "model_index.json")["_class_name"])
     config = read_json(root / "config.json")
-    names = config.get("architectures") or [config.get("model_type", "unknown")]
-    return str(names[0] if isinstance(names, list) else names)
+    return str((config.get("architectures") or ["unknown"])[0])
 
 
 def _find(

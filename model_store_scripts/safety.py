@@ -63,8 +63,11 @@ def refuse_unsafe_configs(root: Path, names: Iterable[str]) -> None:
         if name.endswith(("config.json", "model_index.json")):
             content = read_json(root / name)
             refuse_code_keys(content, name)
-            if PurePosixPath(name).name == "model_index.json":
-                _refuse_custom_pipeline(content, name)
+            match PurePosixPath(name).name:
+                case "config.json":
+                    _refuse_odd_architectures(content, name)
+                case "model_index.json":
+                    _refuse_custom_pipeline(content, name)
 
 
 def refuse_code_keys(content: Mapping[str, Any], name: str) -> None:
@@ -87,18 +90,24 @@ def _items(content: object) -> Iterator[tuple[str, Any]]:
             waiting.extend(value)
 
 
+def _is_class_name(value: object) -> bool:
+    return isinstance(value, str) and _CLASS_NAME.fullmatch(value) is not None
+
+
+def _refuse_odd_architectures(content: Mapping[str, Any], name: str) -> None:
+    given = content.get("architectures")
+    if given is not None and not (isinstance(given, list) and all(map(_is_class_name, given))):
+        raise UnsafeModel(f"{name} has architectures that are no list of class names")
+
+
 def _refuse_custom_pipeline(content: Mapping[str, Any], name: str) -> None:
     pipeline = content.get("_class_name")
-    if not (isinstance(pipeline, str) and _CLASS_NAME.fullmatch(pipeline)):
+    if not _is_class_name(pipeline):
         raise UnsafeModel(f"{name} names a custom pipeline class ({pipeline!r})")
     for component, value in content.items():
         if isinstance(value, list) and value != [None, None]:
             library, class_name = value if len(value) == 2 else (None, None)
-            if (
-                library not in LIBRARIES
-                or not isinstance(class_name, str)
-                or not _CLASS_NAME.fullmatch(class_name)
-            ):
+            if library not in LIBRARIES or not _is_class_name(class_name):
                 raise UnsafeModel(
                     f"{name} takes {component} from {value!r}, which is neither diffusers nor "
                     "transformers"
