@@ -80,9 +80,7 @@ class Archive:
 
     def named(self, message: str) -> str:
         """A message with what the user calls a place instead of where it was unpacked."""
-        for place, called in self.places.items():
-            message = message.replace(str(place), called)
-        return message
+        return _named(message, self.places)
 
 
 @contextmanager
@@ -92,7 +90,7 @@ def open_archive(
     """An archive, unpacked for as long as the block lasts; a folder stays where it is.
 
     `model_path`: where its model lies, if not in it. `max_bytes`: to how much it, and a `model.zip`
-    in it, may unpack; see `unpacking.unpack`.
+    in it, may unpack; see `unpacking.unpack`. Errors in the block name places as the user does.
 
     Raises: ModelNotFound, IncompleteModel, UnsafeModel, ConfigError: one sentence each.
     """
@@ -111,10 +109,14 @@ def open_archive(
         if not path.is_dir():
             unpack(path, stage / "archive", name=path.name, max_bytes=max_bytes)
             folder = _top(stage / "archive")
-        archive = _look(path.name, folder, model_path)
-        if os.path.lexists(folder / MODEL_ZIP):
-            archive = _unzipped(archive, stage / MODEL_FOLDER, max_bytes)
-        yield archive
+        places = {folder: path.name, stage / MODEL_FOLDER: MODEL_ZIP}
+        try:
+            archive = _look(path.name, folder, model_path, places)
+            if os.path.lexists(folder / MODEL_ZIP):
+                archive = _unzipped(archive, stage / MODEL_FOLDER, max_bytes)
+            yield archive
+        except ConfigError as error:
+            raise type(error)(_named(error.message, places)) from None
 
 
 def _top(folder: Path) -> Path:
@@ -123,7 +125,13 @@ def _top(folder: Path) -> Path:
     return tops[0] if len(tops) == 1 and not (folder / MAR_INF).is_dir() else folder
 
 
-def _look(name: str, folder: Path, model_path: Path | None) -> Archive:
+def _named(message: str, places: Mapping[Path, str]) -> str:
+    for place, called in places.items():
+        message = message.replace(str(place), called)
+    return message
+
+
+def _look(name: str, folder: Path, model_path: Path | None, places: Mapping[Path, str]) -> Archive:
     manifest = _manifest(name, folder)
     found = sorted(os.listdir(folder))
     for each in found:
@@ -140,7 +148,7 @@ def _look(name: str, folder: Path, model_path: Path | None) -> Archive:
         handler=_plain(folder, manifest.handler_file) if has_handler else None,
         set_aside=frozenset(set_aside),
         notes=tuple(_notes(name, folder, found, manifest)),
-        places={folder: name},
+        places=places,
     )
 
 
@@ -165,8 +173,7 @@ def _unzipped(archive: Archive, target: Path, max_bytes: int | None) -> Archive:
     unpack(packed, target, name=f"{name}'s {MODEL_ZIP}", max_bytes=max_bytes)
     if folder.is_relative_to(target.parent):  # a copy of ours: the disk may need its room
         packed.unlink()
-    places = {**archive.places, target: MODEL_ZIP}
-    return replace(archive, model_path=_model_in(target), places=places)
+    return replace(archive, model_path=_model_in(target))
 
 
 def _model_in(folder: Path) -> Path:

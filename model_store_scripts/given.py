@@ -63,7 +63,9 @@ def read_given(
     named = values.pop("model_path", None)
     if not file and Path(str(values.get("offload_folder", ""))).is_absolute():
         del values["offload_folder"]
-        notes.append("offload_folder is ignored: it leads out; give an absolute one yourself")
+        notes.append(
+            "offload_folder is ignored: an absolute one is taken by --offload-folder alone"
+        )
     root = None
     if is_folder:
         root, more = find_model(model_path or source, None if file or model_path else named)

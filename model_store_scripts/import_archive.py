@@ -50,7 +50,7 @@ def _import(args: argparse.Namespace) -> ImportedModel:
         try:
             imported = import_model(_request(args, archive))
         except ConfigError as error:
-            raise type(error)(archive.named(error.message) + _hint(archive, error)) from None
+            raise type(error)(error.message + _hint(archive, error)) from None
         for line in (*_mapped(archive, imported.setup_config), *_handler(archive)):
             say(line)
         notes = [archive.named(note) for note in imported.notes]

@@ -73,7 +73,10 @@ def test_archives_that_are_none(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert said in refused(capsys, store, spoilt(folder, tmp_path / "bloom", **files))
+    made = spoilt(folder, tmp_path / "bloom", **files)
+    assert said in refused(capsys, store, made)
+    packed = shutil.make_archive(str(tmp_path / "bloom"), "gztar", made)
+    assert said.replace("bloom's", "bloom.tar.gz's") in refused(capsys, store, packed)
 
 
 def test_a_hostile_model_zip(
