@@ -95,6 +95,8 @@ def open_archive(
     Raises: ModelNotFound, IncompleteModel, UnsafeModel, ConfigError: one sentence each.
     """
     path = path.expanduser()
+    if path.is_dir():
+        path = path.resolve()  # `.` has no name
     if not path.exists():
         raise ModelNotFound(f"{path} does not exist")
     if path.is_file() and not is_archive(path):

@@ -57,7 +57,8 @@ class FolderSource:
         way = root.relative_to(folder).parts if root.is_relative_to(folder) else ("..",)
         if ".." in way:
             raise UnsafeModel(
-                f"model_path leads out of {folder}: import {root} itself, with --setup-config"
+                f"model_path leads out of {folder}: import {root} itself, with --setup-config (an "
+                "archive: with --model-path)"
             )
         if way:
             refuse_leaving(root, folder)

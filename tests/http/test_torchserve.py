@@ -247,6 +247,7 @@ def test_ping_and_models(ready: Server, work: Path) -> None:
     for path in ("/ping", "/models", "/models/bloom/1.0"):
         assert ready.get(f"{path}/").text == ready.get(path).text
     assert httpx.head(ready.url + "/ping").status_code == 200
+    assert httpx.get(ready.url + "/predictions/bloom").headers["allow"] == "POST, PUT"
 
 
 JSON = ("-H", "Content-Type: application/json", "-d")
@@ -353,15 +354,27 @@ def test_errors(
     assert message.startswith(want[2])
 
 
-def test_what_it_takes_is_told(ready: Server) -> None:
-    assert httpx.get(ready.url + "/predictions/bloom").headers["allow"] == "POST, PUT"
-
-
-@pytest.mark.parametrize("path", ["/invocations", "/bloom/predict", "/explanations/bloom"])
+@pytest.mark.parametrize(
+    "path", ["/invocations", "/bloom/predict", "/explanations/bloom", "/explanations/bloom/1.0"]
+)
 def test_routes_that_are_not_offered(path: str, ready: Server) -> None:
     """Whatever the body's type, that is what is wrong with the request."""
     answer = httpx.post(ready.url + path, content="a", headers={"Content-Type": "text/plain"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/models?url=bloom.mar", 405),
+        ("PUT", "/models/bloom?min_worker=2", 405),
+        ("DELETE", "/models/bloom/1.0", 405),
+        ("PUT", "/models/bloom/1.0/set-default", 404),
+        ("OPTIONS", "/", 405),
+    ],
+)
+def test_management_that_is_not_offered(method: str, path: str, status: int, ready: Server) -> None:
+    assert httpx.request(method, ready.url + path).status_code == status
 
 
 @pytest.mark.parametrize("example", CALLS, ids=lambda e: e.code.splitlines()[-1][:40])

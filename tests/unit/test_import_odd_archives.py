@@ -247,6 +247,17 @@ def test_a_tar_that_a_mac_made(folder: Path, store: Path, tmp_path: Path) -> Non
     assert stored("bloom")[0]["max_length"] == 50
 
 
+def test_the_folder_one_is_in(
+    folder: Path,
+    store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(spoilt(folder, tmp_path / "bloom", setup_config_dot_json="{"))
+    assert "error: bloom/setup_config.json can not be read" in refused(capsys, store, ".")
+
+
 def test_no_word_on_how_it_is_run(
     folder: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
