@@ -85,8 +85,12 @@ def as_response(
 def no_such_route(status: int, method: str, path: str, allow: str | None) -> Response:
     """The HTTP answer to a path (404) or a method (405) that does not exist."""
     path = path[:100]
+    methods = sorted(allow.split(", ")) if allow else []
+    allow = ", ".join(methods)
     message = (
-        f"{path} takes {allow}, not {method}" if allow else f"there is no {method} {path} here"
+        f"{path} takes {' or '.join(methods)}, not {method}"
+        if allow
+        else f"there is no {method} {path} here"
     )
     shape = current_shape()
     kind = shape.not_allowed if status == shape.not_allowed.status else shape.unknown

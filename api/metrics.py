@@ -54,7 +54,9 @@ ROUTES = frozenset(
         "/v1/models",
     }
 )
-"""Values of the label `route`; all else is `other`, or a scanner would fill the memory."""
+"""Values of the label `route`."""
+NO_ROUTE = "other"
+"""Its value for all else, or a scanner would fill the memory."""
 TORCHSERVE = frozenset({"/ping", "/predictions", "/models"})
 """TorchServe's, each for all that lies below it, too."""
 
@@ -92,7 +94,7 @@ DENOISING_STEPS = Counter("triptych_denoising_steps", "Denoising steps of pictur
 def route_label(path: str) -> str:
     """The path if it is one of ours, or what stands for it."""
     top = "/" + path.lstrip("/").partition("/")[0]
-    return path if path in ROUTES else top if top in TORCHSERVE else "other"
+    return path if path in ROUTES else top if top in TORCHSERVE else NO_ROUTE
 
 
 class RunnerMetrics:

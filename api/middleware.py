@@ -43,11 +43,14 @@ class RequestContextMiddleware:
             return await self.app(scope, receive, send)
         given = Headers(scope=scope).get(REQUEST_ID, "")
         route = metrics.route_label(scope["path"])
+        theirs = route in metrics.TORCHSERVE
+        if theirs:  # there a slash at the end means nothing
+            scope = {**scope, "path": scope["path"].rstrip("/")}
         context = RequestContext(
             request_id=given if SANE_REQUEST_ID.fullmatch(given) else uuid4().hex,
             route=route,
             timeout=self.timeout,
-            error_shape=TORCHSERVE if route in metrics.TORCHSERVE else OPENAI,
+            error_shape=TORCHSERVE if theirs else OPENAI,
         )
         enter_request(context)
         status = 0
@@ -136,7 +139,8 @@ class BodyMiddleware:
             if not message.get("more_body", False):
                 break
         content_type = headers.get("content-type", "application/json").partition(";")[0]
-        json_alone = current_request().route != PREDICTIONS
+        # Of any type are TorchServe's bodies; and where there is no route, that is what to say.
+        json_alone = current_request().route not in (PREDICTIONS, metrics.NO_ROUTE)
         if body and json_alone and content_type.strip().lower() != "application/json":
             raise InvalidRequest("Content-Type must be application/json", param="Content-Type")
         return bytes(body)

@@ -8,9 +8,9 @@ handlers for large models unpack a `model.zip` of theirs when they start; here t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,16 +20,15 @@ from pydantic.alias_generators import to_camel
 from model_store_scripts.safety import is_code, refuse_unsafe_path
 from model_store_scripts.sources import refuse_leaving
 from model_store_scripts.unpacking import is_archive, unpack
-from runners.config import explain
-from runners.config_files import MODEL_FOLDER, read_json
-from runners.errors import ConfigError, IncompleteModel, ModelNotFound
+from runners.config import SETUP_CONFIG, explain
+from runners.config_files import MODEL_FOLDER, MODEL_HEADS, setup_files
+from runners.config_reading import read_json
+from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
 from runners.torchserve_config import MODEL_CONFIG
 
 MAR_INF = "MAR-INF"
 MANIFEST = f"{MAR_INF}/MANIFEST.json"
 MODEL_ZIP = "model.zip"
-SHOWN_LINES = 120
-SHOWN_BYTES = 8192
 
 Name = Annotated[str, Field(pattern=r"^[^\s/\\]{1,128}$")]
 
@@ -43,7 +42,7 @@ class Manifest(BaseModel):
 
     model_name: Name
     model_version: Name = "1.0"
-    handler: Annotated[str, Field(pattern=r"^[\w.:-]{1,128}$")]
+    handler: Annotated[str, Field(pattern=r"^[\w .:-]{1,128}$")]
     """A file, `file:function`, or the name of one that TorchServe has."""
     requirements_file: Name | None = None
     config_file: Name = MODEL_CONFIG
@@ -54,6 +53,11 @@ class Manifest(BaseModel):
         stem = self.handler.partition(":")[0]
         return stem if stem.endswith(".py") else f"{stem}.py"
 
+    @property
+    def is_torchserves(self) -> bool:
+        """Whether the handler, if the archive does not have it, is one that TorchServe has."""
+        return self.handler != self.handler_file and ":" not in self.handler
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -63,32 +67,36 @@ class Archive:
     """What the user calls it."""
     folder: Path
     manifest: Manifest
-    unzipped: Path | None
-    """Where its `model.zip` was unpacked, if it has one."""
-    handler: str | None
-    """The handler's text, safe to print; empty if that is long or no text; None: it has none."""
+    model_path: Path | None
+    """Where the model lies, if not among these files."""
+    handler: Path | None
+    """The handler's file, if it has one."""
     set_aside: frozenset[str]
     """What lies at its top and is no part of a model."""
     notes: tuple[str, ...]
     """Why not."""
+    places: Mapping[Path, str]
+    """Where it was unpacked, and what the user calls that."""
 
     def named(self, message: str) -> str:
-        """A message with the archive's name in place of where it was unpacked."""
-        places = [self.folder, *([self.unzipped] if self.unzipped else [])]
-        for place, called in zip(places, (self.name, MODEL_ZIP), strict=False):
-            message = message.replace(str(place), called)
-        return message
+        """A message with what the user calls a place instead of where it was unpacked."""
+        return _named(message, self.places)
 
 
 @contextmanager
-def open_archive(path: Path, *, max_bytes: int | None = None) -> Iterator[Archive]:
+def open_archive(
+    path: Path, *, model_path: Path | None = None, max_bytes: int | None = None
+) -> Iterator[Archive]:
     """An archive, unpacked for as long as the block lasts; a folder stays where it is.
 
-    `max_bytes`: to how much it, and a `model.zip` in it, may unpack; see `unpacking.unpack`.
+    `model_path`: where its model lies, if not in it. `max_bytes`: to how much it, and a `model.zip`
+    in it, may unpack; see `unpacking.unpack`. Errors in the block name places as the user does.
 
     Raises: ModelNotFound, IncompleteModel, UnsafeModel, ConfigError: one sentence each.
     """
     path = path.expanduser()
+    if path.is_dir():
+        path = path.resolve()  # `.` has no name
     if not path.exists():
         raise ModelNotFound(f"{path} does not exist")
     if path.is_file() and not is_archive(path):
@@ -99,49 +107,93 @@ def open_archive(path: Path, *, max_bytes: int | None = None) -> Iterator[Archiv
     from model_store_scripts.store import staging
 
     with staging() as stage:
-        if path.is_dir():
-            folder = path
-        else:
+        folder = path
+        if not path.is_dir():
             unpack(path, stage / "archive", name=path.name, max_bytes=max_bytes)
             folder = _top(stage / "archive")
-        yield _look(path.name, folder, stage / MODEL_FOLDER, max_bytes)
+        places = {folder: path.name, stage / MODEL_FOLDER: MODEL_ZIP}
+        try:
+            archive = _look(path.name, folder, model_path, places)
+            if os.path.lexists(folder / MODEL_ZIP):
+                archive = _unzipped(archive, stage / MODEL_FOLDER, max_bytes)
+            yield archive
+        except ConfigError as error:
+            raise type(error)(_named(error.message, places)) from None
 
 
 def _top(folder: Path) -> Path:
     """Where a manifest lies: a `.tar.gz` has all below one folder."""
-    inside = list(folder.iterdir())
-    return inside[0] if len(inside) == 1 and (inside[0] / MAR_INF).is_dir() else folder
+    tops = [place for place in folder.iterdir() if (place / MAR_INF).is_dir()]
+    return tops[0] if len(tops) == 1 and not (folder / MAR_INF).is_dir() else folder
 
 
-def _look(name: str, folder: Path, unzipped: Path, max_bytes: int | None) -> Archive:
+def _named(message: str, places: Mapping[Path, str]) -> str:
+    for place, called in places.items():
+        message = message.replace(str(place), called)
+    return message
+
+
+def _look(name: str, folder: Path, model_path: Path | None, places: Mapping[Path, str]) -> Archive:
     manifest = _manifest(name, folder)
     found = sorted(os.listdir(folder))
     for each in found:
-        refuse_unsafe_path(each)
-    packed = folder / MODEL_ZIP
-    if MODEL_ZIP in found:
-        if MODEL_FOLDER in found:
-            raise ConfigError(f"{name} has {MODEL_ZIP} and {MODEL_FOLDER}: which is the model?")
-        refuse_leaving(packed, folder)
-        unpack(packed, unzipped, name=f"{name}'s {MODEL_ZIP}", max_bytes=max_bytes)
-        if folder.is_relative_to(unzipped.parent):  # a copy of ours: the disk may need its room
-            packed.unlink()
-    code = {n for n in found if is_code(n)}
-    requirements = {manifest.requirements_file} & set(found)
-    notes = [f"{n} is ignored: Triptych brings the packages it needs" for n in requirements]
-    notes += [
-        f"{n} is ignored: it is code, which is never run"
-        for n in sorted(code - {manifest.handler_file})
-    ]
+        refuse_unsafe_path(each, of=name)
+    set_aside = {MAR_INF, MODEL_ZIP, *filter(is_code, found)}
+    if manifest.requirements_file:
+        set_aside.add(manifest.requirements_file)
+    has_handler = manifest.handler_file in found
     return Archive(
         name=name,
         folder=folder,
         manifest=manifest,
-        unzipped=unzipped if MODEL_ZIP in found else None,
-        handler=_shown(folder, manifest.handler_file) if manifest.handler_file in found else None,
-        set_aside=frozenset({MAR_INF, MODEL_ZIP, *code, *filter(None, requirements)}),
-        notes=tuple(notes),
+        model_path=model_path,
+        handler=_plain(folder, manifest.handler_file) if has_handler else None,
+        set_aside=frozenset(set_aside),
+        notes=tuple(_notes(name, folder, found, manifest)),
+        places=places,
     )
+
+
+def _notes(name: str, folder: Path, found: Collection[str], manifest: Manifest) -> Iterator[str]:
+    if manifest.requirements_file in found:
+        yield f"{manifest.requirements_file} is ignored: Triptych brings the packages it needs"
+    for each in found:
+        if is_code(each) and each != manifest.handler_file:
+            yield f"{each} is ignored: it is code, which is never run"
+    if not setup_files(folder, manifest.config_file):
+        yield f"{name} has neither {SETUP_CONFIG} nor {MODEL_CONFIG}: the defaults are taken"
+
+
+def _unzipped(archive: Archive, target: Path, max_bytes: int | None) -> Archive:
+    """The archive with its `model.zip` unpacked into `target`, a folder in the staging one."""
+    name, folder = archive.name, archive.folder
+    if (folder / MODEL_FOLDER).exists():
+        raise ConfigError(f"{name} has {MODEL_ZIP} and {MODEL_FOLDER}: which is the model?")
+    if archive.model_path:
+        raise ConfigError(f"{name} has {MODEL_ZIP}: --model-path is for an archive without a model")
+    packed = _plain(folder, MODEL_ZIP)
+    unpack(packed, target, name=f"{name}'s {MODEL_ZIP}", max_bytes=max_bytes)
+    if folder.is_relative_to(target.parent):  # a copy of ours: the disk may need its room
+        packed.unlink()
+    return replace(archive, model_path=_model_in(target))
+
+
+def _model_in(folder: Path) -> Path:
+    """Where in an unpacked `model.zip` the model lies: at its top, or somewhere below it."""
+    holding = {head.parent for name in MODEL_HEADS for head in folder.rglob(name)}
+    tops = sorted(place for place in holding if holding.isdisjoint(place.parents))
+    if len(tops) > 1:
+        names = " and ".join(str(place.relative_to(folder)) for place in tops[:2])
+        raise ConfigError(f"{MODEL_ZIP} holds several models, such as {names}: zip one of them")
+    return tops[0] if tops else folder
+
+
+def _plain(folder: Path, name: str) -> Path:
+    """A file of an archive. Raises: UnsafeModel if it is a folder, a pipe or leads out."""
+    refuse_leaving(folder / name, folder)
+    if not (folder / name).is_file():
+        raise UnsafeModel(f"{name} is not a regular file")
+    return folder / name
 
 
 def _manifest(name: str, folder: Path) -> Manifest:
@@ -154,21 +206,5 @@ def _manifest(name: str, folder: Path) -> Manifest:
     except ValidationError as error:
         raise ConfigError(f"{name}: {MANIFEST}: model: {explain(error)}") from None
     for text in (manifest.model_name, manifest.model_version, manifest.config_file):
-        refuse_unsafe_path(text)  # they are printed, or lead to a file
+        refuse_unsafe_path(text, of=name)  # they are printed, or lead to a file
     return manifest
-
-
-def _shown(folder: Path, name: str) -> str:
-    """A file's text, without what a terminal would obey."""
-    refuse_leaving(folder / name, folder)
-    content = (folder / name).read_bytes()[: SHOWN_BYTES + 1]
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        return ""
-    if len(content) > SHOWN_BYTES or text.count("\n") > SHOWN_LINES:
-        return ""
-    lines = text.expandtabs().splitlines()
-    return "\n".join(
-        "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in x) for x in lines
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from model_store_scripts.layout import Pickles
 from model_store_scripts.progress import progress_bar
-from runners.errors import ConfigError, UnsafeModel
+from runners.errors import ConfigError, UnsafeModel, told_as
 
 # Under what name training frameworks keep the weights in a checkpoint that holds more.
 WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
@@ -53,27 +54,23 @@ def _new_name(part: Pickles, number: int) -> str:
 
 
 def _load(path: Path, name: str) -> dict[str, torch.Tensor]:
+    with told_as(ConfigError, f"{name} can not be read as a checkpoint"):
+        loaded = _unpickled(path, name)
+    return _tensors(loaded, name)
+
+
+def _unpickled(path: Path, name: str) -> Any:
+    mapped = zipfile.is_zipfile(path)  # which those from before torch 1.6 are not
     try:
-        return _tensors(_unpickled(path), name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns of, it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         raise UnsafeModel(f"{name} holds more than weights, or is no checkpoint: refused") from None
-    except (
-        *(RuntimeError, ValueError, TypeError, KeyError, AttributeError),
-        *(EOFError, OSError),
-    ) as error:
-        reason = str(error).partition("\n")[0]
-        if "TorchScript" in reason:
+    except RuntimeError as error:
+        if "TorchScript" in str(error):
             raise UnsafeModel(f"{name} is TorchScript, which is code") from None
-        raise ConfigError(f"{name} can not be read as a checkpoint: {reason}") from None
-
-
-def _unpickled(path: Path) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch warns of, it then refuses
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, ValueError):  # checkpoints from before torch 1.6 can not be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+        raise
 
 
 def _tensors(loaded: Any, name: str) -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from model_store_scripts.safety import refuse_code_keys
 from model_store_scripts.sources import refuse_leaving
-from runners.config_files import find_model, read_object, read_setup, setup_files
+from runners.config_files import find_model, names_of, read_setup, setup_files
+from runners.config_reading import read_object
 from runners.errors import ModelNotFound
 from runners.torchserve_config import MODEL_CONFIG
 
@@ -23,6 +24,8 @@ class Given:
     """What they were read from: part of the stored `setup_config.json`, not of the model."""
     root: Path | None
     """Where in the folder the model lies; None for what is no folder."""
+    where: str
+    """What errors call the files."""
 
 
 def read_given(
@@ -58,8 +61,13 @@ def read_given(
     files = [file] if file else setup_files(source, model_config) if is_folder else []
     values, notes = read_setup(files, engine=engine, read=read)
     named = values.pop("model_path", None)
+    if not file and Path(str(values.get("offload_folder", ""))).is_absolute():
+        del values["offload_folder"]
+        notes.append(
+            "offload_folder is ignored: an absolute one is taken by --offload-folder alone"
+        )
     root = None
     if is_folder:
         root, more = find_model(model_path or source, None if file or model_path else named)
         notes = notes + more
-    return Given(values, notes, frozenset(seen), root)
+    return Given(values, notes, frozenset(seen), root, names_of(files))

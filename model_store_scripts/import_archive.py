@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from codecs import getincrementaldecoder
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from model_store_scripts.archives import Archive, open_archive
-from model_store_scripts.import_model import add_fields, name, overrides, report
+from model_store_scripts.command import add_fields, name, overrides, report, say
 from model_store_scripts.importing import ImportedModel, ImportRequest, check_name, import_model
-from runners.errors import ConfigError
+from model_store_scripts.layout import PICKLES
+from runners.errors import ConfigError, IncompleteModel
 
 EPILOG = """\
 setup_config.json, or model-config.yaml with its ds-config.json, say how the model is run, as they
@@ -30,6 +32,11 @@ never run. Importing the same again changes nothing.
 """
 
 
+SHOWN_LINES = 200
+"""Of a handler; the published ones have up to 164."""
+SHOWN_BYTES = 64 * 1024
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 refused, 130 interrupted. Bad usage exits 2."""
     args = _parser().parse_args(argv)
@@ -37,15 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _import(args: argparse.Namespace) -> ImportedModel:
-    with open_archive(args.archive, max_bytes=args.max_unpacked_size) as archive:
+    with open_archive(
+        args.archive, model_path=args.model_path, max_bytes=args.max_unpacked_size
+    ) as archive:
         try:
             imported = import_model(_request(args, archive))
         except ConfigError as error:
-            raise type(error)(archive.named(error.message)) from None
-        print(_mapped(archive, imported.setup_config))
-        print(_handler(archive))
+            raise type(error)(error.message + _hint(archive, error)) from None
+        for line in (*_mapped(archive, imported.setup_config), *_handler(archive)):
+            say(line)
         notes = [archive.named(note) for note in imported.notes]
         return replace(imported, notes=(*archive.notes, *notes))
+
+
+def _hint(archive: Archive, error: ConfigError) -> str:
+    """What to do about an archive without weights."""
+    weights = {".safetensors", *PICKLES}
+    has_some = archive.model_path or any(p.suffix in weights for p in archive.folder.rglob("*"))
+    missing = isinstance(error, IncompleteModel) and not has_some
+    return ": say with --model-path where the weights lie" if missing else ""
 
 
 def _request(args: argparse.Namespace, archive: Archive) -> ImportRequest:
@@ -60,28 +77,43 @@ def _request(args: argparse.Namespace, archive: Archive) -> ImportRequest:
         name=called,
         overrides=overrides(args) | {"model_version": manifest.model_version},
         convert_checkpoints=args.convert_checkpoints,
-        metadata={"source": str(args.archive)},
-        model_path=archive.unzipped or args.model_path,
+        origin=str(args.archive),
+        model_path=archive.model_path,
         model_config=manifest.config_file,
         set_aside=archive.set_aside,
     )
 
 
-def _mapped(archive: Archive, setup_config: Any) -> str:
+def _mapped(archive: Archive, setup_config: Mapping[str, Any]) -> list[str]:
     manifest = archive.manifest
-    lines = [f"{archive.name} holds {manifest.model_name}, version {manifest.model_version}"]
-    lines += ["its configuration, as the model's setup_config.json has it from now on:"]
-    return "\n".join([*lines, *(f"    {k}: {json.dumps(v)}" for k, v in setup_config.items())])
+    return [
+        f"{archive.name} holds {manifest.model_name}, version {manifest.model_version}",
+        "its configuration, as the model's setup_config.json has it from now on:",
+        *(f"    {key}: {json.dumps(value)}" for key, value in setup_config.items()),
+    ]
 
 
-def _handler(archive: Archive) -> str:
+def _handler(archive: Archive) -> list[str]:
     manifest = archive.manifest
+    if archive.handler is None and manifest.is_torchserves:
+        return [f"its handler, {manifest.handler}, is TorchServe's own; Triptych does that work"]
     if archive.handler is None:
-        return f"its handler, {manifest.handler}, is TorchServe's own; Triptych does that work"
+        return [f"its handler, {manifest.handler_file}, is not in it; Triptych does its work"]
     head = f"its handler, {manifest.handler_file}, was not run; Triptych does its work"
-    if archive.handler == "":
-        return f"{head} (it is empty, too long to show, or no text)"
-    return "\n".join([f"{head}. It reads:", *(f"    | {x}" for x in archive.handler.splitlines())])
+    with archive.handler.open("rb") as file:
+        content, cut = file.read(SHOWN_BYTES), bool(file.read(1))
+    if not content:
+        return [f"{head} (it is empty)"]
+    try:
+        text = getincrementaldecoder("utf-8")().decode(content, final=not cut)
+    except UnicodeDecodeError:
+        return [f"{head} (it is no text)"]
+    lines = text.splitlines()
+    shown = [f"{head}. It reads:", *(f"    | {line}" for line in lines[:SHOWN_LINES])]
+    if cut:
+        return [*shown, "    ... and more"]
+    rest = len(lines) - SHOWN_LINES
+    return [*shown, f"    ... and {rest} more lines"] if rest > 0 else shown
 
 
 def _parser() -> argparse.ArgumentParser:

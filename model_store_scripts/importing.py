@@ -16,7 +16,8 @@ from model_store_scripts.safetensors_header import summarise
 from model_store_scripts.safety import refuse_unsafe_configs, refuse_unsafe_names
 from model_store_scripts.sources import FolderSource, Source
 from runners.config import validate
-from runners.config_files import MODEL_FOLDER, MODEL_HEADS, read_json, task_of
+from runners.config_files import MODEL_FOLDER, MODEL_HEADS, task_of
+from runners.config_reading import read_json
 from runners.errors import ConfigError, ModelNotFound
 from runners.torchserve_config import MODEL_CONFIG
 
@@ -41,6 +42,8 @@ class ImportRequest:
     own."""
     convert_checkpoints: bool = False
     """Whether pickled weights are converted; else they are refused."""
+    origin: str | None = None
+    """What is written down as where the model came from, if not `source`."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """More to write down about the model; differing, it makes a new version too."""
     force: bool = False
@@ -146,7 +149,6 @@ def _look(request: ImportRequest) -> _Looked:
     )
     pickles = [name for part in weights.pickles for name in part.files]
     others = sorted(source.names - {*small, *weights.files, *pickles, *read})
-    others = [name for name in others if not name.startswith(".")]
     notes = given.notes + _left_out([*_beside(request, folder, source, given), *others])
     source.fetch([*weights.files, *pickles])
     layout.refuse_pointers(source.root, [*weights.files, *pickles])
@@ -160,6 +162,7 @@ def _beside(request: ImportRequest, folder: Path, source: Source, given: Given) 
 
 
 def _left_out(names: list[str]) -> list[str]:
+    names = [name for name in names if not name.startswith(".")]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return [f"left out: {', '.join(names[:5])}{more}"] if names else []
 
@@ -185,7 +188,8 @@ def _setup_config(request: ImportRequest, source: Source, given: Given) -> dict[
     values = {"task": task} | given.values | overrides
     if source.revision:
         values["revision"] = source.revision
-    config = validate(values | {"name": request.name, "model_path": source.root})
+    given_here = {"name": request.name, "model_path": source.root}
+    config = validate(values | given_here, where=given.where)
     conversing = (task, config.task) == ("text-generation", "conversational")
     if config.task != task and not conversing:
         raise ConfigError(f"the model is for {task}, not for {config.task}")
@@ -215,7 +219,7 @@ def _describe(request: ImportRequest, looked: _Looked, files: Mapping[str, Path]
         "dtype": dtype,
         "task": looked.setup_config["task"],
         "engine": looked.setup_config["engine"],
-        "source": request.source,
+        "source": request.origin or request.source,
         **({"revision": revision} if revision else {}),
         **request.metadata,
     }
@@ -225,8 +229,7 @@ def _architecture(root: Path) -> str:
     if task_of(root) == "text-to-image":
         return str(read_json(root / "model_index.json")["_class_name"])
     config = read_json(root / "config.json")
-    names = config.get("architectures") or [config.get("model_type", "unknown")]
-    return str(names[0] if isinstance(names, list) else names)
+    return str((config.get("architectures") or ["unknown"])[0])
 
 
 def _find(

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from model_store_scripts.safetensors_header import Header, read_header
 from runners.config import SETUP_CONFIG
-from runners.config_files import read_json, task_of
+from runners.config_files import task_of
+from runners.config_reading import read_json
 from runners.errors import ConfigError, IncompleteModel, UnsafeModel
 
 CARRIED = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from model_store_scripts.command import say
 from model_store_scripts.store import stored_models
 
 
@@ -9,7 +10,7 @@ def main() -> None:
     """Print one line per model, oldest first."""
     for model in stored_models():
         about = model.metadata
-        print(
+        say(
             f"{model.tag}  {about['task']}, {about['architecture']}, "
             f"{about['parameters']:,} parameters, {about['dtype']}, for {about['engine']}, "
             f"from {about['source']}"

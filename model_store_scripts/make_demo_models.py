@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from model_store_scripts.import_model import report
+from model_store_scripts.command import report
 from model_store_scripts.importing import ImportedModel, ImportRequest, import_model
 from model_store_scripts.store import make_latest, stored_models
 
@@ -94,7 +94,8 @@ def make(demo: Demo, *, force: bool = False) -> ImportedModel:
                 name=demo.name,
                 overrides=SETUP,
                 force=force,
-                metadata={"source": f"{__package__}.{demo.package}", "recipe": recipe},
+                origin=f"{__package__}.{demo.package}",
+                metadata={"recipe": recipe},
             )
         )
 

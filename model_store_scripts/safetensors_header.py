@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import operator
 import struct
 from collections import Counter
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners.errors import IncompleteModel
+from runners.errors import IncompleteModel, told_as
 
 # The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
@@ -51,13 +51,11 @@ def read_header(path: Path, name: str) -> Header:
         raw = file.read(length)
     if len(raw) < length:
         raise IncompleteModel(f"{name} is cut off within its header")
-    try:
+    with told_as(IncompleteModel, f"{name} has a damaged safetensors header"):
         tensors = json.loads(raw)
         tensors.pop("__metadata__", None)
         end = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
-        parameters = _count(tensors.values())
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-        raise IncompleteModel(f"{name} has a damaged safetensors header") from None
+        parameters = _count(tensors.values(), most=8 * size)
     if size != end:
         state = "cut off" if size < end else "longer than it should be"
         raise IncompleteModel(f"{name} is {state}: {size} bytes, its header says {end}")
@@ -73,8 +71,14 @@ def summarise(headers: Iterable[Header]) -> tuple[int, str]:
     return total.total(), DTYPES.get(commonest, commonest.lower())
 
 
-def _count(tensors: Iterable[dict[str, Any]]) -> Counter[str]:
+def _count(tensors: Iterable[dict[str, Any]], *, most: int) -> Counter[str]:
+    """Parameters by type, of which a file can have no more than it has bits."""
     parameters: Counter[str] = Counter()
     for tensor in tensors:
-        parameters[tensor["dtype"]] += math.prod(tensor["shape"])
+        count = 1
+        for length in tensor["shape"]:
+            count *= operator.index(length)
+            if not 0 <= count <= most:
+                raise ValueError(f"a shape of more than {most:,} parameters")
+        parameters[tensor["dtype"]] += count
     return parameters

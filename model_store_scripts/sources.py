@@ -57,7 +57,8 @@ class FolderSource:
         way = root.relative_to(folder).parts if root.is_relative_to(folder) else ("..",)
         if ".." in way:
             raise UnsafeModel(
-                f"model_path leads out of {folder}: import {root} itself, with --setup-config"
+                f"model_path leads out of {folder}: import {root} itself, with --setup-config (an "
+                "archive: with --model-path)"
             )
         if way:
             refuse_leaving(root, folder)
@@ -78,12 +79,13 @@ def refuse_leaving(path: Path, folder: Path) -> None:
 
 
 def _walk(root: Path, set_aside: Collection[str]) -> Iterator[str]:
-    """Every file below `root`, hidden folders (git's, the hub client's) aside."""
+    """Every file below `root`, hidden ones (git's, the hub client's, a Mac's) aside."""
     allowed = (root.resolve(), _hub_blobs(root))
     count = 0
     for folder, subfolders, files in os.walk(root, onerror=_unreadable):
         top = folder == str(root)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        files = [f for f in files if not f.startswith(".")]
         if top:
             subfolders[:] = [s for s in subfolders if s not in set_aside]
             files = [f for f in files if f not in set_aside]

@@ -10,16 +10,14 @@ from __future__ import annotations
 import gzip
 import shutil
 import stat
-import struct
 import tarfile
 import unicodedata
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from model_store_scripts.safety import refuse_unsafe_path
-from runners.errors import ConfigError, IncompleteModel, UnsafeModel
+from runners.errors import ConfigError, IncompleteModel, UnsafeModel, told_as
 
 MAX_MEMBERS = 10_000
 """As many as a model folder may have files."""
@@ -34,10 +32,6 @@ ZIP = b"PK"
 
 ENCRYPTED = 0x1 | 0x40 | 0x2000
 """Of a zip member's flags (APPNOTE.TXT, 4.4.4): encrypted, strongly, and its directory too."""
-DAMAGE = (
-    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, gzip.BadGzipFile, struct.error),
-    *(EOFError, ValueError, OverflowError, NotImplementedError),
-)
 
 
 def is_archive(path: Path) -> bool:
@@ -57,16 +51,16 @@ def unpack(archive: Path, target: Path, *, name: str, max_bytes: int | None = No
     target.mkdir()
     bound = max(SMALL, MAX_RATIO * archive.stat().st_size) if max_bytes is None else max_bytes
     room = _Room(name, bound, shutil.disk_usage(target).free)
-    try:
-        if _begins(archive, GZIP):
-            _untar(archive, target, room)
-        else:
-            _unzip(archive, target, room)
-    except DAMAGE as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise IncompleteModel(f"{name} is cut off or damaged: {reason}") from None
-    except OSError as error:
-        raise ConfigError(f"{name} can not be unpacked: {error.strerror or error}") from None
+    with told_as(IncompleteModel, f"{name} is cut off or damaged"):
+        try:
+            if _begins(archive, GZIP):
+                _untar(archive, target, room)
+            else:
+                _unzip(archive, target, room)
+        except gzip.BadGzipFile:
+            raise
+        except OSError as error:
+            raise ConfigError(f"{name} can not be unpacked: {error.strerror or error}") from None
 
 
 class _Room:
@@ -88,8 +82,10 @@ class _Room:
         self._members += 1
         if self._members > MAX_MEMBERS:
             raise UnsafeModel(f"{self.name} has more than {MAX_MEMBERS:,} members: no model has")
-        refuse_unsafe_path(member)
+        refuse_unsafe_path(member, of=self.name)
         path = PurePosixPath(member)
+        if not path.parts and not folder:
+            raise UnsafeModel(f"{self.name} has a file without a name")
         for parent in path.parents:
             self._claim(parent, folder=True)
         self._claim(path, folder=folder)
@@ -141,19 +137,21 @@ def _unzip(archive: Path, target: Path, room: _Room) -> None:
 def _take_zipped(info: zipfile.ZipInfo, room: _Room) -> PurePosixPath:
     member = info.orig_filename
     kind = stat.S_IFMT(info.external_attr >> 16)
+    if kind == stat.S_IFLNK:
+        raise UnsafeModel(f"{room.name}: {member!r} is a link: zip without -y")
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise UnsafeModel(f"{room.name}: {member!r} is a link or a device, not a plain file")
+        raise UnsafeModel(f"{room.name}: {member!r} is a device or a pipe, not a plain file")
     if info.flag_bits & ENCRYPTED:
         raise UnsafeModel(f"{room.name} is encrypted: {member!r} can not be read")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise UnsafeModel(f"{room.name}: {member!r} is neither stored nor deflated")
-    return room.take(member, info.file_size, folder=info.is_dir())
+    return room.take(member, info.file_size, folder=member.endswith("/"))
 
 
 def _untar(archive: Path, target: Path, room: _Room) -> None:
     with gzip.open(archive) as plain:
         stream = _BoundedStream(plain, room)
-        with tarfile.open(fileobj=stream, mode="r:") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as tar:  # type: ignore[call-overload]
             for member in tar:
                 path = _take_tarred(member, room)
                 if member.isdir():
@@ -168,6 +166,12 @@ def _untar(archive: Path, target: Path, room: _Room) -> None:
                 end += rest.strip(b"\0")[:1]
         if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
             raise EOFError("what follows the last file is not the end of an archive")
+
+
+class _Member(tarfile.TarInfo):
+    def _proc_gnusparse_10(self, *_: Any) -> None:
+        # tarfile would read the map of a sparse file, however long, before anyone sees the member.
+        raise tarfile.ReadError("a sparse file, which no model has")
 
 
 def _take_tarred(member: tarfile.TarInfo, room: _Room) -> PurePosixPath:

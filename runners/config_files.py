@@ -7,7 +7,6 @@ happens instead.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,11 @@ from runners.config import (
     engine_model,
     validate,
 )
+from runners.config_reading import read_json, read_object
 from runners.contracts.tasks import IMAGE_TASK, TEXT_TASKS, PipelineTask
 from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
 from runners.image_config import ImageFields
-from runners.torchserve_config import MODEL_CONFIG, read_model_config, read_yaml
+from runners.torchserve_config import MODEL_CONFIG, read_model_config
 
 MODEL_HEADS = ("model_index.json", "config.json")
 MODEL_FOLDER = "model"
@@ -71,8 +71,7 @@ def load_setup_config(
     if own["engine"] == "mii" and own["task"] not in TEXT_TASKS:
         warnings += mii_config.drop_section(own)
     given = {"name": name, "model_path": model_path, "gpu_share": None}
-    where = " and ".join(path.name for path in files) or SETUP_CONFIG
-    return validate(own | wanted | given, where=where), warnings + more
+    return validate(own | wanted | given, where=names_of(files)), warnings + more
 
 
 def task_of(model_path: Path) -> Task:
@@ -82,6 +81,11 @@ def task_of(model_path: Path) -> Task:
     names = read_json(model_path / "config.json").get("architectures")
     first = str(names[0]) if isinstance(names, list) and names else ""
     return next((task for head, task in HEADS.items() if first.endswith(head)), "text-generation")
+
+
+def names_of(files: Sequence[Path]) -> str:
+    """What errors call the files that a config was read from."""
+    return " and ".join(path.name for path in files) or SETUP_CONFIG
 
 
 def setup_files(folder: Path, model_config: str = MODEL_CONFIG) -> list[Path]:
@@ -94,11 +98,6 @@ def setup_files(folder: Path, model_config: str = MODEL_CONFIG) -> list[Path]:
         if found := [path for path in files if path.is_file()]:
             return found
     return []
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML or a JSON file. Raises: ConfigError."""
-    return read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
 
 
 def read_setup(
@@ -208,16 +207,3 @@ def _take_mii_example(values: dict[str, Any]) -> list[str]:
     for key in painting.keys() - unknown:
         values.setdefault(key, painting[key])
     return [f"{SETUP_CONFIG}: unknown key model_config.{key} is ignored" for key in sorted(unknown)]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} if there is no file. Raises: ConfigError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can not be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content

@@ -66,8 +66,7 @@ def read_section(
     """DeepSpeed's config out of a `deepspeed` section, and a warning for every key of no use.
 
     The section is that config, or names it as TorchServe's does: `config` is a file in `folder`, or
-    the config itself; `checkpoint`, which may be left out, is the index of the weight files. `read`
-    turns a file into an object. Raises: ConfigError.
+    the config itself. `read` turns a file into an object. Raises: ConfigError.
     """
     if not isinstance(section, Mapping):
         raise ConfigError("deepspeed must hold keys and values")
@@ -81,9 +80,6 @@ def read_section(
         raise ConfigError("deepspeed: config must be a file name or an object")
     if config is not section:
         config = {**config, **{k: v for k, v in section.items() if k != "config"}}
-    checkpoint = config.get("checkpoint")
-    if isinstance(checkpoint, str) and not (folder / checkpoint).exists():
-        raise ConfigError(f"deepspeed: checkpoint: {folder / checkpoint} does not exist")
     warnings = [f"ds-config.json: {k} is ignored: {NO_USE[k]}" for k in config if k in NO_USE]
     unknown = [k for k in config if k not in KEYS]
     warnings += [f"ds-config.json: unknown key {k} is ignored" for k in unknown]

@@ -25,7 +25,8 @@ TriptychError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class TriptychError(Exception):
@@ -116,6 +117,22 @@ class PictureWithheld(TriptychError):
 
 class EngineFailure(TriptychError):
     """The engine failed on this request; others are untouched."""
+
+
+@contextmanager
+def told_as(kind: type[TriptychError], what: str) -> Iterator[None]:
+    """Whatever a library makes of a damaged file, as one sentence: `what`, and the reason.
+
+    No list of what it may raise is ever complete: of the same few bytes one reader runs out of
+    stack, another asserts. Our own errors pass, and so does MemoryError.
+    """
+    try:
+        yield
+    except (TriptychError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise kind(f"{what}: {reason[:300]}") from None
 
 
 def _tree(cls: type[TriptychError]) -> dict[str, type[TriptychError]]:

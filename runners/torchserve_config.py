@@ -7,10 +7,7 @@ What ranks with continuous batching have no use for is named in a warning that s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from runners.deepspeed_config import DTYPES
 from runners.errors import ConfigError
@@ -39,21 +36,13 @@ NO_USE = {
     "deviceType": "the model goes to the GPUs if there are any, else to the CPU",
     "deviceIds": "set CUDA_VISIBLE_DEVICES",
     "startupTimeout": "set start_timeout in setup_config.json",
+    **dict.fromkeys(
+        ("torchrun.nnodes", "torchrun.node-rank", "torchrun.rdzv-endpoint"),
+        "engine deepspeed alone splits a model over machines",
+    ),
     "handler.manual_seed": "each request has its own seed",
     "handler.model_name": "the model is the one in its folder",
 }
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file. Raises: ConfigError."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} can not be read as YAML: {reason}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold keys and values")
-    return content
 
 
 def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -68,12 +57,12 @@ def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     for key, field in TOP.items():
         if key in left:
             values[field] = left.pop(key)
+    values |= _parallel(left, handler)
     for key, field in HANDLER.items():
         if key in handler:
             values.setdefault(field, handler.pop(key))
     if isinstance(dtype := values.get("dtype"), str):
         values["dtype"] = DTYPES.get(dtype, dtype)
-    values |= _parallel(left)
     left |= {f"handler.{key}": value for key, value in handler.items()}
     for key in left:
         why = NO_USE.get(key)
@@ -85,33 +74,51 @@ def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     return values, warnings
 
 
-def _parallel(left: dict[str, Any]) -> dict[str, Any]:
-    """How the model is split; takes what it understands out of `left`."""
+def _parallel(left: dict[str, Any], handler: dict[str, Any]) -> dict[str, Any]:
+    """How the model is split, and by what; takes what it understands out of both."""
     kind = left.pop("parallelType", None)
-    torchrun = _section(left, "torchrun")
-    per_node = torchrun.pop("nproc-per-node", None)
-    values: dict[str, Any] = {}
-    nodes = {f: torchrun.pop(key) for key, f in TORCHRUN.items() if key in torchrun}
-    left |= {f"torchrun.{key}": value for key, value in torchrun.items()}
-    if "deepspeed" in left:
-        values |= {"engine": "deepspeed", "deepspeed": _section(left, "deepspeed")}
     if kind not in (None, "tp", "custom"):
         raise ConfigError(
             f"{MODEL_CONFIG}: parallelType {kind} is not offered: only tp is; engine accelerate "
             "places whole layers on several GPUs"
         )
-    if (kind == "tp" or values) and not values.get("deepspeed", {}).get("config"):
+    torchrun = _section(left, "torchrun")
+    values: dict[str, Any] = {}
+    if "deepspeed" not in left and "tensor_parallel" in handler:
+        values = _mii(handler, torchrun)
+    elif "deepspeed" in left or kind == "tp":
+        values = _deepspeed(_section(left, "deepspeed"), torchrun)
+    left |= {f"torchrun.{key}": value for key, value in torchrun.items()}
+    return values
+
+
+def _deepspeed(section: dict[str, Any], torchrun: dict[str, Any]) -> dict[str, Any]:
+    if not section.get("config"):
         raise ConfigError(
             f"{MODEL_CONFIG}: deepspeed: config is missing: the name of DeepSpeed's own config, "
             "such as ds-config.json"
         )
-    if per_node is not None and "deepspeed" in values:
-        count = nodes.get("nnodes", 1)
+    values: dict[str, Any] = {"engine": "deepspeed", "deepspeed": section}
+    per_node = torchrun.pop("nproc-per-node", None)
+    values |= {field: torchrun.pop(key) for key, field in TORCHRUN.items() if key in torchrun}
+    if per_node is not None:
+        count = values.get("nnodes", 1)
         whole = isinstance(per_node, int) and isinstance(count, int)
-        values |= nodes | {"tensor_parallel": per_node * count if whole else per_node}
-    elif per_node is not None:
-        left["torchrun.nproc-per-node"] = per_node
+        values["tensor_parallel"] = per_node * count if whole else per_node
     return values
+
+
+def _mii(handler: dict[str, Any], torchrun: dict[str, Any]) -> dict[str, Any]:
+    """What the MII example for text has its handler give to `mii.pipeline`."""
+    size = handler.pop("tensor_parallel")
+    per_node = torchrun.pop("nproc-per-node", size)
+    if str(per_node) != str(size):
+        raise ConfigError(
+            f"{MODEL_CONFIG}: torchrun's nproc-per-node is {per_node}, but handler.tensor_parallel "
+            f"is {size}: they must be equal"
+        )
+    section = {"max_length": handler.pop("max_length")} if "max_length" in handler else {}
+    return {"engine": "mii", "tensor_parallel": size, "mii": section}
 
 
 def _section(content: dict[str, Any], name: str) -> dict[str, Any]:

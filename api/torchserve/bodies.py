@@ -49,10 +49,11 @@ def _from_json(body: bytes) -> Input:
     allowed = ", ".join(JSON_FIELDS)
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a text, or an object with one of {allowed}")
-    given = [field for field in JSON_FIELDS if field in value]
+    given = [value.pop(field) for field in JSON_FIELDS if field in value]
+    given = [content for content in given if content is not None]
     if len(given) != 1:
         raise InvalidRequest(f"give the input as one of {allowed}, and as no more than one")
-    return Input(value.pop(given[0]), value)
+    return Input(given[0], value)
 
 
 async def _from_form(request: Request) -> str:

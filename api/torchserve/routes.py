@@ -18,22 +18,25 @@ from api.torchserve.predictions import predict
 def add_routes(app: FastAPI) -> None:
     """Give an app these routes; its `state.served` has the models once they are known."""
 
-    # curl -T sends PUT.
-    @app.put("/predictions/{model_name}", include_in_schema=False)
+    # What a route takes says the one that was added first, which is the lower: curl -T sends PUT.
     @app.post("/predictions/{model_name}")
+    @app.api_route("/predictions/{model_name}", methods=["POST", "PUT"], include_in_schema=False)
     @as_response
     async def predictions(request: Request, model_name: str) -> Response:
         """Generate, paint or classify, as TorchServe's example handlers did."""
         return await _predict(request, model_name, None)
 
-    @app.put("/predictions/{model_name}/{version}", include_in_schema=False)
     @app.post("/predictions/{model_name}/{version}")
+    @app.api_route(
+        "/predictions/{model_name}/{version}", methods=["POST", "PUT"], include_in_schema=False
+    )
     @as_response
     async def predictions_of_version(request: Request, model_name: str, version: str) -> Response:
         """The same, if the model is of this version."""
         return await _predict(request, model_name, version)
 
     @app.get("/ping")
+    @app.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
     @as_response
     async def ping(request: Request) -> Response:
         """Whether the server works or will do so by itself; `/readyz` says whether it is ready."""

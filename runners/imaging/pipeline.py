@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from runners.config import BaseRunnerConfig
-from runners.config_files import read_json
+from runners.config_reading import read_json
 from runners.dtypes import choose_dtype, dtype_in
 from runners.errors import ConfigError, IncompleteModel, UnsafeModel
 from runners.imaging.weights import Weights

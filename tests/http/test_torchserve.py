@@ -144,7 +144,10 @@ TEXT_CALLS = [
     ("--data-urlencode", f"data={PROMPT}"),
     *(
         ("-H", "Content-Type: application/json", "-d", json.dumps(body))
-        for body in (PROMPT, *({key: PROMPT} for key in ("data", "body", "inputs", "prompt")))
+        for body in (
+            *(PROMPT, {"data": None, "body": PROMPT, "prompt": None}),
+            *({key: PROMPT} for key in ("data", "body", "inputs", "prompt")),
+        )
     ),
 ]
 
@@ -160,8 +163,8 @@ def test_the_same_with_options_version_and_other_case(ready: Server, work: Path)
     body = json.dumps({"data": PROMPT, **options})
     call = ("-H", "Content-Type: application/json", "-d", body)
     answers = {
-        curl(ready, path, *call, cwd=work)[2].decode()
-        for path in ("/predictions/bloom", "/predictions/bloom/1.0", "/predictions/Bloom")
+        curl(ready, f"/predictions/{path}", *call, cwd=work)[2].decode()
+        for path in ("bloom", "bloom/", "bloom/1.0", "bloom/1.0/", "Bloom")
     }
     assert answers == {expected(ready, **options)}
 
@@ -241,9 +244,14 @@ def test_ping_and_models(ready: Server, work: Path) -> None:
         "jobQueueStatus": {"remainingCapacity": 256, "pendingRequests": 0},
     }
     assert ready.get("/models/stable-diffusion").json()[0]["batchSize"] == 8
+    for path in ("/ping", "/models", "/models/bloom/1.0"):
+        assert ready.get(f"{path}/").text == ready.get(path).text
+    assert httpx.head(ready.url + "/ping").status_code == 200
+    assert httpx.get(ready.url + "/predictions/bloom").headers["allow"] == "POST, PUT"
 
 
 JSON = ("-H", "Content-Type: application/json", "-d")
+BY_POST_OR_PUT = "/predictions/bloom takes POST or PUT, not GET"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +278,8 @@ JSON = ("-H", "Content-Type: application/json", "-d")
             ("-T", "input.txt"),
             (404, "ResourceNotFoundException", "there is no PUT"),
         ),
-        ("/predictions/bloom", (), (405, "MethodNotAllowedException", "/predictions/bloom takes")),
+        ("/predictions/bloom", (), (405, "MethodNotAllowedException", BY_POST_OR_PUT)),
+        ("/predictions/bloom/1.0", (), (405, "MethodNotAllowedException", "/predictions/bloom/1")),
         ("/models", ("-X", "POST"), (405, "MethodNotAllowedException", "/models takes GET, not")),
         ("/predictions/bloom", ("-d", ""), (400, "BadRequestException", "the form has neither")),
         (
@@ -302,6 +311,11 @@ JSON = ("-H", "Content-Type: application/json", "-d")
         (
             "/predictions/bloom",
             (*JSON, "{}"),
+            (400, "BadRequestException", "give the input as one"),
+        ),
+        (
+            "/predictions/bloom",
+            (*JSON, '{"data": null}'),
             (400, "BadRequestException", "give the input as one"),
         ),
         (
@@ -338,6 +352,29 @@ def test_errors(
     status, kind, message = error(ready, path, *options, cwd=work)
     assert (status, kind) == want[:2]
     assert message.startswith(want[2])
+
+
+@pytest.mark.parametrize(
+    "path", ["/invocations", "/bloom/predict", "/explanations/bloom", "/explanations/bloom/1.0"]
+)
+def test_routes_that_are_not_offered(path: str, ready: Server) -> None:
+    """Whatever the body's type, that is what is wrong with the request."""
+    answer = httpx.post(ready.url + path, content="a", headers={"Content-Type": "text/plain"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/models?url=bloom.mar", 405),
+        ("PUT", "/models/bloom?min_worker=2", 405),
+        ("DELETE", "/models/bloom/1.0", 405),
+        ("PUT", "/models/bloom/1.0/set-default", 404),
+        ("OPTIONS", "/", 405),
+    ],
+)
+def test_management_that_is_not_offered(method: str, path: str, status: int, ready: Server) -> None:
+    assert httpx.request(method, ready.url + path).status_code == status
 
 
 @pytest.mark.parametrize("example", CALLS, ids=lambda e: e.code.splitlines()[-1][:40])

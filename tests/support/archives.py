@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.support.torchserve import published
+from tests.support.torchserve import MII_MODEL_CONFIG, published
 
 ACCELERATE = {
     "revision": "main",
@@ -42,6 +43,9 @@ MII_OF_THE_REPOSITORY = {
 }
 """The same as pytorch/serve has it in its examples, but for the numbers."""
 HANDLER = "raise SystemExit('an archive\\'s handler was run')\n"
+HANDLER += "".join(
+    f"# line {number} of 164, as the longest of the examples has\n" for number in range(2, 165)
+)
 REQUIREMENTS = "transformers==4.33.1\n"
 
 
@@ -57,7 +61,8 @@ def archive(
     archiver = str(Path(sys.executable).with_name("torch-model-archiver"))
     command = [archiver, "--model-name", model_name]
     command += ["--version", version, "--handler", "custom_handler.py", "-r", "requirements.txt"]
-    command += ["--extra-files", ",".join(map(str, extra_files)), "--export-path", "made"]
+    extra = ["--extra-files", ",".join(map(str, extra_files))] if extra_files else []
+    command += [*extra, "--export-path", "made"]
     # It empties and refills a folder of the model's name among the temporary ones.
     env = os.environ | {"TMPDIR": str(folder / "tmp")}
     subprocess.run([*command, *options], cwd=folder, env=env, check=True)
@@ -90,6 +95,17 @@ def deepspeed_archive(folder: Path, model: Path | None, *options: str, name: str
     files = [*([model] if model else []), folder / "ds-config.json"]
     options = options or ("--archive-format", "tgz")
     return archive(folder, name, files, "--config-file", "model-config.yaml", *options)
+
+
+def mii_text_archive(folder: Path, model: Path) -> Path:
+    """`model-config.yaml` in a plain folder, into which the hub's is moved as it came."""
+    folder.mkdir(parents=True)
+    (folder / "model-config.yaml").write_text(MII_MODEL_CONFIG)
+    options = ("--config-file", "model-config.yaml", "--archive-format", "no-archive")
+    made = archive(folder, "mii-llm", [], *options)
+    snapshot = made / "model/models--meta-llama--Llama-2-13b-hf/snapshots/99afe33d"
+    shutil.copytree(model, snapshot)
+    return made
 
 
 def mii_archive(folder: Path, model: Path, setup_config: Mapping[str, object] = MII) -> Path:

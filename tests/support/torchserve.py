@@ -7,16 +7,23 @@ from pathlib import Path
 from typing import Any
 
 MODEL_CONFIG = """\
+# TorchServe frontend parameters
 minWorkers: 1
 maxWorkers: 1
 maxBatchDelay: 100
 responseTimeout: 120
 parallelType: "tp"
 deviceType: "gpu"
+deviceIds: [0,1,2,3] # those that CUDA_VISIBLE_DEVICES names
+
 torchrun:
     nproc-per-node: 2
+
+# TorchServe backend parameters
 deepspeed:
     config: ds-config.json
+    checkpoint: checkpoints.json
+
 handler:
     model_name: "facebook/opt-30b"
     model_path: "checkpoints"
@@ -24,6 +31,27 @@ handler:
     max_new_tokens: 50
     manual_seed: 40
 """
+
+MII_MODEL_CONFIG = """\
+minWorkers: 1
+maxWorkers: 1
+maxBatchDelay: 100
+responseTimeout: 1200
+parallelType: "tp"
+deviceType: "gpu"
+deviceIds: [0,1,2,3]
+
+torchrun:
+    nproc-per-node: 4
+
+handler:
+    model_name: "meta-llama/Llama-2-13b-hf"
+    model_path: "model/models--meta-llama--Llama-2-13b-hf/snapshots/99afe33d"
+    tensor_parallel: 4
+    max_length: 4096
+    max_new_tokens: 256
+"""
+"""That of the MII example for text, whose handler gives the two former numbers to MII."""
 
 DS_CONFIG: dict[str, Any] = {
     "dtype": "torch.float16",

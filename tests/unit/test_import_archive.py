@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,18 +17,17 @@ from typing import Any
 import bentoml
 import pytest
 
-from model_store_scripts import import_archive
-from runners.config_files import load_setup_config
 from tests.support.archives import (
     HANDLER,
     MII_OF_THE_REPOSITORY,
     accelerate_archive,
     deepspeed_archive,
     mii_archive,
-    zip_of,
+    mii_text_archive,
 )
 from tests.support.image_models import write_image_model
-from tests.support.model_store import copy, edit_json, is_empty, pickled, store_at, write_pipeline
+from tests.support.importing import cli, refused, stored
+from tests.support.model_store import copy, edit_json, pickled, store_at, write_pipeline
 from tests.support.models import write_model
 from tests.support.processes import wait_until
 from tests.support.server import ROOT, environment
@@ -59,38 +59,12 @@ def store(tmp_path: Path) -> Iterator[Path]:
         assert not any((models.parent / "tmp").iterdir()), "what was unpacked is gone"
 
 
-def cli(*argv: str | Path) -> int:
-    return import_archive.main([str(a) for a in argv])
-
-
-def refused(capsys: pytest.CaptureFixture[str], store: Path, *argv: str | Path) -> str:
-    """The one sentence with which an import is refused; nothing of it is left."""
-    assert cli(*argv) == 1
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    assert "triptych-import-" not in said.err, "where it was unpacked is nobody's business"
-    assert is_empty(store)
-    return said.err
-
-
-def stored(name: str) -> tuple[dict[str, Any], set[str], bytes]:
-    """A stored model's configuration, its files, and its weights."""
-    folder = Path(bentoml.models.get(name).path)
-    files = {p.relative_to(folder / "model").as_posix() for p in (folder / "model").rglob("*.*")}
-    weights = folder / "model" / "model.safetensors"
-    setup: dict[str, Any] = json.loads((folder / "setup_config.json").read_text())
-    assert load_setup_config(folder, name=name)[1] == [], "what is stored is in today's words"
-    return setup, files, weights.read_bytes() if weights.exists() else b""
-
-
 def files_of(model: Path) -> set[str]:
     return {path.relative_to(model).as_posix() for path in model.rglob("*.*")}
 
 
 def test_accelerates_archive(
-    bloom: Path, llama: Path, store: Path, capsys: pytest.CaptureFixture[str]
+    bloom: Path, llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bloom.name == "bloom.tar.gz"
     assert cli(bloom) == 0
@@ -112,9 +86,9 @@ def test_accelerates_archive(
     for key, value in setup.items():
         assert f"    {key}: {json.dumps(value)}\n" in said.out
     assert "bloom.tar.gz holds bloom, version 1.0\n" in said.out
-    assert (
-        f"custom_handler.py, was not run; Triptych does its work. It reads:\n    | {HANDLER}"
-        in (said.out)
+    handler = "".join(f"    | {line}\n" for line in HANDLER.splitlines())
+    assert f"custom_handler.py, was not run; Triptych does its work. It reads:\n{handler}" in (
+        said.out
     )
     assert "serve it with: TRIPTYCH_TEXT_MODEL=bloom:" in said.out
     for note in (
@@ -124,7 +98,8 @@ def test_accelerates_archive(
     ):
         assert f"note: {note}" in said.err
     assert bentoml.models.get("bloom").info.metadata["source"] == str(bloom)
-    assert cli(bloom) == 0
+    again = shutil.copy(bloom, tmp_path / "again.tar.gz")
+    assert cli(again) == 0
     assert "already in the store, unchanged" in capsys.readouterr().out
 
 
@@ -181,11 +156,29 @@ def test_miis_archive_of_the_repository(
     assert "unknown" not in said
 
 
+def test_miis_archive_for_text(llama: Path, store: Path, tmp_path: Path) -> None:
+    made = mii_text_archive(tmp_path / "mii-llm", llama)
+    assert cli(made) == 0
+    assert stored("mii-llm")[0] == {
+        "engine": "mii",
+        "task": "text-generation",
+        "model_version": "1.0",
+        "max_new_tokens": 256,
+        "tensor_parallel": 4,
+        "step_timeout": 1200.0,
+        "mii": {"max_length": 4096},
+    }
+
+
 def test_an_archive_without_weights(
-    empty: Path, llama: Path, store: Path, capsys: pytest.CaptureFixture[str]
+    empty: Path, llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(capsys, store, empty)
     assert "opt.tar.gz/checkpoints is not a model folder: it has neither config.json" in said
+    assert said.endswith(": say with --model-path where the weights lie\n")
+    (copy(llama, tmp_path / "checkpoints") / "model.safetensors").unlink()
+    said = refused(capsys, store, deepspeed_archive(tmp_path / "opt", tmp_path / "checkpoints"))
+    assert "model.safetensors is missing: say with --model-path where the weights lie" in said
     assert cli(empty, "--model-path", llama) == 0
     setup, files, _ = stored("opt")
     assert (setup["engine"], setup["max_new_tokens"]) == ("deepspeed", 50)
@@ -196,6 +189,8 @@ def test_names_and_options(
     empty: Path, llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = accelerate_archive(tmp_path / "a", llama, "--version", "2.1-rc", name="OPT_30b.")
+    said = refused(capsys, store, made, "--name", "opt", "--model-path", llama)
+    assert "has model.zip: --model-path is for an archive without a model" in said
     assert "'opt_30b.' is not a model name" in (said := refused(capsys, store, made))
     assert said.endswith("give one with --name\n")
     assert cli(made, "--name", "opt", "--max-length", "7", "--dtype", "float32") == 0
@@ -241,96 +236,6 @@ def test_a_pickle_with_a_payload(
     said = refused(capsys, store, made, "--convert-checkpoints")
     assert "pytorch_model.bin holds more than weights" in said
     assert not (tmp_path / "marker").exists()
-
-
-def spoilt(made: Path, target: Path, **files: str | bytes | None) -> Path:
-    """A copy of a no-archive folder with other files; None takes one away."""
-    copy(made, target)
-    for name, content in files.items():
-        path = target / name.replace("__", "/").replace("_dot_", ".")
-        if content is None:
-            path.unlink()
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return target
-
-
-@pytest.fixture(scope="module")
-def folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return accelerate_archive(tmp_path_factory.mktemp("folder") / "bloom", llama, *NO_ARCHIVE)
-
-
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        ({"MAR-INF__MANIFEST_dot_json": None}, "has no MAR-INF/MANIFEST.json"),
-        ({"MAR-INF__MANIFEST_dot_json": "{"}, "can not be read as JSON"),
-        ({"MAR-INF__MANIFEST_dot_json": "{}"}, "model: value: Input should be a valid"),
-        (
-            {"MAR-INF__MANIFEST_dot_json": '{"model": {"modelName": "a/b", "handler": "x"}}'},
-            "modelName: String should match pattern",
-        ),
-        ({"model_dot_zip": b"PK\x03\x04" + bytes(99)}, "bloom's model.zip is cut off or damaged"),
-        ({"model_dot_zip": None}, "is not a model folder"),
-        ({"setup_config_dot_json": '{"trust_remote_code": true}'}, "asks for trust_remote_code"),
-        ({"setup_config_dot_json": '{"max_length": 0}'}, "max_length: Input should be greater"),
-    ],
-)
-def test_archives_that_are_none(
-    files: dict[str, Any],
-    said: str,
-    folder: Path,
-    store: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert said in refused(capsys, store, spoilt(folder, tmp_path / "bloom", **files))
-
-
-def test_a_hostile_model_zip(
-    folder: Path, llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = spoilt(folder, tmp_path / "bloom")
-    with zipfile.ZipFile(made / "model.zip", "a") as packed:
-        packed.writestr("../../up.json", "{}")
-    assert "bloom's model.zip" not in (said := refused(capsys, store, made))
-    assert "'../../up.json' is not a file name a model can have" in said
-    zip_of(copy(llama, tmp_path / "coded"), made / "model.zip")
-    with zipfile.ZipFile(made / "model.zip", "a") as packed:
-        packed.writestr("modeling_evil.py", "")
-    assert "modeling_evil.py is code" in refused(capsys, store, made)
-    (made / "model").mkdir()
-    assert "has model.zip and model: which is the model?" in refused(capsys, store, made)
-    assert not list(tmp_path.rglob("up.json"))
-
-
-def test_a_file_whose_name_is_no_name(
-    folder: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = spoilt(folder, tmp_path / "bloom")
-    (made / "\x1b[2J.py").write_text("")
-    assert r"'\x1b[2J.py' is not a file name a model can have" in refused(capsys, store, made)
-
-
-@pytest.mark.parametrize("name", ["model.zip", "MAR-INF/MANIFEST.json", "custom_handler.py"])
-def test_links_that_lead_out_of_a_folder(
-    name: str, folder: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = spoilt(folder, tmp_path / "bloom")
-    (made / name).rename(tmp_path / "elsewhere")
-    (made / name).symlink_to(tmp_path / "elsewhere")
-    assert "is a link that leads out of the model folder" in refused(capsys, store, made)
-
-
-def test_a_handler_can_not_play_with_the_terminal(
-    folder: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = spoilt(folder, tmp_path / "a", custom_handler_dot_py="x = 1\n# \x1b[2J\x9b\n")
-    assert cli(made, "--name", "a") == 0
-    assert "    | x = 1\n    | # \ufffd[2J\ufffd\n" in capsys.readouterr().out
-    made = spoilt(folder, tmp_path / "b", custom_handler_dot_py="x = 1\n" * 2000)
-    assert cli(made, "--name", "b") == 0
-    assert "was not run; Triptych does its work (it is empty, too long" in capsys.readouterr().out
 
 
 def test_no_archive_at_all(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

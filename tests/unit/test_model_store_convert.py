@@ -169,6 +169,8 @@ def test_torchscript_is_code(folder: Path, store: Path) -> None:
     [
         (b"", "pytorch_model.bin can not be read as a checkpoint"),
         (b"PK\x03\x04 and no more", "pytorch_model.bin can not be read as a checkpoint"),
+        (b"\x80\x02.", "pytorch_model.bin can not be read as a checkpoint"),
+        (b"\x80\x02X\x01", "pytorch_model.bin can not be read as a checkpoint"),
         ([torch.zeros(2)], "pytorch_model.bin is not a checkpoint of named tensors"),
         ({}, "pytorch_model.bin is not a checkpoint of named tensors"),
         ({"a": torch.zeros(2), "b": 3}, "not a checkpoint of named tensors: see 'b'"),

@@ -98,6 +98,11 @@ def header(content: bytes) -> Spoil:
 CODE = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 ALIEN = json.dumps({"x": {"dtype": "F32"}}).encode()
+DEEP = '{"a": ' + "[" * 100_000
+
+
+def tensor(*shape: object) -> bytes:
+    return json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +158,9 @@ def test_names_that_a_hub_may_claim(name: str) -> None:
         (write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
         (header(b"no json"), "model.safetensors has a damaged safetensors header"),
         (header(ALIEN), "model.safetensors has a damaged safetensors header"),
+        (header(DEEP.encode()), "model.safetensors has a damaged safetensors header"),
+        (header(tensor(10**12, "abc")), "model.safetensors has a damaged safetensors header"),
+        (header(tensor(*[10**18] * 300)), "model.safetensors has a damaged safetensors header"),
         (link("merges.txt", "gone.txt"), "merges.txt is a link that leads nowhere"),
         (link("merges.txt", "merges.txt"), "merges.txt is a link that leads nowhere"),
     ],
@@ -256,6 +264,17 @@ def test_a_tokenizer_that_this_build_can_not_read(llama: Path, store: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "setup_config.json"])
-def test_json_that_is_none(name: str, llama: Path, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "can not be read as JSON"),
+        (DEEP, "can not be read as JSON"),
+        ('{"a": ' + "[" * 300 + "]" * 300 + "}", "is nested more than 100 levels deep"),
+    ],
+    ids=["cut", "endless", "deep"],
+)
+def test_json_that_is_none(
+    content: str, said: str, name: str, llama: Path, store: Path, tmp_path: Path
+) -> None:
     folder = copy(llama, tmp_path / "model")
-    refused(folder, store, write(name, "{"), ConfigError, f"{name} can not be read as JSON")
+    refused(folder, store, write(name, content), ConfigError, f"{name} {said}")

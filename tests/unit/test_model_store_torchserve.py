@@ -75,7 +75,7 @@ def test_files_beside_the_weights_are_not_the_models(
     llama: Path, store: Path, tmp_path: Path
 ) -> None:
     flat = published(copy(llama, tmp_path / "flat"))
-    edit(flat, "checkpoints", ".")
+    edit(flat, '"checkpoints"', ".")
     assert not any("left out" in note for note in run(flat).notes)
     assert {f.name for f in (stored() / "model").iterdir()} == {f.name for f in llama.iterdir()}
 
@@ -116,7 +116,7 @@ def test_another_engine_drops_what_is_deepspeeds(folder: Path, store: Path) -> N
 def test_a_model_path_that_leads_out(how: str, folder: Path, store: Path, tmp_path: Path) -> None:
     (folder / "checkpoints").rename(tmp_path / "out")
     named = {"absolute": str(tmp_path / "out"), "upwards": "../out", "linked": "checkpoints"}[how]
-    edit(folder, "checkpoints", named)
+    edit(folder, '"checkpoints"', named)
     if how == "linked":
         (folder / "checkpoints").symlink_to(tmp_path / "out")
     with pytest.raises(UnsafeModel, match="leads out of") as caught:
@@ -140,7 +140,20 @@ def test_a_ds_config_that_lies_outside(how: str, folder: Path, store: Path, tmp_
     assert is_empty(store)
 
 
+def test_an_offload_folder_that_leads_out(llama: Path, store: Path, tmp_path: Path) -> None:
+    source = copy(llama, tmp_path / "plain")
+    edit_json(source / "setup_config.json", offload_folder="/etc/cron.d")
+    assert "offload_folder is ignored: an absolute one is" in run(source).notes[0]
+    assert "offload_folder" not in json.loads((stored() / "setup_config.json").read_text())
+    run(source, overrides={"offload_folder": "/data"})
+    assert load_setup_config(stored(), name="m")[0].offload_folder == "/data"  # type: ignore[union-attr]
+
+
 def test_mistakes_are_told_before_anything_is_copied(folder: Path, store: Path) -> None:
+    edit(folder, "responseTimeout: 120", "responseTimeout: 0")
+    with pytest.raises(ConfigError, match=r"^model-config\.yaml: step_timeout: "):
+        run(folder)
+    edit(folder, "responseTimeout: 0", "responseTimeout: 120")
     edit_json(folder / "ds-config.json", tensor_parallel={"tp_size": 4})
     with pytest.raises(ConfigError, match="tp_size is 4: they must be equal"):
         run(folder)

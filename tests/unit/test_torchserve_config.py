@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from runners.config import DeepSpeedConfig
+from runners.config import DeepSpeedConfig, MIIConfig
 from runners.config_files import load_setup_config
 from runners.deepspeed_config import KEYS
 from runners.errors import ConfigError, UnsafeModel
-from tests.support.torchserve import DS_CONFIG, edit, published
+from tests.support.torchserve import DS_CONFIG, MII_MODEL_CONFIG, edit, published
 
 
 @pytest.fixture
@@ -43,14 +43,15 @@ def test_the_published_files_are_taken_as_they_are(folder: Path) -> None:
     assert config.computed_in(on_cpu=False) == "float16"
     assert [w.split(" is ignored: ")[0] for w in warnings(folder)] == [
         f"model-config.yaml: {key}"
-        for key in ("minWorkers", "maxWorkers", "maxBatchDelay", "deviceType")
-    ] + ["model-config.yaml: handler.model_name", "model-config.yaml: handler.manual_seed"]
+        for key in ("minWorkers", "maxWorkers", "maxBatchDelay", "deviceType", "deviceIds")
+    ] + [
+        *("model-config.yaml: handler.model_name", "model-config.yaml: handler.manual_seed"),
+        "ds-config.json: checkpoint",
+    ]
 
 
 def test_what_deepspeed_has_no_use_for_here_is_named_and_dropped(folder: Path) -> None:
     published(folder, base_dir="/data", max_out_tokens=99, tensor_paralel={})
-    (folder / "checkpoints.json").write_text("{}")
-    edit(folder, "ds-config.json", "ds-config.json\n    checkpoint: checkpoints.json")
     assert load(folder).deepspeed == DS_CONFIG
     told = [w.removeprefix("ds-config.json: ") for w in warnings(folder) if w.startswith("ds-")]
     assert [w.partition(" is ignored")[0] for w in told] == [
@@ -90,6 +91,25 @@ def test_a_model_path_that_is_none(folder: Path) -> None:
     assert "model_path is ignored: /path/to/model/checkpoints is not a" in warnings(folder)[-1]
 
 
+def test_miis_example_for_text(folder: Path) -> None:
+    (folder / "model-config.yaml").write_text(MII_MODEL_CONFIG)
+    (folder / "checkpoints").rename(folder / "model")
+    config, told = load_setup_config(folder, name="m")
+    assert isinstance(config, MIIConfig)
+    assert (config.tensor_parallel, config.max_new_tokens, config.max_length) == (4, 256, None)
+    assert (config.mii.max_length, config.step_timeout) == (4096, 1200)
+    assert not any("unknown" in warning or "nproc" in warning for warning in told)
+    assert load(folder, engine="deepspeed").tensor_parallel == 4
+    edit(folder, "nproc-per-node: 4", "nproc-per-node: 2")
+    with pytest.raises(ConfigError, match=r"nproc-per-node is 2, .*tensor_parallel is 4: they mu"):
+        load_setup_config(folder, name="m")
+    edit(folder, "    nproc-per-node: 2\n", "    nnodes: 2\n")
+    assert "torchrun.nnodes is ignored" in " ".join(load_setup_config(folder, name="m")[1])
+
+
+DEEPSPEED = "deepspeed:\n    config: ds-config.json\n    checkpoint: checkpoints.json\n"
+
+
 def rewrite(name: str, text: str) -> Any:
     return lambda folder: (folder / name).write_text(text)
 
@@ -109,23 +129,16 @@ def change(*pairs: str) -> Any:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (change("config: ds-config.json", "{}"), "deepspeed: config is missing: the name of"),
+        (change(DEEPSPEED, "deepspeed: {}\n"), "deepspeed: config is missing: the name of"),
+        (change(DEEPSPEED, "deepspeed:\n"), "deepspeed: config is missing: the name of"),
         (change("config: ds-config.json", "config:"), "deepspeed: config is missing: the name of"),
-        (change("deepspeed:\n    config: ds-config.json\n", ""), "deepspeed: config is missing"),
-        (
-            change('"tp"', "custom", "    config: ds-config.json\n", ""),
-            "deepspeed: config is missing",
-        ),
+        (change(DEEPSPEED, ""), "deepspeed: config is missing"),
+        (change('"tp"', "custom", DEEPSPEED, "deepspeed:\n"), "deepspeed: config is missing"),
         (change("ds-config.json", "[a]"), "deepspeed: config must be a file name or an object"),
-        (change("    config: ds-config.json", "    - a"), "deepspeed must hold keys and values"),
+        (change(DEEPSPEED, "deepspeed:\n    - a\n"), "deepspeed must hold keys and values"),
         (lambda f: (f / "ds-config.json").unlink(), "ds-config.json does not exist"),
         (rewrite("ds-config.json", "{"), "ds-config.json can not be read as JSON: "),
         (rewrite("ds-config.json", "[]"), "ds-config.json must hold a JSON object, not list"),
-        (
-            change("ds-config.json", "ds-config.json\n    checkpoint: checkpoints.json"),
-            "deepspeed: checkpoint: {folder}/checkpoints.json does not exist",
-        ),
-        (ds_config(checkpoint="checkpoints.json"), "{folder}/checkpoints.json does not exist"),
         (
             ds_config(tensor_parallel={"tp_size": 4}),
             "tensor_parallel (or torchrun's nproc-per-node) is 2, but ds-config.json's "
@@ -137,6 +150,10 @@ def change(*pairs: str) -> Any:
         (change('"tp"', '"pp"'), "parallelType pp is not offered: only tp is"),
         (change('parallelType: "tp"', "a: [b"), "model-config.yaml can not be read as YAML: "),
         (rewrite("model-config.yaml", "a"), "model-config.yaml must hold keys and values"),
+        (rewrite("model-config.yaml", "a: " + "[" * 3000), "can not be read as YAML: "),
+        (rewrite("model-config.yaml", "a: &a {b: *a}"), "can not be read as YAML: an alias (*a)"),
+        (rewrite("model-config.yaml", f"a: 0x{'f' * 9999}"), "can not be read as YAML: "),
+        (rewrite("model-config.yaml", "a: " + "[" * 150 + "]" * 150), "is nested more than 100"),
         (change("handler:", "handler: 3\nx:"), "handler must hold keys and values"),
     ],
 )
@@ -147,6 +164,14 @@ def test_mistakes_are_one_sentence(folder: Path, spoil: Any, said: str) -> None:
         load(folder)
     assert said.format(folder=folder) in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_a_byte_order_mark_and_dates_are_taken(folder: Path) -> None:
+    edit(folder, '"facebook/opt-30b"', "2020-01-01\n    1: 2")
+    (folder / "setup_config.json").write_text('{"max_length": 7}', encoding="utf-8-sig")
+    text = (folder / "model-config.yaml").read_text()
+    (folder / "model-config.yaml").write_text(text, encoding="utf-8-sig")
+    assert (load(folder).max_length, load(folder).tensor_parallel) == (7, 2)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.bin", "a.pt"])

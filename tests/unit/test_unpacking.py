@@ -178,6 +178,36 @@ def sparse(path: Path) -> None:
         packed.addfile(info, io.BytesIO(b"{}"))
 
 
+def without_a_name(path: Path) -> None:
+    """The one letter of its name is said to be an extra field."""
+    zipped("x")(path)
+    content = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", 26), (b"PK\x01\x02", 28)):
+        struct.pack_into("<2H", content, content.index(signature) + offset, 0, 1)
+    path.write_bytes(content)
+
+
+def sparse_with_a_map(path: Path) -> None:
+    """The newer form, whose map stands before the content; it is read along with the header."""
+    info = tarfile.TarInfo("model.safetensors")
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
+    info.pax_headers |= {"GNU.sparse.name": info.name, "GNU.sparse.realsize": "1"}
+    tarred_members(info, content=b"1\n0\n1\n")(path)
+
+
+def chained(kind: bytes, content: bytes) -> Write:
+    """5,000 extended headers, each of which is about the next."""
+
+    def write(path: Path) -> None:
+        info = tarfile.TarInfo("x")
+        info.type, info.size = kind, len(content)
+        with gzip.open(path, "wb") as packed:
+            packed.write((info.tobuf() + content.ljust(512, b"\0")) * 5000)
+            packed.write(tarfile.TarInfo("config.json").tobuf() + bytes(1024))
+
+    return write
+
+
 HOSTILE: dict[str, tuple[Write, type[ConfigError], str]] = {
     "absolute path": (absolute(zipped), UnsafeModel, "not a file name a model can have"),
     "upwards": (zipped("ok.json", "../up.json"), UnsafeModel, "not a file name a model can have"),
@@ -185,9 +215,13 @@ HOSTILE: dict[str, tuple[Write, type[ConfigError], str]] = {
     "backslashes": (zipped("..\\up.json"), UnsafeModel, "not a file name"),
     "a name cut by a zero byte": (nul_in_name, UnsafeModel, "not a file name"),
     "control characters": (zipped("\x1b[2Jup.json"), UnsafeModel, "not a file name"),
-    "symlink": (zipped_as(stat.S_IFLNK), UnsafeModel, "is a link or a device"),
-    "device": (zipped_as(stat.S_IFCHR), UnsafeModel, "is a link or a device"),
-    "fifo": (zipped_as(stat.S_IFIFO), UnsafeModel, "is a link or a device"),
+    "many folders": (zipped("a/" * 1500 + "x"), UnsafeModel, "not a file name"),
+    "a long name": (zipped("a/" * 30_000 + "x"), UnsafeModel, "...' is not a file name"),
+    "no name": (without_a_name, UnsafeModel, "has a file without a name"),
+    "a folder's name": (zipped("."), UnsafeModel, "has a file without a name"),
+    "symlink": (zipped_as(stat.S_IFLNK), UnsafeModel, "is a link: zip without -y"),
+    "device": (zipped_as(stat.S_IFCHR), UnsafeModel, "is a device or a pipe"),
+    "fifo": (zipped_as(stat.S_IFIFO), UnsafeModel, "is a device or a pipe"),
     "equal but for case": (zipped("A.json", "a.json"), UnsafeModel, "has a.json twice, as A.json"),
     "equal but for accents": (zipped("\u00e9.json", "e\u0301.json"), UnsafeModel, "twice, as"),
     "folders equal but for case": (zipped("A/x.json", "a/y.json"), UnsafeModel, "has a twice"),
@@ -199,6 +233,9 @@ HOSTILE: dict[str, tuple[Write, type[ConfigError], str]] = {
     "cut off": (cut(zipped("a.json", content=os.urandom(999)), -30), IncompleteModel, "is cut off"),
     "tar: absolute path": (absolute(tarred), UnsafeModel, "not a file name"),
     "tar: upwards": (tarred("ok.json", "../up.json"), UnsafeModel, "not a file name"),
+    "tar: a long name": (tarred("a/" * 60_000 + "x"), UnsafeModel, "...' is not a file name"),
+    "tar: headers about headers": (chained(tarfile.XGLTYPE, b"9 a=bcde\n"), IncompleteModel, "rec"),
+    "tar: names of names": (chained(tarfile.GNUTYPE_LONGNAME, b"a"), IncompleteModel, "recursion"),
     "tar: symlink": (tarred_as(tarfile.SYMTYPE), UnsafeModel, "is a link or a device"),
     "tar: hardlink": (tarred_as(tarfile.LNKTYPE), UnsafeModel, "is a link or a device"),
     "tar: device": (tarred_as(tarfile.CHRTYPE), UnsafeModel, "is a link or a device"),
@@ -208,6 +245,7 @@ HOSTILE: dict[str, tuple[Write, type[ConfigError], str]] = {
     "tar: bomb": (tar_bomb, UnsafeModel, "unpacks to more than 67,108,864 bytes"),
     "tar: bomb in a header": (tar_with_a_huge_header, UnsafeModel, "has a header of 16,777,216"),
     "tar: bomb in the padding": (tar_with_endless_padding, UnsafeModel, "unpacks to more than"),
+    "tar: sparse, newer": (sparse_with_a_map, IncompleteModel, "a sparse file, which no model has"),
     "tar: sparse": (sparse, UnsafeModel, "is a link or a device, not a plain file"),
     "tar: cut off": (
         cut(tarred("a.json", content=os.urandom(9999)), -5000), IncompleteModel, "is cut off"
@@ -228,7 +266,8 @@ def test_refused(kind: str, tmp_path: Path) -> None:
         unpack(tmp_path / "in" / "x.mar", tmp_path / "in" / "target", name="x.mar")
     assert type(caught.value) is error
     assert said in str(caught.value)
-    assert str(caught.value).startswith(("x.mar", "'"))
+    assert str(caught.value).startswith("x.mar")
+    assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"in"}
     assert {path.name for path in (tmp_path / "in").iterdir()} == {"x.mar", "up.json", "target"}
