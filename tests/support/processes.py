@@ -10,11 +10,7 @@ import psutil
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
     """All living processes below `pid` (this process by default), zombies aside."""
-    return [
-        p
-        for p in psutil.Process(pid).children(recursive=True)
-        if p.status() != psutil.STATUS_ZOMBIE
-    ]
+    return alive(psutil.Process(pid).children(recursive=True))
 
 
 def ranks_below(pid: int) -> list[psutil.Process]:
@@ -25,7 +21,14 @@ def ranks_below(pid: int) -> list[psutil.Process]:
 def own_ranks() -> list[psutil.Process]:
     """The rank worker processes of this process's own rank groups, not of servers it started."""
     launchers = psutil.Process().children()
-    return [p for launcher in launchers for p in launcher.children() if _is_rank(p)]
+    return [p for launcher in launchers for p in _children(launcher) if _is_rank(p)]
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children())
+    except psutil.NoSuchProcess:  # it ended meanwhile
+        return []
 
 
 def _is_rank(process: psutil.Process) -> bool:
@@ -41,7 +44,14 @@ def _cmdline(process: psutil.Process) -> list[str]:
 
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     """Those that still run."""
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in processes if _lives(p)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it ended meanwhile
+        return False
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:
