@@ -124,6 +124,9 @@ def read_setup(
         raw["engine"] = engine
         if engine == "accelerate" and raw.pop("tensor_parallel", 1) != 1:
             warnings.append("tensor_parallel is ignored: engine accelerate splits no layers")
+        for other in ("deepspeed", "mii"):
+            if other != engine and raw.pop(other, None) is not None:
+                warnings.append(f"{other} is ignored: it is for engine {other}, not {engine}")
     own, more = parse_setup_config(raw)
     warnings += more
     if own["engine"] == "mii":

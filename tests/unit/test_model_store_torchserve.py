@@ -108,7 +108,7 @@ def test_a_model_config_as_setup_config(
 def test_another_engine_drops_what_is_deepspeeds(folder: Path, store: Path) -> None:
     edit(folder, "torchrun:\n    nproc-per-node: 2\n", "")
     notes = run(folder, overrides={"engine": "accelerate"}).notes
-    assert "setup_config.json: unknown key deepspeed is ignored" in notes
+    assert "deepspeed is ignored: it is for engine deepspeed, not accelerate" in notes
     assert load_setup_config(stored(), name="served")[0].engine == "accelerate"
 
 
