@@ -44,9 +44,11 @@ class Mended:
     buffer: Any
     max_length: int
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        model_config: Any = self.__dict__["model_config"]
+    def __init__(self, *, model_config: Any, **kwargs: Any) -> None:
+        if model_config.tensor_parallel == 1:
+            # It tells no other rank anything: any free port will do, not one for all pipelines.
+            model_config = model_config.model_copy(update={"zmq_port_number": 0})
+        super().__init__(model_config=model_config, **kwargs)  # type: ignore[call-arg]
         # Tokens without an entry in the tokenizer are chosen as `generate` chooses them.
         self.vocab_size = EVERY_TOKEN
         self._eos_ids = _end_tokens(model_config.model_name_or_path, self.tokenizer)

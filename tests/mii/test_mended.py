@@ -53,6 +53,14 @@ def texts(folder: Path, prompts: list[str], count: int) -> list[str]:
 
 
 @OURS_AND_STOCK
+def test_pipelines_of_one_rank_need_no_port_each(stock: bool, model: Path) -> None:
+    with zmq.Context() as context, context.socket(zmq.PUB) as another:
+        another.bind(f"tcp://127.0.0.1:{(port := free_port())}")
+        with served(model, stock=stock, zmq_port=port) as client:
+            assert client.ask("hello", max_new_tokens=2, **GREEDY)[0].response
+
+
+@OURS_AND_STOCK
 def test_requests_of_all_kinds_run_together(stock: bool, model: Path) -> None:
     kinds: list[dict[str, Any]] = [
         GREEDY,

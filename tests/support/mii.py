@@ -28,7 +28,9 @@ assert runners.mii_backend
 TIMEOUT = 30.0
 
 
-def model_config(folder: Path, *, kv_blocks: int = 8, step: int = 768) -> Any:
+def model_config(
+    folder: Path, *, kv_blocks: int = 8, step: int = 768, zmq_port: int | None = None
+) -> Any:
     """MII's config of a model with so many KV blocks of 128 tokens and tokens in a step."""
     manager = {
         "max_ragged_batch_size": step,
@@ -38,7 +40,7 @@ def model_config(folder: Path, *, kv_blocks: int = 8, step: int = 768) -> Any:
     return ModelConfig(
         model_name_or_path=str(folder),
         tensor_parallel=1,
-        zmq_port_number=free_port(),
+        zmq_port_number=zmq_port or free_port(),
         inference_engine_config={"state_manager": manager},
     )
 
