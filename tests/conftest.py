@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.server import Server
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that each compute with a thread for every core take them from one another.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
