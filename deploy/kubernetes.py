@@ -48,7 +48,7 @@ def _service(plan: Plan) -> Manifest:
         "selector": labels(plan),
         "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
     }
-    if any(model.field == "image_model" for model in plan.models) and plan.max_replicas > 1:
+    if plan.spreads_tasks:
         # Whoever submitted a task asks for it where it is.
         spec["sessionAffinity"] = "ClientIP"
     return manifest(plan, "Service", "v1", spec)

@@ -106,6 +106,11 @@ class Plan:
         return self.options.max_replicas or self.options.replicas
 
     @property
+    def spreads_tasks(self) -> bool:
+        """Whether there may be several replicas that paint, each knowing its own tasks alone."""
+        return self.max_replicas > 1 and any(m.field == "image_model" for m in self.models)
+
+    @property
     def gpus(self) -> int:
         """Of the machine that serves."""
         return sum(model.config.gpus_asked for model in self.models)

@@ -39,7 +39,7 @@ def serve_config(plan: Plan) -> dict[str, Any]:
     variables = plan.environment() | {variable(m.field): m.choice for m in plan.models}
     if (threads := plan.num_threads) is not None:
         variables[f"{PREFIX}NUM_THREADS"] = str(threads)
-    if plan.max_replicas > 1 and any(m.field == "image_model" for m in plan.models):
+    if plan.spreads_tasks:
         # Ray asks any replica for a task's result, and rather not the one that is busy with it.
         results = f"/tmp/triptych-{plan.options.name}/tasks.db"  # noqa: S108 its folder is private
         variables[TASK_RESULTS] = results
