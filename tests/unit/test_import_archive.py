@@ -28,17 +28,11 @@ from tests.support.archives import (
 from tests.support.image_models import write_image_model
 from tests.support.importing import cli, refused, stored
 from tests.support.model_store import copy, edit_json, pickled, store_at, write_pipeline
-from tests.support.models import write_model
 from tests.support.processes import wait_until
 from tests.support.server import ROOT, environment
 from tests.support.torchserve import DS_CONFIG
 
 NO_ARCHIVE = ("--archive-format", "no-archive")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,8 @@ import pytest
 from tests.support.archives import accelerate_archive, zip_of
 from tests.support.importing import cli, refused, stored
 from tests.support.model_store import copy, edit_json, store_at
-from tests.support.models import write_model
 
 NO_ARCHIVE = ("--archive-format", "no-archive")
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 
 from model_store_scripts.importing import ImportRequest, import_model
 from runners.errors import ConfigError, IncompleteModel, UnsafeModel
-from tests.support.model_store import copy, edit_json, is_empty, pickled, store_at, write_pipeline
+from tests.support.model_store import copy, edit_json, is_empty, pickled, write_pipeline
 from tests.support.models import write_model
 
 
@@ -32,12 +31,6 @@ def folder(gpt2: Path, tmp_path: Path) -> Path:
     target = copy(gpt2, tmp_path / "model")
     (target / "model.safetensors").unlink()
     return target
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Path]:
-    with store_at(tmp_path / "home") as models:
-        yield models
 
 
 def converted(folder: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import bentoml
@@ -14,14 +13,7 @@ import transformers as tf
 
 from model_store_scripts import make_demo_models
 from model_store_scripts.make_demo_models import Demo, make
-from tests.support.model_store import store_at
 from tests.support.models import write_model
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Path]:
-    with store_at(tmp_path / "home") as models:
-        yield models
 
 
 def test_made_once_and_again_when_the_recipe_changes(

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,7 @@ from model_store_scripts import copying, import_model
 from model_store_scripts.importing import ImportRequest
 from model_store_scripts.importing import import_model as run_import
 from runners.errors import ConfigError
-from tests.support.model_store import copy, is_empty, store_at
-from tests.support.models import write_model
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Path]:
-    with store_at(tmp_path / "home") as models:
-        yield models
+from tests.support.model_store import copy, is_empty
 
 
 def cli(*argv: str | Path) -> int:

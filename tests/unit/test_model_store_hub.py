@@ -13,12 +13,6 @@ import pytest
 
 from tests.support.hub import MAIN, Hub, Repository
 from tests.support.model_store import copy, edit_json, pickled, write_pipeline
-from tests.support.models import write_model
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture

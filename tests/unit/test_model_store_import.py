@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import bentoml
@@ -15,19 +14,7 @@ from model_store_scripts.importing import ImportRequest
 from model_store_scripts.importing import import_model as run_import
 from model_store_scripts.list_models import main as list_models
 from runners.config_files import load_setup_config
-from tests.support.model_store import copy, edit_json, store_at, write_pipeline
-from tests.support.models import write_model
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Path]:
-    with store_at(tmp_path / "home") as models:
-        yield models
+from tests.support.model_store import copy, edit_json, write_pipeline
 
 
 def cli(*argv: str | Path) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,17 +19,10 @@ from tests.support.model_store import (
     copy,
     edit_json,
     pickled,
-    store_at,
     write_pipeline,
 )
-from tests.support.models import write_model
 
 Spoil = Callable[[Path], object]
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +32,6 @@ def sharded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="300KB")
     return folder
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Path]:
-    with store_at(tmp_path / "home") as models:
-        yield models
 
 
 def refused(folder: Path, store: Path, spoil: Spoil, kind: type[ConfigError], said: str) -> None:

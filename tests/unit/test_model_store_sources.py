@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,19 +9,7 @@ import pytest
 from model_store_scripts import sources
 from model_store_scripts.importing import ImportRequest, import_model
 from runners.errors import ConfigError, ModelNotFound, UnsafeModel
-from tests.support.model_store import copy, is_empty, store_at
-from tests.support.models import write_model
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Path]:
-    with store_at(tmp_path / "home") as models:
-        yield models
+from tests.support.model_store import copy, is_empty
 
 
 def test_a_setup_config_that_links_out(llama: Path, store: Path, tmp_path: Path) -> None:

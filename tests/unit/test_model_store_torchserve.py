@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import bentoml
@@ -13,26 +12,14 @@ import pytest
 from model_store_scripts.importing import ImportedModel, ImportRequest, import_model
 from runners.config_files import load_setup_config
 from runners.errors import ConfigError, UnsafeModel
-from tests.support.model_store import copy, edit_json, is_empty, pickled, store_at
-from tests.support.models import write_model
+from tests.support.model_store import copy, edit_json, is_empty, pickled
 from tests.support.torchserve import DS_CONFIG, edit, published
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
 @pytest.fixture
 def folder(llama: Path, tmp_path: Path) -> Path:
     copy(llama, tmp_path / "opt-30b" / "checkpoints")
     return published(tmp_path / "opt-30b")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Path]:
-    with store_at(tmp_path / "home") as models:
-        yield models
 
 
 def run(source: Path, **options: object) -> ImportedModel:

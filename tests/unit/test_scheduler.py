@@ -8,16 +8,11 @@ from pathlib import Path
 import pytest
 
 from runners.contracts import SamplingParams
-from tests.support.models import greedy, write_model
+from tests.support.models import greedy
 from tests.support.scheduling import COUNT, Run, generation, load
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
 BLOCK = 32
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
 def test_one_failing_sampler_ends_its_own_sequence_only(llama: Path) -> None:
