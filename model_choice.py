@@ -14,12 +14,12 @@ import bentoml
 from bentoml.exceptions import BentoMLException
 
 from runners import create_image_runner, create_runner, create_task_runner
-from runners.config import BaseRunnerConfig
-from runners.config_files import load_setup_config
-from runners.contracts import TextRunner
+from runners.config.files import load_setup_config
+from runners.config.model import BaseRunnerConfig
+from runners.contracts.errors import ConfigError, ModelNotFound
 from runners.contracts.images import ImageRunner
 from runners.contracts.tasks import IMAGE_TASK, TEXT_TASKS, TaskRunner
-from runners.errors import ConfigError, ModelNotFound
+from runners.contracts.text import TextRunner
 from settings import PREFIX, Settings, variable
 
 if TYPE_CHECKING:

@@ -17,16 +17,22 @@ import bentoml
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from api.admission import Admission
-from api.context import current_request
-from api.generation import TextModel
-from api.metrics import RunnerMetrics, remove_files
-from api.middleware import (
+from api.app import create_app, serve_models
+from api.http.admission import Admission
+from api.http.async_tasks import TaskGateMiddleware
+from api.http.context import current_request
+from api.http.metrics import RunnerMetrics, remove_files
+from api.http.middleware import (
     ApiKeyMiddleware,
     BodyMiddleware,
     RequestContextMiddleware,
     UnknownRouteMiddleware,
 )
+from api.http.task_results import choose_file, make_folder
+from api.models.images import ImageModel
+from api.models.served import Served
+from api.models.tasks import TaskModel
+from api.models.text import TextModel
 from api.native import images, routes
 from api.native.images import GenerateImageRequest, GenerateImageResponse
 from api.native.schemas import (
@@ -38,15 +44,9 @@ from api.native.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from api.openai.app import create_app, serve_models
-from api.painting import ImageModel
-from api.served import Served
-from api.task_gate import TaskGateMiddleware
-from api.task_results import choose_file, make_folder
-from api.tasks.model import TaskModel
 from model_choice import chosen_configs, chosen_runners, frozen_tag, is_folder
-from runners.contracts import Runner, RunnerHealth, RunnerState
-from runners.errors import ConfigError, ModelNotFound
+from runners.contracts.errors import ConfigError, ModelNotFound
+from runners.contracts.runner import Runner, RunnerHealth, RunnerState
 from settings import Settings, get_settings, unknown_variables
 
 logger = logging.getLogger("triptych")

@@ -13,8 +13,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from runners.config import Engine, describe_fields, explain
-from runners.errors import ConfigError
+from runners.config.model import Engine, describe_fields, explain
+from runners.contracts.errors import ConfigError
 
 PREFIX = "TRIPTYCH_"
 TIMER_SLACK_S = 30.0
@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     nnodes: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Over how many machines its ranks are spread; overrides the model's own."""
     node_rank: Annotated[int, Field(ge=0)] | None = None
-    """Which of them this is; 0 serves, the others run `python -m runners.ranks.join`."""
+    """Which of them this is; 0 serves, the others run `python -m cli.join`."""
     rdzv_endpoint: str | None = None
     """`host:port` of machine 0 where they meet; overrides the model's own."""
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256

@@ -48,8 +48,8 @@ def reference(folder: Path, prompts: Sequence[str]) -> list[list[int]]:
 async def serve(folder: Path, mode: str, bandwidth: float) -> None:
     """One of our modes: correctness, then speed."""
     from runners import create_runner
-    from runners.config import validate
-    from runners.contracts import GenerationRequest, SamplingParams
+    from runners.config.model import validate
+    from runners.contracts.text import GenerationRequest, SamplingParams
 
     config = validate(
         {
@@ -108,9 +108,9 @@ def stock(folder: Path) -> None:
     """`mii.pipeline`, with MII's own scheduler."""
     import mii
 
-    import runners.mii_backend
+    import runners.engines.mii.patches
 
-    assert runners.mii_backend  # noqa: S101 - importing it mends MII
+    assert runners.engines.mii.patches  # noqa: S101 - importing it mends MII
     pipeline = mii.pipeline(str(folder))
     for clients in CONCURRENCIES:
         warm_up, measured = batches(clients, 1)

@@ -101,7 +101,7 @@ def model_folder() -> Path:
     """The demo image model, written the first time."""
 
     def write(folder: Path) -> None:
-        from model_store_scripts.demo_image.build import write_demo_image_model
+        from demo_models.image.build import write_demo_image_model
 
         write_demo_image_model(folder)
 

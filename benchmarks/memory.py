@@ -81,6 +81,6 @@ def _requests(all_words: list[str], count: int) -> list[workload.Request]:
 def _rank(tree: ProcessTree) -> psutil.Process:
     """The process that holds the model."""
     for process in tree.members():
-        if "runners.ranks.worker" in process.cmdline():
+        if "runners.rank.worker" in process.cmdline():
             return process
     raise Unavailable("no rank process was found")

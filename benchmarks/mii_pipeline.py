@@ -69,7 +69,7 @@ def _stock(clients: int, threads: int, work_dir: Path) -> Callable[[list[workloa
     import mii.api
     from mii.config import ModelConfig
 
-    import runners.mii_backend.patches as patched
+    import runners.engines.mii.patches.apply as patched
 
     memory = {"mode": "allocate", "size": BLOCKS_PER_REQUEST * clients}
     config = ModelConfig(

@@ -61,14 +61,14 @@ async def _over_http(server: Triptych, threads: int, clients: int, extra: int) -
 
 
 class InProcess:
-    """The program of a rank, driven by its messages as `runners.ranks.worker` does."""
+    """The program of a rank, driven by its messages as `runners.rank.worker` does."""
 
     def __init__(
         self, clients: int, threads: int, work_dir: Path, *, engine: str = "accelerate"
     ) -> None:
         from runners import TEXT_PROGRAMS
-        from runners.config import validate
-        from runners.ranks.worker import RankContext
+        from runners.config.model import validate
+        from runners.rank.program import RankContext
 
         config = validate(
             {
@@ -111,8 +111,8 @@ class InProcess:
         return list(self._records.values()), self._drained[0]
 
     def _submit(self) -> None:
-        from runners.contracts import GenerationRequest, SamplingParams
-        from runners.ranks.messages import Submit
+        from runners.contracts.text import GenerationRequest, SamplingParams
+        from runners.protocol.messages import Submit
 
         if not self._left:
             start, began = self._began
@@ -134,7 +134,7 @@ class InProcess:
         )
 
     def _take(self, message: Any) -> None:
-        from runners.ranks.messages import Accepted, Deltas, Failed
+        from runners.protocol.messages import Accepted, Deltas, Failed
 
         now = time.monotonic()
         match message:

@@ -22,11 +22,11 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from model_store_scripts.demo_text import corpus
-    from model_store_scripts.demo_text.build import WEIGHTS
-    from model_store_scripts.demo_text.examples import chat_example
-    from runners.ragged.cpu import load_kernels
-    from runners.ragged.cpu.linear import pack_linears
+    from demo_models.text import corpus
+    from demo_models.text.build import WEIGHTS
+    from demo_models.text.examples import chat_example
+    from runners.text.cpu import load_kernels
+    from runners.text.cpu.linear import pack_linears
 
     torch.set_num_threads(arguments()["threads"])
     kernels = load_kernels()

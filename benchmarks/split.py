@@ -87,8 +87,8 @@ def control(repeats: int = REPEATS) -> dict[str, float]:
 def _rank(rank: int, folder: str, repeats: int, results: Any) -> None:
     import torch.distributed as dist
 
-    from runners.ragged.lockstep import Ranks
-    from runners.ragged.step import StepPlan
+    from runners.text.lockstep import Ranks
+    from runners.text.paging.step import StepPlan
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     ranks = Ranks()

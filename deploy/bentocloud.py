@@ -7,7 +7,7 @@ from typing import Any
 import bentoml
 
 from deploy.plan import Plan
-from runners.errors import ConfigError
+from runners.contracts.errors import ConfigError
 from settings import variable
 
 SERVICE = "triptych"

@@ -1,7 +1,7 @@
 """Kubernetes: a Deployment that scales by what waits, or, over several machines, StatefulSets.
 
 A replica on several machines is one pod on each: the first serves, the others hold their ranks
-(`runners.ranks.join`), and each knows by its index which of them it is.
+(`cli.join`), and each knows by its index which of them it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deploy.plan import (
     rendezvous,
 )
 from deploy.scaling import autoscaler
-from runners.errors import ConfigError
+from runners.contracts.errors import ConfigError
 from settings import PREFIX, variable
 
 GPU = "nvidia.com/gpu"
@@ -168,7 +168,7 @@ def _joining(plan: Plan, meeting: dict[str, str]) -> Manifest:
     index = {"name": f"{PREFIX}NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
     return _container(plan, model.config.gpus_asked) | {
         # The server's last requests need them.
-        "args": ["python", "-m", "runners.ranks.join", "--drain", str(PRE_STOP_S + plan.drain_s)],
+        "args": ["python", "-m", "cli.join", "--drain", str(PRE_STOP_S + plan.drain_s)],
         "workingDir": f"{BENTO_PATH}/src",
         "env": [*_env(env), index],
     }

@@ -12,9 +12,9 @@ from bentoml.exceptions import BentoMLException
 
 from model_choice import chosen_configs, frozen_tag
 from model_store_scripts.safetensors_header import read_header
-from runners.config import BaseRunnerConfig, MIIConfig
+from runners.config.model import BaseRunnerConfig, MIIConfig
+from runners.contracts.errors import ConfigError
 from runners.contracts.tasks import IMAGE_TASK
-from runners.errors import ConfigError
 from settings import PREFIX, Settings, variable
 
 if TYPE_CHECKING:

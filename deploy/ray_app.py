@@ -31,11 +31,11 @@ def service_app() -> ASGIApp:
 
     Raises: RuntimeError with the sentence for the operator if there is nothing to serve.
     """
-    # Without it /metrics fails. BentoML sets it in its workers; `api.metrics` then makes a folder.
+    # Without it /metrics fails. BentoML sets it in its workers; `api.http.metrics` makes a folder.
     os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.gettempdir())
     shared = TASK_RESULTS in os.environ
     # In the replica only: metrics find their folder, a service its settings, as it is imported.
-    from api.metrics import remove_files
+    from api.http.metrics import remove_files
 
     try:
         import service

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deploy.plan import DRAIN_MARGIN_S, Plan
-from runners.errors import ConfigError
+from runners.contracts.errors import ConfigError
 from settings import PREFIX, variable
 
 APP, DEPLOYMENT = "deploy.ray_app:app", "Triptych"

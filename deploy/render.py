@@ -20,7 +20,7 @@ from deploy.compose import compose_file, run_command
 from deploy.kubernetes import manifests
 from deploy.plan import Options, Plan, make_plan
 from deploy.ray_serve import serve_config
-from runners.errors import ConfigError
+from runners.contracts.errors import ConfigError
 from settings import Settings, get_settings, variable
 
 PROMETHEUS = "http://prometheus-operated.monitoring.svc:9090"

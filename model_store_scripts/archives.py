@@ -20,11 +20,11 @@ from pydantic.alias_generators import to_camel
 from model_store_scripts.safety import is_code, refuse_unsafe_path
 from model_store_scripts.sources import refuse_leaving
 from model_store_scripts.unpacking import is_archive, unpack
-from runners.config import SETUP_CONFIG, explain
-from runners.config_files import MODEL_FOLDER, MODEL_HEADS, setup_files
-from runners.config_reading import read_json
-from runners.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
-from runners.torchserve_config import MODEL_CONFIG
+from runners.config.files import MODEL_FOLDER, MODEL_HEADS, setup_files
+from runners.config.model import SETUP_CONFIG, explain
+from runners.config.reading import read_json
+from runners.config.torchserve import MODEL_CONFIG
+from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
 
 MAR_INF = "MAR-INF"
 MANIFEST = f"{MAR_INF}/MANIFEST.json"

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any, TextIO, get_args
 
 from model_store_scripts.importing import ImportedModel, check_name
-from runners.config import DEVICE_STRATEGIES, Dtype, Engine, Task
-from runners.errors import ConfigError
+from runners.config.model import DEVICE_STRATEGIES, Dtype, Engine, Task
+from runners.contracts.errors import ConfigError
 
 # Options that are fields of setup_config.json, under the same names.
 FIELDS = (

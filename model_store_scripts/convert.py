@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from model_store_scripts.layout import Pickles
 from model_store_scripts.progress import progress_bar
-from runners.errors import ConfigError, UnsafeModel, told_as
+from runners.contracts.errors import ConfigError, UnsafeModel, told_as
 
 # Under what name training frameworks keep the weights in a checkpoint that holds more.
 WRAPPERS = ("state_dict", "model_state_dict", "module", "model")

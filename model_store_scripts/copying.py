@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model_store_scripts.progress import progress_bar
-from runners.errors import ConfigError, IncompleteModel
+from runners.contracts.errors import ConfigError, IncompleteModel
 
 CHUNK = 4 * 1024 * 1024
 

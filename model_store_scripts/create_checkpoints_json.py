@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from model_store_scripts.layout import NO_WEIGHTS
-from runners.errors import ConfigError, IncompleteModel, ModelNotFound
+from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound
 
 EPILOG = """\
 The index lists the .safetensors, .bin or .pt files in FOLDER and the folders below it, by their

@@ -26,8 +26,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import logging as hub_logging
 
 from model_store_scripts.progress import ProgressBar
-from runners.config_files import MODEL_HEADS
-from runners.errors import ConfigError, IncompleteModel, ModelNotFound
+from runners.config.files import MODEL_HEADS
+from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

@@ -21,7 +21,7 @@ from model_store_scripts.archives import Archive, open_archive
 from model_store_scripts.command import add_fields, name, overrides, report, say
 from model_store_scripts.importing import ImportedModel, ImportRequest, check_name, import_model
 from model_store_scripts.layout import PICKLES
-from runners.errors import ConfigError, IncompleteModel
+from runners.contracts.errors import ConfigError, IncompleteModel
 
 EPILOG = """\
 setup_config.json, or model-config.yaml with its ds-config.json, say how the model is run, as they

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from model_store_scripts import layout
 from model_store_scripts.copying import copy_files, total_bytes
-from model_store_scripts.given import Given, read_given
 from model_store_scripts.safetensors_header import summarise
 from model_store_scripts.safety import refuse_unsafe_configs, refuse_unsafe_names
+from model_store_scripts.setup_files import Given, read_given
 from model_store_scripts.sources import FolderSource, Source
-from runners.config import validate
-from runners.config_files import MODEL_FOLDER, MODEL_HEADS, task_of
-from runners.config_reading import read_json
-from runners.errors import ConfigError, ModelNotFound
-from runners.torchserve_config import MODEL_CONFIG
+from runners.config.files import MODEL_FOLDER, MODEL_HEADS, task_of
+from runners.config.model import validate
+from runners.config.reading import read_json
+from runners.config.torchserve import MODEL_CONFIG
+from runners.contracts.errors import ConfigError, ModelNotFound
 
 if TYPE_CHECKING:
     from model_store_scripts.store import StoredModel

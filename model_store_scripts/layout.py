@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from model_store_scripts.safetensors_header import Header, read_header
-from runners.config import SETUP_CONFIG
-from runners.config_files import task_of
-from runners.config_reading import read_json
-from runners.errors import ConfigError, IncompleteModel, UnsafeModel
+from runners.config.files import task_of
+from runners.config.model import SETUP_CONFIG
+from runners.config.reading import read_json
+from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
 
 CARRIED = (
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"),

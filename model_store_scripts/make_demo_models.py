@@ -36,13 +36,13 @@ class Demo:
 
 def _write_text(target: Path) -> object:
     # Imports torch, which a second run has no use for.
-    from model_store_scripts.demo_text.build import write_demo_text_model
+    from demo_models.text.build import write_demo_text_model
 
     return write_demo_text_model(target)
 
 
 def _write_image(target: Path) -> object:
-    from model_store_scripts.demo_image.build import write_demo_image_model
+    from demo_models.image.build import write_demo_image_model
 
     return write_demo_image_model(target)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners.errors import IncompleteModel, told_as
+from runners.contracts.errors import IncompleteModel, told_as
 
 # The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000

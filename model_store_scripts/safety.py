@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runners.config_reading import read_json
-from runners.errors import UnsafeModel
+from runners.config.reading import read_json
+from runners.contracts.errors import UnsafeModel
 
 CODE = frozenset({".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib"})
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_pipeline")

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from runners.errors import ConfigError, IncompleteModel, UnsafeModel
+from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
 
 MAX_FILES = 10_000
 

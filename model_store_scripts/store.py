@@ -23,8 +23,8 @@ from bentoml._internal.models import ModelStore
 from bentoml._internal.tag import Tag
 from bentoml.exceptions import BentoMLException
 
-from runners.config import SETUP_CONFIG
-from runners.errors import ConfigError
+from runners.config.model import SETUP_CONFIG
+from runners.contracts.errors import ConfigError
 
 # BentoML reports each saved model's size to its makers unless told not to; "True", not "1".
 os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")

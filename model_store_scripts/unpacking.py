@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from model_store_scripts.safety import refuse_unsafe_path
-from runners.errors import ConfigError, IncompleteModel, UnsafeModel, told_as
+from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel, told_as
 
 MAX_MEMBERS = 10_000
 """As many as a model folder may have files."""

@@ -10,28 +10,28 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from runners.contracts.errors import ConfigError, EngineUnavailable
 from runners.contracts.tasks import IMAGE_TASK, PIPELINE_TASKS, TEXT_TASKS
-from runners.errors import ConfigError, EngineUnavailable
 
 if TYPE_CHECKING:
-    from runners.config import BaseRunnerConfig
-    from runners.contracts import TextRunner
+    from runners.config.model import BaseRunnerConfig
     from runners.contracts.images import ImageRunner
     from runners.contracts.tasks import TaskRunner
+    from runners.contracts.text import TextRunner
 
 # Where each engine's rank program lives; a rank imports it, the HTTP worker never does.
 TEXT_PROGRAMS = {
-    "accelerate": "runners.accelerate_runner:load_program",
-    "deepspeed": "runners.deepspeed_runner:load_program",
-    "mii": "runners.mii_runner:load_program",
+    "accelerate": "runners.engines.accelerate:load_program",
+    "deepspeed": "runners.engines.deepspeed.load:load_program",
+    "mii": "runners.engines.mii.load:load_program",
 }
 IMAGE_PROGRAMS = {
-    "accelerate": "runners.image_programs:load_program",
-    "deepspeed": "runners.image_programs:load_deepspeed_program",
-    "mii": "runners.image_programs:load_program",
+    "accelerate": "runners.engines.images:load_program",
+    "deepspeed": "runners.engines.images:load_deepspeed_program",
+    "mii": "runners.engines.images:load_program",
 }
 # MII serves text generation alone; its legacy tasks run on the Accelerate engine.
-TASK_PROGRAMS = dict.fromkeys(("accelerate", "mii"), "runners.task_programs:load_program")
+TASK_PROGRAMS = dict.fromkeys(("accelerate", "mii"), "runners.engines.tasks:load_program")
 PROGRAMS = {
     **dict.fromkeys(TEXT_TASKS, TEXT_PROGRAMS),
     IMAGE_TASK: IMAGE_PROGRAMS,
@@ -45,7 +45,7 @@ def create_runner(config: BaseRunnerConfig) -> TextRunner:
     Raises: EngineUnavailable if the engine does not have the task, ConfigError if the config is
     that of another task or node.
     """
-    from runners.text_runner import RankedTextRunner
+    from runners.host.text_client import RankedTextRunner
 
     return RankedTextRunner(config, program=_program_here(config, TEXT_TASKS))
 
@@ -55,7 +55,7 @@ def create_image_runner(config: BaseRunnerConfig) -> ImageRunner:
 
     Raises: as `create_runner`.
     """
-    from runners.image_runner import RankedImageRunner
+    from runners.host.image_client import RankedImageRunner
 
     return RankedImageRunner(config, program=_program_here(config, (IMAGE_TASK,)))
 
@@ -65,7 +65,7 @@ def create_task_runner(config: BaseRunnerConfig) -> TaskRunner:
 
     Raises: as `create_runner`.
     """
-    from runners.task_runner import RankedTaskRunner, on_accelerate
+    from runners.host.task_client import RankedTaskRunner, on_accelerate
 
     program = _program_here(config, PIPELINE_TASKS)
     return RankedTaskRunner(on_accelerate(config), program=program)
@@ -79,7 +79,7 @@ def _program_here(config: BaseRunnerConfig, tasks: Collection[str]) -> str:
         raise ConfigError("rdzv_endpoint is needed for several nodes: host:port of node 0")
     if config.first_rank:
         raise ConfigError(
-            "node_rank must be 0 where the service runs; here, run: python -m runners.ranks.join"
+            "node_rank must be 0 where the service runs; here, run: python -m cli.join"
         )
     return program
 

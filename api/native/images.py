@@ -9,13 +9,13 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api.context import current_request
-from api.image_schemas import ImageCount, PaintingFields, Side
+from api.http.context import current_request
+from api.http.image_files import Format, as_base64, as_file, media_type
+from api.http.image_schemas import ImageCount, PaintingFields, Side
+from api.models.images import ImageModel, Painted
+from api.models.served import Served
 from api.native.schemas import NativeAnswer, NativeBody
-from api.painting import ImageModel, Painted
-from api.pictures import Format, as_base64, as_file, media_type
-from api.served import Served
-from runners.errors import InvalidRequest
+from runners.contracts.errors import InvalidRequest
 
 
 class GenerateImageRequest(NativeBody, PaintingFields):

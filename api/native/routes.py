@@ -13,10 +13,12 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api import sse
-from api.context import current_request
-from api.errors import as_response, error_body, error_headers, kind_of
-from api.generation import Generation, Output, TextModel
+from api.http import sse
+from api.http.context import current_request
+from api.http.errors import as_response, error_body, error_headers, kind_of
+from api.http.schemas import chat_prompt
+from api.models.served import Served
+from api.models.text import Generation, Output, TextModel
 from api.native.schemas import (
     Alternative,
     DetokenizeRequest,
@@ -32,10 +34,8 @@ from api.native.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from api.schemas import chat_prompt
-from api.served import Served
-from runners.contracts import FinishReason, TextDelta, TokenLogprob
-from runners.errors import InvalidRequest
+from runners.contracts.errors import InvalidRequest
+from runners.contracts.text import FinishReason, TextDelta, TokenLogprob
 
 S = TypeVar("S")
 B = TypeVar("B", bound=NativeBody)

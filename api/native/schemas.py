@@ -7,8 +7,7 @@ from typing import Annotated, Any, Self
 import bentoml
 from pydantic import BaseModel, Field, PrivateAttr
 
-from api.generation import MAX_SEQUENCES
-from api.schemas import (
+from api.http.schemas import (
     LogprobCount,
     Message,
     Messages,
@@ -17,8 +16,9 @@ from api.schemas import (
     TokenIds,
     WireModel,
 )
-from runners.contracts import FinishReason, SamplingParams
-from runners.errors import InvalidRequest
+from api.models.text import MAX_SEQUENCES
+from runners.contracts.errors import InvalidRequest
+from runners.contracts.text import FinishReason, SamplingParams
 
 Text = Annotated[str, Field(max_length=16_000_000)]
 

@@ -12,12 +12,12 @@ from uuid import uuid4
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from api import sse
-from api.generation import Generation, Output, TextModel
+from api.http import sse
+from api.models.text import Generation, Output, TextModel
 from api.openai.requests import OpenAIRequest
 from api.openai.responses import Usage
-from runners.contracts import Prompt, SamplingParams, TextDelta
-from runners.errors import RequestError
+from runners.contracts.errors import RequestError
+from runners.contracts.text import Prompt, SamplingParams, TextDelta
 
 
 class Head(NamedTuple):

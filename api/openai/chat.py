@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from api.generation import Output, TextModel
+from api.http.schemas import chat_prompt
+from api.models.text import Output, TextModel
 from api.openai.answers import Head, respond
 from api.openai.requests import ChatRequest
 from api.openai.responses import (
@@ -19,8 +20,7 @@ from api.openai.responses import (
     TopLogprob,
     Usage,
 )
-from api.schemas import chat_prompt
-from runners.contracts import TextDelta, TokenLogprob
+from runners.contracts.text import TextDelta, TokenLogprob
 
 
 async def create_chat_completion(model: TextModel, body: ChatRequest) -> Response:

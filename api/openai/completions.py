@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from starlette.responses import Response
 
-from api.generation import Output, TextModel
+from api.models.text import Output, TextModel
 from api.openai.answers import Head, in_terms_of, respond
 from api.openai.requests import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from api.openai.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
-from runners.contracts import FinishReason, TextDelta, TokenLogprob
+from runners.contracts.text import FinishReason, TextDelta, TokenLogprob
 
 
 async def create_completion(model: TextModel, body: CompletionRequest) -> Response:

@@ -10,13 +10,13 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from api import sse
-from api.image_schemas import MAX_SIDE, ImageCount, PaintingFields
+from api.http import sse
+from api.http.image_files import Format, as_base64
+from api.http.image_schemas import MAX_SIDE, ImageCount, PaintingFields
+from api.models.images import ImageModel, Painting
 from api.openai.requests import Ignored, Unsupported, unsupported
-from api.painting import ImageModel, Painting
-from api.pictures import Format, as_base64
+from runners.contracts.errors import InvalidRequest
 from runners.contracts.images import Picture
-from runners.errors import InvalidRequest
 
 PARTIAL: Final = "image_generation.partial_image"
 COMPLETED: Final = "image_generation.completed"

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from api.generation import MAX_SEQUENCES
-from api.schemas import (
+from api.http.schemas import (
     LogprobCount,
     Message,
     Messages,
@@ -21,8 +20,9 @@ from api.schemas import (
     TokenIds,
     WireModel,
 )
-from runners.contracts import Prompt, SamplingParams
-from runners.errors import InvalidRequest
+from api.models.text import MAX_SEQUENCES
+from runners.contracts.errors import InvalidRequest
+from runners.contracts.text import Prompt, SamplingParams
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16

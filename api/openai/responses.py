@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel
 from typing_extensions import TypedDict
 
-from runners.contracts import FinishReason
+from runners.contracts.text import FinishReason
 
 
 class Usage(BaseModel):

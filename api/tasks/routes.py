@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from pydantic import BaseModel
 
-from api.context import current_request
-from api.served import Served
+from api.http.context import current_request
+from api.models.served import Served
 from api.tasks import schemas
 from runners.contracts.tasks import Finding
 

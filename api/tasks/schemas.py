@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from api.schemas import SamplingFields, TokenCount, WireModel
-from runners.contracts import ChatMessage, ChatPrompt
+from api.http.schemas import SamplingFields, TokenCount, WireModel
+from runners.contracts.errors import InvalidRequest
 from runners.contracts.tasks import Finding, TaskOptions, TaskRequest
-from runners.errors import InvalidRequest
+from runners.contracts.text import ChatMessage, ChatPrompt
 
 MAX_INPUTS = 128
 MAX_TOP_K = 1000

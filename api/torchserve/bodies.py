@@ -8,8 +8,8 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from api.schemas import read_json
-from runners.errors import InvalidRequest
+from api.http.schemas import read_json
+from runners.contracts.errors import InvalidRequest
 
 FORM_FIELDS = ("data", "body")
 """Where the example handlers look for the input, in this order."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from api.context import current_request
-from api.generation import TextModel
-from api.painting import ImageModel
-from api.served import Served
-from api.tasks.model import TaskModel
-from runners.contracts import RunnerState
-from runners.errors import ModelNotServed, ModelVersionNotServed
+from api.http.context import current_request
+from api.models.images import ImageModel
+from api.models.served import Served
+from api.models.tasks import TaskModel
+from api.models.text import TextModel
+from runners.contracts.errors import ModelNotServed, ModelVersionNotServed
+from runners.contracts.runner import RunnerState
 
 Model = TextModel | TaskModel | ImageModel
 

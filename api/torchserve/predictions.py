@@ -12,13 +12,13 @@ from typing import Annotated, Any
 from pydantic import Field
 from starlette.responses import Response
 
-from api.generation import TextModel
-from api.image_schemas import PaintingFields, Side
-from api.painting import ImageModel
-from api.pictures import Format, as_file, as_nested_lists, media_type
-from api.schemas import SamplingFields, TokenCount
-from api.served import Served
-from api.tasks.model import TaskModel
+from api.http.image_files import Format, as_file, as_nested_lists, media_type
+from api.http.image_schemas import PaintingFields, Side
+from api.http.schemas import SamplingFields, TokenCount
+from api.models.images import ImageModel
+from api.models.served import Served
+from api.models.tasks import TaskModel
+from api.models.text import TextModel
 from api.tasks.routes import ROUTES
 from api.torchserve.bodies import Input
 

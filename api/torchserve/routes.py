@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from api.errors import as_response
-from api.served import Served
+from api.http.errors import as_response
+from api.models.served import Served
 from api.torchserve.bodies import read_body
 from api.torchserve.models import describe, find, is_healthy, list_models
 from api.torchserve.predictions import predict

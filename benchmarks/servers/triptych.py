@@ -41,7 +41,7 @@ class Triptych:
 
     def prepare(self) -> str:
         """Import the model into a model store of our own. Raises: Unavailable."""
-        from runners.config import AccelerateConfig, DeepSpeedConfig
+        from runners.config.model import AccelerateConfig, DeepSpeedConfig
 
         known = AccelerateConfig.model_fields | DeepSpeedConfig.model_fields
         unknown = self._settings.keys() - known.keys()

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from runners.contracts import Runner
-from runners.errors import InvalidRequest
+from runners.contracts.errors import InvalidRequest
+from runners.contracts.runner import Runner
 
 MAX_PIXELS = 8192 * 8192
 """Of a picture: at three bytes each it fits into a message of a rank, which may have 256 MiB."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
-from runners.contracts import ModelInfo, Runner
+from runners.contracts.runner import Runner
+from runners.contracts.text import ModelInfo
 
 PipelineTask = Literal[
     "fill-mask", "token-classification", "question-answering", "text-classification"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from runners.contracts.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from runners.contracts.tasks import Finding, TaskOptions, TaskRequest
-from runners.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 
 WINDOW = 384
 """Longest window in tokens, question included."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, pipeline
 
+from runners.contracts.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 from runners.contracts.tasks import Finding, TaskOptions, TaskRequest
-from runners.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 
 
 class Piped(ABC):

@@ -9,10 +9,10 @@ from typing import Protocol
 
 import torch
 
-from runners.contracts import ModelInfo
+from runners.contracts.errors import TriptychError
 from runners.contracts.tasks import Finding, TaskRequest
-from runners.errors import TriptychError
-from runners.ranks.messages import (
+from runners.contracts.text import ModelInfo
+from runners.protocol.messages import (
     Abort,
     Accepted,
     Found,
@@ -21,7 +21,7 @@ from runners.ranks.messages import (
     RunTask,
     failure,
 )
-from runners.ranks.worker import Occupancy
+from runners.rank.program import Occupancy
 
 logger = logging.getLogger("triptych.tasks")
 

@@ -157,7 +157,7 @@ def test_it_serves_as_in_its_image_and_writes_only_where_it_may(
         assert answer.json()["model"] == "small", answer.text
     assert files(bento) == before
     # And the other machines of a model find their program where the manifest says.
-    joining = [*entrypoint, "python", "-m", "runners.ranks.join"]
+    joining = [*entrypoint, "python", "-m", "cli.join"]
     done = subprocess.run(
         joining, cwd=bento / "src", env=os.environ | env, capture_output=True, text=True
     )

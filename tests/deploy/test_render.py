@@ -206,7 +206,7 @@ def test_a_model_over_several_machines(render: Render, store: Home) -> None:
     _, holder, held = pod(others)
     assert server["args"][0] == "serve"
     *joining, drained = holder["args"]
-    assert joining == ["python", "-m", "runners.ranks.join", "--drain"]
+    assert joining == ["python", "-m", "cli.join", "--drain"]
     grace = others["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert int(server["args"][-1]) < int(drained) < grace
     assert "pod-index" in held["TRIPTYCH_NODE_RANK"]["fieldRef"]["fieldPath"]

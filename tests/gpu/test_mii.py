@@ -110,7 +110,7 @@ def test_miis_own_pipeline(tmp_path: Path, scripts: Scripts) -> None:
     folder = write_model("llama", tmp_path / "llama")
     printed = scripts.run(
         f"""
-import runners.mii_backend
+import runners.engines.mii.patches
 import mii
 pipe = mii.pipeline("{folder}")
 answer = pipe("hello", do_sample=False, ignore_eos=True, max_new_tokens=8)[0]

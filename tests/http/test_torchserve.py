@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model_store_scripts.demo_image.build import write_demo_image_model
-from model_store_scripts.demo_text.build import write_demo_text_model
+from demo_models.image.build import write_demo_image_model
+from demo_models.text.build import write_demo_text_model
 from tests.http.test_metrics import value
 from tests.support.archives import (
     MII_OF_THE_REPOSITORY,

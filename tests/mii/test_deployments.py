@@ -17,15 +17,16 @@ import grpc.aio
 import psutil
 import pytest
 
-from runners import create_runner, mii_persistent
-from runners.config_files import load_setup_config
-from runners.contracts import RunnerState
-from runners.errors import ConfigError
-from runners.mii_deployment import keeper
-from runners.mii_deployment.balancer import balance
-from runners.mii_deployment.places import free_port
-from runners.mii_deployment.plan import PLAN, DeploymentPlan, ReplicaPlan, read_plan
-from runners.mii_deployment.starting import start, wait_until_serving
+from runners import create_runner
+from runners.config.files import load_setup_config
+from runners.contracts.errors import ConfigError
+from runners.contracts.runner import RunnerState
+from runners.engines.mii import persistent as mii_persistent
+from runners.engines.mii.deployment import supervisor as keeper
+from runners.engines.mii.deployment.balancer import balance
+from runners.engines.mii.deployment.places import free_port
+from runners.engines.mii.deployment.plan import PLAN, DeploymentPlan, ReplicaPlan, read_plan
+from runners.engines.mii.deployment.starting import start, wait_until_serving
 from tests.mii.conftest import Scripts
 from tests.mii.test_published import BACKEND, processes
 from tests.support.generating import collect, ids_of, serving, wait_ready
@@ -122,7 +123,7 @@ async def test_a_start_ends_with_its_keeper(tmp_path: Path, cache: Path) -> None
     assert process is not None
     process.wait()
     assert start(plan, cache / "kept", outlives=True) is None
-    os.kill(parts(cache, "runners.mii_deployment.keeper")[0].pid, signal.SIGKILL)
+    os.kill(parts(cache, "runners.engines.mii.deployment.supervisor")[0].pid, signal.SIGKILL)
     with pytest.raises(ConfigError, match="ended while it was started"):
         wait_until_serving(plan, cache / "kept")
     wait_until(lambda: not processes(cache), 10, "all of the deployment is gone")

@@ -8,9 +8,9 @@ from typing import Any
 import mii.api
 import pytest
 
-from runners.mii_backend.loading import load_stand_in
-from runners.mii_fastgen import CountedEngine, PutModel
-from runners.ragged.blocks import BLOCK_SIZE
+from runners.engines.mii.fastgen import CountedEngine, PutModel
+from runners.engines.mii.patches.loading import load_stand_in
+from runners.text.paging.blocks import BLOCK_SIZE
 from tests.support.mii import model_config
 from tests.support.models import greedy, write_model
 from tests.support.scheduling import Run, generation

@@ -15,12 +15,12 @@ import pytest
 import transformers as tf
 import zmq
 
-from runners.errors import ConfigError, EngineUnavailable
-from runners.mii_backend import guard
-from runners.mii_backend.patches import KNOWN
-from runners.mii_backend.sockets import LoopbackContext
-from runners.mii_deployment.places import free_port, private_cache
-from runners.ragged.blocks import BLOCK_SIZE
+from runners.contracts.errors import ConfigError, EngineUnavailable
+from runners.engines.mii.deployment.places import free_port, private_cache
+from runners.engines.mii.patches import source_check as guard
+from runners.engines.mii.patches.apply import KNOWN
+from runners.engines.mii.patches.sockets import LoopbackContext
+from runners.text.paging.blocks import BLOCK_SIZE
 from tests.support import mii as support
 from tests.support.mii import served
 from tests.support.models import greedy, write_model

@@ -22,7 +22,7 @@ from tests.mii.conftest import Scripts
 from tests.support.models import greedy, write_model
 from tests.support.processes import wait_until
 
-BACKEND = "import runners.mii_backend\n"
+BACKEND = "import runners.engines.mii.patches\n"
 NAME = "mistralai/Mistral-7B-v0.1"
 SHOW = """
 print("SHOWN", json.dumps([
@@ -44,7 +44,7 @@ def processes(folder: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or ())
-        if "runners.mii_deployment" in line and str(folder) in line:
+        if "runners.engines.mii.deployment" in line and str(folder) in line:
             found.append(process)
     return found
 

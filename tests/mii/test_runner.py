@@ -19,11 +19,17 @@ import psutil
 import pytest
 
 from runners import create_runner
-from runners.config import MIIConfig
-from runners.config_files import load_setup_config
-from runners.contracts import ChatMessage, ChatPrompt, RunnerState, TextRunner
-from runners.errors import ConfigError, ContextLengthExceeded, InvalidRequest, RunnerUnavailable
-from runners.mii_deployment.places import listens
+from runners.config.files import load_setup_config
+from runners.config.model import MIIConfig
+from runners.contracts.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    InvalidRequest,
+    RunnerUnavailable,
+)
+from runners.contracts.runner import RunnerState
+from runners.contracts.text import ChatMessage, ChatPrompt, TextRunner
+from runners.engines.mii.deployment.places import listens
 from tests.conftest import CHAT_TEMPLATE
 from tests.mii.conftest import Scripts
 from tests.mii.test_published import processes
@@ -203,7 +209,7 @@ async def test_a_lost_rank_takes_its_deployment_along_and_both_come_back(
         rank = next(
             p
             for p in psutil.Process().children(recursive=True)
-            if "runners.ranks.worker" in p.cmdline()
+            if "runners.rank.worker" in p.cmdline()
         )
         rank.kill()
         async with asyncio.timeout(30):

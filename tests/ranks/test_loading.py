@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from runners import create_runner
-from runners.config_files import load_setup_config
-from runners.contracts import ChatMessage, ChatPrompt, RunnerState
-from runners.errors import ContextLengthExceeded, InvalidRequest
+from runners.config.files import load_setup_config
+from runners.contracts.errors import ContextLengthExceeded, InvalidRequest
+from runners.contracts.runner import RunnerState
+from runners.contracts.text import ChatMessage, ChatPrompt
 from tests.support.generating import collect, ids_of, serving, text_of
 from tests.support.models import EOS, greedy, write_model
 

@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from runners import create_runner
-from runners.config_files import load_setup_config
-from runners.errors import RunnerUnavailable
+from runners.config.files import load_setup_config
+from runners.contracts.errors import RunnerUnavailable
 from tests.support.generating import collect, ids_of, request, serving, wait_ready
 from tests.support.models import greedy, write_model
 from tests.support.processes import alive, descendants, own_ranks, ranks_below, wait_until
@@ -69,7 +69,7 @@ class Node:
 @contextmanager
 def joining(log: Path, *arguments: object, inside: str | None = None) -> Iterator[Node]:
     prefix = ["ip", "netns", "exec", inside] if inside else []
-    command = [sys.executable, "-m", "runners.ranks.join", *map(str, arguments)]
+    command = [sys.executable, "-m", "cli.join", *map(str, arguments)]
     node = Node(log, prefix + command)
     try:
         yield node
@@ -184,7 +184,7 @@ async def test_nodes_need_not_all_have_a_compiler(folder: Path, tmp_path: Path) 
 async def test_torchrun_may_hold_the_ranks_of_a_node(folder: Path, tmp_path: Path) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
-    join = ["-m", "runners.ranks.join", *map(str, as_arguments(folder, endpoint))]
+    join = ["-m", "cli.join", *map(str, as_arguments(folder, endpoint))]
     node = Node(
         tmp_path / "node1.log", [*torchrun, "--nproc-per-node=1", "--max-restarts=9", *join]
     )

@@ -15,10 +15,10 @@ import pytest
 import pytest_asyncio
 
 from runners import create_image_runner, create_runner
-from runners.config_files import load_setup_config
-from runners.contracts import RunnerState
+from runners.config.files import load_setup_config
+from runners.contracts.errors import ConfigError, InvalidRequest, RunnerUnavailable
 from runners.contracts.images import ImageRequest, ImageRunner
-from runners.errors import ConfigError, InvalidRequest, RunnerUnavailable
+from runners.contracts.runner import RunnerState
 from tests.support.generating import wait_ready
 from tests.support.image_models import PROMPTS, write_image_model
 from tests.support.painting import difference, events_of, paint, painting, pixels_of, plain, wish

@@ -12,9 +12,10 @@ import pytest
 import uvloop
 
 from runners import create_runner
-from runners.config_files import load_setup_config
-from runners.contracts import RunnerState, TextRunner
-from runners.errors import RunnerUnavailable
+from runners.config.files import load_setup_config
+from runners.contracts.errors import RunnerUnavailable
+from runners.contracts.runner import RunnerState
+from runners.contracts.text import TextRunner
 from tests.support.generating import collect, ids_of, request, serving, wait_ready
 from tests.support.models import greedy, write_model
 from tests.support.processes import alive, descendants, own_ranks, wait_until

@@ -10,16 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from runners import create_runner
-from runners.config_files import load_setup_config
-from runners.contracts import (
-    GenerationRequest,
-    Prompt,
-    Runner,
-    RunnerState,
-    SamplingParams,
-    TextDelta,
-    TextRunner,
-)
+from runners.config.files import load_setup_config
+from runners.contracts.runner import Runner, RunnerState
+from runners.contracts.text import GenerationRequest, Prompt, SamplingParams, TextDelta, TextRunner
 
 _ids = itertools.count()
 

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from model_store_scripts.demo_image.tokenizer import train_tokenizer
+from demo_models.image.tokenizer import train_tokenizer
 
 PROMPTS = ("a red circle", "a large blue square on the left", "two rings and a cross")
 SIDE = 32

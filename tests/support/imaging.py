@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from runners.config_files import load_setup_config
+from runners.config.files import load_setup_config
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest
-from runners.imaging.pipeline import load_pipeline
-from runners.imaging.program import image_program
-from runners.ranks.messages import Abort, Failed, Paint, Painted, RankMessage
-from runners.ranks.worker import RankContext
+from runners.images.pipeline import load_pipeline
+from runners.images.program import image_program
+from runners.protocol.messages import Abort, Failed, Paint, Painted, RankMessage
+from runners.rank.program import RankContext
 from tests.support.painting import Pixels, pixels_of
 
 

@@ -10,7 +10,7 @@ import bentoml
 import pytest
 
 from model_store_scripts import import_archive
-from runners.config_files import load_setup_config
+from runners.config.files import load_setup_config
 from tests.support.model_store import is_empty
 
 

@@ -17,13 +17,13 @@ from mii.config import ModelConfig
 from mii.grpc_related import modelresponse_server
 from mii.grpc_related.proto import modelresponse_pb2_grpc
 
-import runners.mii_backend
-from runners.mii_backend.loading import load_stand_in
-from runners.mii_backend.patches import KNOWN
-from runners.mii_deployment.places import free_port
-from runners.mii_deployment.proto import request
+import runners.engines.mii.patches
+from runners.engines.mii.deployment.places import free_port
+from runners.engines.mii.deployment.proto import request
+from runners.engines.mii.patches.apply import KNOWN
+from runners.engines.mii.patches.loading import load_stand_in
 
-assert runners.mii_backend
+assert runners.engines.mii.patches
 
 TIMEOUT = 30.0
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runners import create_image_runner
-from runners.config_files import load_setup_config
+from runners.config.files import load_setup_config
 from runners.contracts.images import ImageEvent, ImageRequest, ImageRunner, Picture
 from tests.support.generating import wait_ready
 

@@ -19,15 +19,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from runners.config import (
+from runners.config.images import ImageFields
+from runners.config.mii import MIISection
+from runners.config.model import (
     AccelerateConfig,
     BaseRunnerConfig,
     DeepSpeedConfig,
     EngineConfig,
     describe_fields,
 )
-from runners.image_config import ImageFields
-from runners.mii_config import MIISection
 from settings import describe_settings
 
 ROOT = Path(__file__).resolve().parents[2]

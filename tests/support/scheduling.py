@@ -8,15 +8,16 @@ from tempfile import TemporaryDirectory
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from runners.contracts import SamplingParams, TextDelta
-from runners.ragged.blocks import BLOCK_SIZE
-from runners.ragged.cpu.linear import Quantization
-from runners.ragged.detokenizer import Detokenizer
-from runners.ragged.engine import RaggedEngine
-from runners.ragged.forward import Forward
-from runners.ragged.proof import prove_and_pack
-from runners.ragged.sampling import SamplerState, SamplingDefaults
-from runners.ragged.scheduler import Generation, Limits, Scheduler
+from runners.contracts.text import SamplingParams, TextDelta
+from runners.hf.models import SamplingDefaults
+from runners.text.cpu.linear import Quantization
+from runners.text.detokenizer import Detokenizer
+from runners.text.engine import RaggedEngine
+from runners.text.forward import Forward
+from runners.text.paging.blocks import BLOCK_SIZE
+from runners.text.parity import prove_and_pack
+from runners.text.sampling import SamplerState
+from runners.text.scheduler import Generation, Limits, Scheduler
 from tests.support.models import write_tokenizer
 
 COUNT = 12

@@ -9,18 +9,18 @@ from typing import Annotated
 import pytest
 from pydantic import Field
 
-from api import sse
-from api.context import RequestContext, enter_request
-from api.error_shapes import OPENAI, TORCHSERVE, Shape
-from api.errors import error_body, error_response, kind_of
+from api.http import sse
+from api.http.context import RequestContext, enter_request
+from api.http.error_shapes import OPENAI, TORCHSERVE, Shape
+from api.http.errors import error_body, error_response, kind_of
+from api.http.schemas import WireModel
 from api.native.schemas import GenerateRequest
 from api.openai.answers import in_terms_of
 from api.openai.completions import alternatives, name_of
 from api.openai.requests import ChatRequest, CompletionRequest
-from api.schemas import WireModel
-from runners import errors
-from runners.contracts import TokenLogprob
-from runners.errors import EngineFailure, InvalidRequest, Overloaded, TriptychError
+from runners.contracts import errors
+from runners.contracts.errors import EngineFailure, InvalidRequest, Overloaded, TriptychError
+from runners.contracts.text import TokenLogprob
 
 
 def leaves(cls: type[TriptychError]) -> list[type[TriptychError]]:

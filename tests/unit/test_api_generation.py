@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from api.admission import Admission
-from api.context import RequestContext, enter_request
-from api.generation import TextModel
-from runners.contracts import SamplingParams, TextRunner
-from runners.errors import (
+from api.http.admission import Admission
+from api.http.context import RequestContext, enter_request
+from api.models.text import TextModel
+from runners.contracts.errors import (
     DeadlineExceeded,
     InvalidRequest,
     ModelNotServed,
     Overloaded,
     RunnerUnavailable,
 )
+from runners.contracts.text import SamplingParams, TextRunner
 from tests.support.generating import serving, wait_ready
 from tests.support.models import greedy, write_model
 from tests.support.processes import own_ranks

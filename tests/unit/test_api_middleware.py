@@ -12,9 +12,9 @@ from pydantic import SecretStr
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.context import current_request
-from api.middleware import ApiKeyMiddleware, BodyMiddleware, RequestContextMiddleware
-from runners.errors import EngineFailure
+from api.http.context import current_request
+from api.http.middleware import ApiKeyMiddleware, BodyMiddleware, RequestContextMiddleware
+from runners.contracts.errors import EngineFailure
 
 SECRET = "swordfish"
 
@@ -149,7 +149,7 @@ async def test_clean_up_after_the_answer_is_not_cut_short() -> None:
 
 
 async def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.middleware.SEND_GRACE_S", 0.05)
+    monkeypatch.setattr("api.http.middleware.SEND_GRACE_S", 0.05)
     closed = asyncio.Event()
 
     async def blocked(message: Message) -> None:
@@ -169,7 +169,7 @@ async def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.Monkey
 async def test_a_handler_that_forgets_its_deadline_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("api.middleware.SEND_GRACE_S", 0.05)
+    monkeypatch.setattr("api.http.middleware.SEND_GRACE_S", 0.05)
 
     async def stuck(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.Event().wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from runners.ragged.blocks import BLOCK_SIZE, BlockAllocator, SequenceBlocks
+from runners.text.paging.blocks import BLOCK_SIZE, BlockAllocator, SequenceBlocks
 
 
 def fill(allocator: BlockAllocator, tokens: list[int]) -> SequenceBlocks | None:

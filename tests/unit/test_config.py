@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from runners import create_image_runner, create_runner
-from runners.config import GIVEN, AccelerateConfig, validate
-from runners.config_files import load_setup_config, parse_setup_config
-from runners.errors import ConfigError, IncompleteModel, ModelNotFound
+from runners.config.files import load_setup_config, parse_setup_config
+from runners.config.model import GIVEN, AccelerateConfig, validate
+from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound
 from settings import Settings, get_settings
 from tests.support.archives import ACCELERATE
 

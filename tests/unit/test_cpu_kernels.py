@@ -19,11 +19,11 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from runners.ragged.cpu import Kernels, library, load_kernels, switch_off_kernels
-from runners.ragged.cpu.decoder import FusedDecoder
-from runners.ragged.cpu.fusing import FusedMLP, FusedRMSNorm, fuse_modules
-from runners.ragged.cpu.linear import PackedLinear, join, pack_linear
-from runners.ragged.proof import prove_and_pack
+from runners.text.cpu import Kernels, library, load_kernels, switch_off_kernels
+from runners.text.cpu.decoder import FusedDecoder
+from runners.text.cpu.fusing import FusedMLP, FusedRMSNorm, fuse_modules
+from runners.text.cpu.linear import PackedLinear, join, pack_linear
+from runners.text.parity import prove_and_pack
 from tests.support.models import write_model
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from model_choice import chosen_runners
-from runners.config import validate
-from runners.errors import ConfigError
-from runners.ranks.environment import visible_gpus
+from runners.config.model import validate
+from runners.contracts.errors import ConfigError
+from runners.protocol.environment import visible_gpus
 from settings import Settings
 
 SPLIT = {"engine": "deepspeed", "tensor_parallel": 4}

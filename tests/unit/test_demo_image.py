@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from model_store_scripts.demo_image.build import write_demo_image_model
-from model_store_scripts.demo_image.drawing import draw
-from model_store_scripts.demo_image.evaluate import paint
-from model_store_scripts.demo_image.looking import faults, likeliest_kind
-from model_store_scripts.demo_image.world import SHAPES, Scene, Shape, scene
+from demo_models.image.build import write_demo_image_model
+from demo_models.image.drawing import draw
+from demo_models.image.evaluate import paint
+from demo_models.image.looking import faults, likeliest_kind
+from demo_models.image.world import SHAPES, Scene, Shape, scene
 
 MEGABYTE = 1_000_000
 LEFT, RIGHT, TOP, BOTTOM, MIDDLE = (0, 1), (2, 1), (1, 0), (1, 2), (1, 1)

@@ -7,7 +7,7 @@ import random
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from runners.ragged.detokenizer import Detokenizer
+from runners.text.detokenizer import Detokenizer
 from tests.support.models import write_metaspace_tokenizer, write_tokenizer
 
 TEXTS = [

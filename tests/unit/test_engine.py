@@ -8,10 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, MambaConfig, MambaForCausalLM
 
-from runners.errors import ConfigError, EngineFailure
-from runners.ragged import attention, proof
-from runners.ragged.cpu.linear import PackedLinear
-from runners.ragged.proof import Proof
+from runners.contracts.errors import ConfigError, EngineFailure
+from runners.text import attention
+from runners.text import parity as proof
+from runners.text.cpu.linear import PackedLinear
+from runners.text.parity import Proof
 from tests.support.models import CONFIGS, greedy, write_model
 from tests.support.scheduling import COUNT, Run, forward_of, generation, load
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutput
 
-from runners.imaging.calls import Call, groups_of, run_together
-from runners.imaging.easel import Studio, gated
+from runners.images.batching import Call, groups_of, run_together
+from runners.images.executor import Studio, gated
 
 ran: list[int] = []
 

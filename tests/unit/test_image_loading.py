@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from runners.config_files import load_setup_config
-from runners.errors import ConfigError, IncompleteModel
-from runners.image_programs import load_program
-from runners.imaging.pipeline import load_pipeline
-from runners.ranks.worker import RankContext
+from runners.config.files import load_setup_config
+from runners.contracts.errors import ConfigError, IncompleteModel
+from runners.engines.images import load_program
+from runners.images.pipeline import load_pipeline
+from runners.rank.program import RankContext
 from tests.support.image_models import write_image_model
 
 WEIGHTS = {

@@ -12,9 +12,9 @@ import torch
 from diffusers.models.attention_processor import SlicedAttnProcessor
 
 from runners.contracts.images import MAX_PIXELS, ImageRequest
-from runners.imaging import program as program_module
-from runners.ranks.channel import MAX_FRAME_BYTES
-from runners.ranks.messages import Failed, Painted
+from runners.images import program as program_module
+from runners.protocol.channel import MAX_FRAME_BYTES
+from runners.protocol.messages import Failed, Painted
 from tests.support.image_models import KINDS, PROMPTS, add_safety_checker, write_image_model
 from tests.support.imaging import Easels
 from tests.support.painting import difference, pixels_of, plain, wish

@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from runners.ragged.lockstep import HEADER, Ranks, decode, encode
-from runners.ragged.step import StepPlan
+from runners.text.lockstep import HEADER, Ranks, decode, encode
+from runners.text.paging.step import StepPlan
 
 SHORT = StepPlan([[7], [8, 9]], [200, 0], [[1, 2, 3], [4]])
 LONG = StepPlan([[5], list(range(3 * HEADER))], [31, 64], [[0], list(range(96))])

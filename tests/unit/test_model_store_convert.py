@@ -14,7 +14,7 @@ import transformers as tf
 from safetensors.torch import load_file
 
 from model_store_scripts.importing import ImportRequest, import_model
-from runners.errors import ConfigError, IncompleteModel, UnsafeModel
+from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
 from tests.support.model_store import copy, edit_json, is_empty, pickled, write_pipeline
 from tests.support.models import write_model
 

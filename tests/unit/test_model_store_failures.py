@@ -20,7 +20,7 @@ import transformers as tf
 from model_store_scripts import copying, import_model
 from model_store_scripts.importing import ImportRequest
 from model_store_scripts.importing import import_model as run_import
-from runners.errors import ConfigError
+from runners.contracts.errors import ConfigError
 from tests.support.model_store import copy, is_empty
 
 

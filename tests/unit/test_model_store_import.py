@@ -13,7 +13,7 @@ from model_store_scripts import import_model
 from model_store_scripts.importing import ImportRequest
 from model_store_scripts.importing import import_model as run_import
 from model_store_scripts.list_models import main as list_models
-from runners.config_files import load_setup_config
+from runners.config.files import load_setup_config
 from tests.support.model_store import copy, edit_json, write_pipeline
 
 

@@ -14,7 +14,7 @@ import transformers as tf
 
 from model_store_scripts.importing import ImportRequest, import_model
 from model_store_scripts.safety import refuse_unsafe_names
-from runners.errors import ConfigError, IncompleteModel, UnsafeModel
+from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
 from tests.support.model_store import (
     copy,
     edit_json,

@@ -8,7 +8,7 @@ import pytest
 
 from model_store_scripts import sources
 from model_store_scripts.importing import ImportRequest, import_model
-from runners.errors import ConfigError, ModelNotFound, UnsafeModel
+from runners.contracts.errors import ConfigError, ModelNotFound, UnsafeModel
 from tests.support.model_store import copy, is_empty
 
 

@@ -10,8 +10,8 @@ import bentoml
 import pytest
 
 from model_store_scripts.importing import ImportedModel, ImportRequest, import_model
-from runners.config_files import load_setup_config
-from runners.errors import ConfigError, UnsafeModel
+from runners.config.files import load_setup_config
+from runners.contracts.errors import ConfigError, UnsafeModel
 from tests.support.model_store import copy, edit_json, is_empty, pickled
 from tests.support.torchserve import DS_CONFIG, edit, published
 

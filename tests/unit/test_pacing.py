@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runners.ragged.pacing import SHARE, SMALLEST_CHUNK, Pacer
+from runners.text.prefill_budget import SHARE, SMALLEST_CHUNK, Pacer
 
 
 def cost(decoding: int, prompt_tokens: int, *, decode: float, token: float) -> float:

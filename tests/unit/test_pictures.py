@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 from PIL import Image
 
-from api.image_schemas import MAX_SIDE
-from api.pictures import Format, as_file
+from api.http.image_files import Format, as_file
+from api.http.image_schemas import MAX_SIDE
 from runners.contracts.images import Picture
 
 

@@ -13,8 +13,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from runners.contracts import SamplingParams
-from runners.ragged.sampling import SamplerState, SamplingDefaults, sample
+from runners.contracts.text import SamplingParams
+from runners.hf.models import SamplingDefaults
+from runners.text.sampling import SamplerState, sample
 
 VOCAB = 50
 PROMPT = [3, 4, 5, 3]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runners.contracts import SamplingParams
+from runners.contracts.text import SamplingParams
 from tests.support.models import greedy
 from tests.support.scheduling import COUNT, Run, generation, load
 

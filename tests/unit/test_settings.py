@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model_choice import model_config
-from runners.errors import ConfigError, ModelNotFound
+from runners.contracts.errors import ConfigError, ModelNotFound
 from settings import Settings, get_settings, unknown_variables
 
 

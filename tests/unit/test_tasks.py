@@ -11,12 +11,12 @@ import transformers as tf
 
 from model_store_scripts import import_model
 from runners import create_runner, create_task_runner
-from runners.config import validate
-from runners.config_files import load_setup_config
+from runners.config.files import load_setup_config
+from runners.config.model import validate
+from runners.contracts.errors import ConfigError, EngineUnavailable
 from runners.contracts.tasks import PipelineTask
-from runners.errors import ConfigError, EngineUnavailable
-from runners.task_programs import positions
-from runners.task_runner import on_accelerate
+from runners.engines.tasks import positions
+from runners.host.task_client import on_accelerate
 from runners.tasks.answering import QuestionAnswering
 from tests.support.model_store import store_at
 from tests.support.task_models import CONFIGS, HEADS, POSITIONS, write_task_model

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from runners.config import DeepSpeedConfig, MIIConfig
-from runners.config_files import load_setup_config
-from runners.deepspeed_config import KEYS
-from runners.errors import ConfigError, UnsafeModel
+from runners.config.deepspeed import KEYS
+from runners.config.files import load_setup_config
+from runners.config.model import DeepSpeedConfig, MIIConfig
+from runners.contracts.errors import ConfigError, UnsafeModel
 from tests.support.torchserve import DS_CONFIG, MII_MODEL_CONFIG, edit, published
 
 

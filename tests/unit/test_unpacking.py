@@ -17,7 +17,7 @@ import pytest
 
 from model_store_scripts import unpacking
 from model_store_scripts.unpacking import CHUNK, SMALL, unpack
-from runners.errors import ConfigError, IncompleteModel, UnsafeModel
+from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
 
 Write = Callable[[Path], object]
 ZEROS = bytes(CHUNK)

@@ -1,0 +1,1 @@
+"""What every route shares: request context, admission, errors, metrics, streams, middlewares."""

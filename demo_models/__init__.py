@@ -1,0 +1,1 @@
+"""The two demo models: their corpora, training and weights."""

@@ -1,0 +1,86 @@
+"""Measures a demo text model: `python -m demo_models.text.evaluate [DIR]`.
+
+Covers greedy answers only, word for word, and how clearly the model decides for each token.
+"""
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from demo_models.text import corpus
+from demo_models.text.build import WEIGHTS
+from demo_models.text.examples import chat_example
+
+MOST_NEW_TOKENS = 300
+
+
+def answer(model: Any, tokenizer: Any, messages: corpus.Messages) -> tuple[str, float]:
+    """The greedy answer to the messages, and the smallest gap between its two likeliest tokens."""
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = model.generate(
+        **prompt,
+        do_sample=False,
+        max_new_tokens=MOST_NEW_TOKENS,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    likeliest = torch.stack(output.logits).topk(2).values
+    gap = (likeliest[..., 0] - likeliest[..., 1]).min().item()
+    text = tokenizer.decode(
+        output.sequences[0, prompt["input_ids"].shape[1] :],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    return text, gap
+
+
+def report(title: str, model: Any, tokenizer: Any, chats: list[corpus.Messages]) -> None:
+    """Prints how many of the chats' last answers the model gives, and which it gets wrong."""
+    right, gaps = 0, []
+    for chat in chats:
+        given, gap = answer(model, tokenizer, chat[:-1])
+        gaps.append(gap)
+        if given == chat[-1]["content"]:
+            right += 1
+        else:
+            print(f"  {chat[-2]['content']!r}: {given!r} instead of {chat[-1]['content']!r}")
+    print(f"{title}: {right} of {len(chats)} right, smallest logit gap {min(gaps):.2f}")
+
+
+def held_out_loss(model: Any, tokenizer: Any, chats: list[corpus.Messages]) -> float:
+    """The mean loss per token over the answers."""
+    total, count = 0.0, 0
+    for chat in chats:
+        ids, labels = chat_example(tokenizer, chat)
+        learnt = sum(label >= 0 for label in labels)
+        with torch.no_grad():
+            loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        total, count = total + loss.item() * learnt, count + learnt
+    return total / count
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description="Measures a demo text model.")
+    parser.add_argument("folder", type=Path, nargs="?", default=WEIGHTS)
+    parser.add_argument("--count", type=int, default=200, help="number of chats of either kind")
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    model: Any = LlamaForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32)
+
+    rng = random.Random("held out")  # noqa: S311 (a test is no secret)
+    questions = corpus.held_out_chats(rng, arguments.count)
+    print(f"Loss on held-out questions: {held_out_loss(model, tokenizer, questions):.5f}")
+    report("Held-out questions", model, tokenizer, questions)
+    chats = [corpus.chat(rng, turns=rng.randint(1, 6)) for _ in range(arguments.count)]
+    report("Unseen chats", model, tokenizer, chats)
+
+
+if __name__ == "__main__":
+    main()

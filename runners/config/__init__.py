@@ -1,0 +1,1 @@
+"""RunnerConfig, how a model is run, and every file format that becomes one."""

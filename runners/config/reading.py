@@ -1,0 +1,61 @@
+"""JSON and YAML files that nobody vouches for, read into keys and values.
+
+Both may say the same: what YAML has beyond JSON (aliases, which make much out of little; types of
+its own) is refused or taken for a text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from runners.contracts.errors import ConfigError, told_as
+
+MAX_DEPTH = 100
+"""Within what pydantic and json write again; no configuration is nested a tenth as deep."""
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML or a JSON file. Raises: ConfigError."""
+    return read_yaml(path) if path.suffix in (".yaml", ".yml") else read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, {} if there is no file. Raises: ConfigError."""
+    with told_as(ConfigError, f"{path} can not be read as JSON"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            return {}
+    return _checked(content, path, f"a JSON object, not {type(content).__name__}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises: ConfigError."""
+    with told_as(ConfigError, f"{path} can not be read as YAML"):
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # noqa: S506
+        content = json.loads(json.dumps(content, default=str))
+    return _checked(content, path, "keys and values")
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            anchor = self.peek_event().anchor  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"an alias (*{anchor}) is not taken: write it out")
+        return super().compose_node(parent, index)
+
+
+def _checked(content: object, path: Path, wanted: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold {wanted}")
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        inside = [v.values() if isinstance(v, dict) else v for v in level]
+        level = [v for values in inside for v in values if isinstance(v, dict | list)]
+    if level:
+        raise ConfigError(f"{path} is nested more than {MAX_DEPTH} levels deep")
+    return content

@@ -1,0 +1,186 @@
+"""What a runner promises and what travels to and from it; here for text, beside it for the rest.
+
+Plain dataclasses only: the HTTP layer, the channel and the engines all speak these types, so these
+modules import neither torch nor any server code. Token counts are in tokens of the served model's
+tokenizer, times in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from runners.contracts.runner import Runner
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: an end token or a stop string; `length`: the token limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """One turn of a chat, as the model's chat template takes it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """A conversation that the rank renders with the model's own chat template."""
+
+    messages: list[ChatMessage]
+    add_generation_prompt: bool = True
+
+
+Prompt = str | list[int] | ChatPrompt
+"""Text, token ids, or a conversation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen and when generation ends.
+
+    `None` means the model's own default (its `generation_config.json`), else the neutral value.
+    """
+
+    max_new_tokens: int | None = None
+    """Upper bound on generated tokens; None: `default_new_tokens`."""
+    default_new_tokens: int | None = None
+    """What no upper bound means, cut to what fits the context; None: the runner's default."""
+    min_new_tokens: int = 0
+    """End tokens are not sampled before this many tokens were generated."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_p: float | None = None
+    top_k: int | None = None
+    """0 keeps the whole vocabulary."""
+    repetition_penalty: float | None = None
+    """As in CTRL (arXiv:1909.05858): over prompt and output; 1 is neutral."""
+    presence_penalty: float = 0.0
+    """As in the OpenAI API: subtracted once from tokens already generated."""
+    frequency_penalty: float = 0.0
+    """As in the OpenAI API: subtracted per time a token was already generated."""
+    seed: int | None = None
+    """Same seed, same prompt, same text, whatever else is in the batch."""
+    stop: list[str] = field(default_factory=list)
+    """Generation ends before the first of these strings; it is not part of the text."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many alternatives to report per token (0: the chosen token only); None: no logprobs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One sequence to generate."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A token with its natural-log probability under the unmodified model distribution."""
+
+    token_id: int
+    token: str
+    """The token decoded alone; a piece of a multi-byte character shows U+FFFD."""
+    token_bytes: bytes
+    """The bytes the token stands for."""
+    logprob: float
+    top: list[TokenLogprob] = field(default_factory=list)
+    """The most likely tokens, best first, each with an empty `top`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDelta:
+    """What one or more steps added to a sequence.
+
+    The concatenation of all `text` is the whole text; a delta never ends inside a UTF-8 character.
+    `text` may be empty while the detokeniser waits for the rest of a character or stop string.
+    """
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    """Set on the last delta only."""
+
+
+class TextStream(Protocol):
+    """A running generation. Leaving the `async with` block, or `aclose`, aborts what still runs."""
+
+    @property
+    def request_id(self) -> str:
+        """The id of the request this stream answers."""
+        ...
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens the prompt has."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[TextDelta]:
+        """Yield deltas; the last one carries a `finish_reason`.
+
+        Raises: RunnerUnavailable, DeadlineExceeded, EngineFailure.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Abort if unfinished; the engine frees its KV within one step. Safe to call twice."""
+        ...
+
+    async def __aenter__(self) -> TextStream: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the loaded model is, as the rank reports it when ready."""
+
+    architecture: str
+    engine: str
+    parameters: int
+    dtype: str
+    devices: list[str]
+    max_context: int
+    """Longest prompt plus output, in tokens."""
+    vocab_size: int
+    max_kv_tokens: int
+    has_chat_template: bool
+    default_temperature: float | None = None
+    """What the model's own generation config samples with; None if it names nothing."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output that can be served: the context, within the KV bound."""
+        # The last token is sampled but never fed back, so it needs no KV.
+        return min(self.max_context, self.max_kv_tokens + 1)
+
+
+class TextRunner(Runner, Protocol):
+    """A text model, held by one of the engines."""
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What the ranks loaded; None until they were ready once."""
+        ...
+
+    async def generate(self, request: GenerationRequest) -> TextStream:
+        """Hand a request to the engine and return once it was accepted.
+
+        Raises: InvalidRequest, ContextLengthExceeded (nothing was computed), RunnerUnavailable.
+        """
+        ...
+
+    async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text or a rendered conversation. Raises: InvalidRequest."""
+        ...
+
+    async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids. Raises: InvalidRequest for ids outside the vocabulary."""
+        ...

@@ -1,0 +1,91 @@
+"""The Accelerate engine: a model placed by `device_map` over GPUs, CPU and disk, in one rank.
+
+Imported in rank processes only.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from runners.config.model import AccelerateConfig
+from runners.contracts.errors import ConfigError, IncompleteModel
+from runners.contracts.runner import RunnerState
+from runners.hf.dtypes import choose_dtype
+from runners.hf.models import loading_of, stored_dtype
+from runners.rank.program import RankContext, RankProgram
+from runners.text.loading import text_program
+
+logger = logging.getLogger("triptych.accelerate")
+
+
+def load_program(context: RankContext) -> RankProgram:
+    """The rank program of a text model on Accelerate. Raises: ConfigError."""
+    config = context.config
+    if not isinstance(config, AccelerateConfig):
+        raise ConfigError(f"the Accelerate engine was given a config for {config.engine}")
+    torch.set_num_threads(context.num_threads)
+    context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
+    return text_program(context, load_model(config, context.work_dir))
+
+
+def load_model(
+    config: AccelerateConfig, work_dir: Path, head: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """The model, placed; `head` is the auto class that loads it.
+
+    Raises: IncompleteModel if weights are missing (transformers would make them up); ConfigError
+    for a model or a placement that can not be loaded here.
+    """
+    _check_devices(config.device_map)
+    options: dict[str, Any] = {"device_map": config.device_map}
+    if config.max_memory is not None:
+        options["max_memory"] = _present(config.max_memory)
+    if config.offload_folder is not None:
+        options["offload_folder"] = str(work_dir / config.offload_folder)
+    on_cpu = not torch.cuda.is_available() or config.device_map == "cpu"
+    with loading_of(config.name):
+        own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+        stored = stored_dtype(own, config.model_path)
+        loaded: Any = head.from_pretrained(
+            config.model_path,
+            config=own,
+            dtype=choose_dtype(config.dtype, stored, on_cpu=on_cpu),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    model, report = loaded
+    if missing := report["missing_keys"]:
+        raise IncompleteModel.lacking(config.name, type(model), missing)
+    if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
+        logger.warning("part of the model lies on disk, which makes every token slower")
+    return cast(PreTrainedModel, model)
+
+
+def _check_devices(device_map: str | dict[str, int | str]) -> None:
+    """Raises: ConfigError that names a CUDA device which this machine lacks."""
+    count = torch.cuda.device_count()
+    for device in [device_map] if isinstance(device_map, str) else device_map.values():
+        index = device if isinstance(device, int) else None
+        if isinstance(device, str) and device.startswith("cuda"):
+            index = int(device.partition(":")[2] or 0)
+        if index is not None and index >= count:
+            raise ConfigError(
+                f"device_map: CUDA device {index} does not exist, this machine has {count}"
+            )
+
+
+def _present(max_memory: dict[int | str, int | str]) -> dict[int | str, int | str] | None:
+    """Without the GPUs this machine lacks: a set-up written for a larger one still runs."""
+    count = torch.cuda.device_count()
+    absent = [key for key in max_memory if isinstance(key, int) and key >= count]
+    if absent:
+        logger.warning("max_memory names GPUs %s, this machine has %d: ignored", absent, count)
+    # An empty limit would allow no device at all, and put everything on disk.
+    return {key: value for key, value in max_memory.items() if key not in absent} or None

@@ -1,0 +1,1 @@
+"""The DeepSpeed engine: tensor parallelism over supervised ranks."""

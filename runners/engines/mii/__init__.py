@@ -1,0 +1,1 @@
+"""The MII engine: DeepSpeed-MII in our ranks, or as a persistent deployment."""

@@ -1,0 +1,73 @@
+"""The REST gateway: MII's routes, in front of the load balancer.
+
+`POST /mii/{deployment_name}` takes `{"prompts": ..., **generate kwargs}` and answers a list of
+`{"generated_text", "prompt_length", "generated_length", "finish_reason"}`; `GET /healthz`;
+`GET /terminate` ends the gateway, which MII's client calls after it ended the deployment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+import grpc
+import grpc.aio
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+
+from runners.engines.mii.deployment.client import Deployment
+from runners.engines.mii.deployment.plan import DeploymentPlan
+
+STATUS = {
+    grpc.StatusCode.INVALID_ARGUMENT: HTTPStatus.BAD_REQUEST,
+    grpc.StatusCode.UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+
+
+async def gateway(plan: DeploymentPlan) -> None:
+    """Serve until `/terminate`."""
+    assert plan.rest_port is not None  # noqa: S101 - else it is not started
+    app = FastAPI(title=plan.name, docs_url=None, redoc_url=None)
+    config = uvicorn.Config(
+        app, host=plan.rest_host, port=plan.rest_port, log_level="warning", access_log=False
+    )
+    server = uvicorn.Server(config)
+    deployment = Deployment("127.0.0.1", plan.port)
+    busy = asyncio.Semaphore(plan.rest_limit)
+
+    @app.post(f"/mii/{plan.name}")
+    async def generate(request: Request) -> list[dict[str, Any]]:
+        try:
+            body = await request.json()
+            prompts = body.pop("prompts")
+            call = deployment.generate([prompts] if isinstance(prompts, str) else prompts, **body)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise HTTPException(
+                400, 'the body must be {"prompts": a text or a list of them, ...}'
+            ) from None
+        async with busy:
+            try:
+                answer = await call
+            except grpc.aio.AioRpcError as error:
+                raise HTTPException(STATUS.get(error.code(), 500), error.details()) from None
+        return [
+            {
+                "generated_text": reply.response,
+                "prompt_length": reply.prompt_tokens,
+                "generated_length": reply.generated_tokens,
+                "finish_reason": reply.finish_reason,
+            }
+            for reply in answer.response
+        ]
+
+    @app.get("/healthz")
+    async def healthz() -> str:
+        return "ok"
+
+    @app.get("/terminate")
+    async def terminate() -> str:
+        server.should_exit = True
+        return "Shutting down RESTful API gateway server"
+
+    await server.serve()

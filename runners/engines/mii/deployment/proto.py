@@ -1,0 +1,119 @@
+"""MII's gRPC messages, without importing MII; its wire with lists, null and token ids.
+
+MII's `Value` has no list and no null. A list travels as the dictionary of its items under "0",
+"1" ..., which stock clients can write too; null is left out. Which tokens a text is made of travels
+in a field of our own, which stock clients skip.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from runners.contracts.errors import EngineUnavailable
+from runners.engines.mii.deployment.places import taken
+
+SERVICE = "/modelresponse.ModelResponse/"
+MAX_MESSAGE_BYTES = 2**27
+"""MII's own limit."""
+OPTIONS = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A replica that was lost comes back soon; gRPC's own patience grows to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
+# Two servers on one port would each get some of the requests.
+SERVER_OPTIONS = [*OPTIONS, ("grpc.so_reuseport", 0)]
+TOKEN_IDS = 100
+"""The number of our field in MII's `SingleGenerationReply`: token ids, packed varints."""
+
+_MODULE = "mii.grpc_related.proto.modelresponse_pb2"
+
+
+@lru_cache(maxsize=1)
+def messages() -> Any:
+    """MII's generated messages. Raises: EngineUnavailable if it is not installed."""
+    if _MODULE in sys.modules:
+        return sys.modules[_MODULE]
+    package = importlib.util.find_spec("mii")
+    if package is None or not package.submodule_search_locations:
+        raise EngineUnavailable("DeepSpeed-MII is not installed; `make setup` installs it")
+    file = Path(package.submodule_search_locations[0], "grpc_related/proto/modelresponse_pb2.py")
+    spec = importlib.util.spec_from_file_location("modelresponse_pb2", file)
+    if spec is None or spec.loader is None:
+        raise EngineUnavailable(f"{file} is not DeepSpeed-MII's")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def bind(server: Any, port: int) -> None:
+    """Have a gRPC server listen on loopback. Raises: ConfigError if the port is taken."""
+    try:
+        server.add_insecure_port(f"127.0.0.1:{port}")
+    except RuntimeError:
+        raise taken(port) from None
+
+
+def request(prompts: Sequence[str], kwargs: Mapping[str, Any]) -> Any:
+    """A `MultiStringRequest`. Raises: TypeError for a value that has no place in it."""
+    return messages().MultiStringRequest(request=prompts, query_kwargs=pack(kwargs))
+
+
+def pack(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as MII's `Value`s."""
+    return {name: _value(value) for name, value in kwargs.items() if value is not None}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        value = {str(i): item for i, item in enumerate(value)}
+    if isinstance(value, Mapping):
+        return messages().Value(mvalue=messages().Dictionary(values=pack(value)))
+    fields = {bool: "bvalue", int: "ivalue", float: "fvalue", str: "svalue"}
+    if type(value) not in fields:
+        raise TypeError(f"a {type(value).__name__} can not be sent to MII")
+    return messages().Value(**{fields[type(value)]: value})
+
+
+def with_tokens(reply: Any, token_ids: Sequence[int]) -> Any:
+    """A `SingleGenerationReply` that also says which tokens its text is made of."""
+    if token_ids:
+        packed = b"".join(map(_varint, token_ids))
+        reply.MergeFromString(_varint(TOKEN_IDS << 3 | 2) + _varint(len(packed)) + packed)
+    return reply
+
+
+def tokens_of(reply: Any) -> list[int] | None:
+    """What `with_tokens` was given; None from a server that does not say."""
+    for field in UnknownFieldSet(reply):
+        if field.field_number == TOKEN_IDS:
+            return _numbers(field.data)
+    return None
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def _numbers(packed: bytes) -> list[int]:
+    numbers, number, shift = [], 0, 0
+    for byte in packed:
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            numbers.append(number)
+            number, shift = 0, 0
+    return numbers

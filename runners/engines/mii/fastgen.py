@@ -1,0 +1,207 @@
+"""MII's own engine (DeepSpeed FastGen's `InferenceEngineV2`) under our scheduler.
+
+Its `put` allocates KV as it goes; our scheduler wants to know beforehand that there is room. So the
+blocks are counted here, and what leaves is told to the engine with the next step. Several ranks run
+the same steps in lockstep: a plan's "tables" hold the sequences' ids, a sequence without tokens is
+one that leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from runners.config.model import MIIConfig
+from runners.contracts.runner import RunnerState
+from runners.contracts.text import ModelInfo
+from runners.rank.program import RankContext
+from runners.text.engine import Runs
+from runners.text.lockstep import Follower, Leader, Ranks
+from runners.text.paging.step import StepPlan
+from runners.text.program import TextProgram
+
+
+class PutEngine(Protocol):
+    """What is used of `InferenceEngineV2`."""
+
+    def put(
+        self, batch_uids: list[int], batch_tokens: list[torch.Tensor], do_checks: bool = True
+    ) -> torch.Tensor:
+        """Append tokens to sequences; logits `[n, vocab]` of their last."""
+        ...
+
+    def flush(self, uid: int) -> None:
+        """Forget a sequence."""
+        ...
+
+
+class PutModel:
+    """See `engine.Runs`: one rank's engine."""
+
+    def __init__(self, engine: PutEngine) -> None:
+        self._engine = engine
+        self._known: set[int] = set()
+
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        """Let go of the sequences without tokens, then one step of the others."""
+        uids, tokens = [], []
+        for new, (uid,) in zip(plan.tokens, plan.tables, strict=True):
+            if new:
+                uids.append(uid)
+                tokens.append(torch.tensor(new))
+            elif uid in self._known:
+                self._known.discard(uid)
+                self._engine.flush(uid)
+        self._known.update(uids)
+        if not uids:
+            return torch.empty(0, 0)
+        return self._engine.put(uids, tokens, do_checks=False).float().cpu()
+
+    def idle(self) -> None:
+        """Nobody waits for this process."""
+
+
+class CountedEngine:
+    """See `engine.Engine`: rank 0's, over `blocks` blocks of `block_size` tokens."""
+
+    def __init__(self, model: Runs, *, blocks: int, block_size: int) -> None:
+        self._model = model
+        self._block_size = block_size
+        self._blocks = blocks
+        self._lengths: dict[int, int] = {}
+        self._held: dict[int, int] = {}
+        self._leaving: list[int] = []
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens the KV cache holds."""
+        return self._blocks * self._block_size
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens of KV that can still be had, in whole blocks."""
+        return (self._blocks - sum(self._held.values())) * self._block_size
+
+    def open(self, uid: int, tokens: Sequence[int]) -> int:
+        """Begin a sequence; this engine shares no KV, so all of it is computed: 0."""
+        self._lengths[uid] = self._held[uid] = 0
+        return 0
+
+    def extend(self, uid: int, count: int) -> bool:
+        """Make room for `count` more tokens. False, and nothing taken, if there is none."""
+        needed = -(-(self._lengths[uid] + count) // self._block_size) - self._held[uid]
+        if needed * self._block_size > self.free_tokens:
+            return False
+        self._held[uid] += max(0, needed)
+        return True
+
+    def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append `tokens[i]` to sequence `uids[i]`; last-token logits `[n, vocab]`."""
+        leaving, self._leaving = self._leaving, []
+        plan = StepPlan(
+            [*([] for _ in leaving), *map(list, tokens)],
+            [*(0 for _ in leaving), *(self._lengths[uid] for uid in uids)],
+            [[uid] for uid in (*leaving, *uids)],
+        )
+        logits = self._model.run(plan)
+        for uid, new in zip(uids, tokens, strict=True):
+            self._lengths[uid] += len(new)
+        return logits
+
+    def flush(self, uid: int) -> None:
+        """Forget a sequence and free its KV. Unknown ids are ignored."""
+        if self._lengths.pop(uid, 0):
+            self._leaving.append(uid)
+        self._held.pop(uid, None)
+
+    def idle(self) -> None:
+        """There is nothing to compute for now: what left gives its KV back."""
+        if self._leaving:
+            self.put([], [])
+        else:
+            self._model.idle()
+
+
+def load_fastgen(context: RankContext, config: MIIConfig) -> TextProgram | Follower:
+    """The program over MII's engine, on this rank's GPU. Raises: ConfigError."""
+    import mii.modeling.models
+    from transformers import GenerationConfig
+
+    from runners.hf.models import loading_of
+    from runners.rank.process_group import connect, meet
+    from runners.text.loading import serve
+
+    ranks = None
+    if config.tensor_parallel > 1:
+        ranks = Ranks(connect(config, meet(context)).control)
+    context.progress(RunnerState.LOADING, "building FastGen's kernels and loading the weights")
+    with loading_of(config.name):
+        engine: Any = mii.modeling.models.load_model(mii_model_config(config))
+    model = engine.model()
+    block_size = int(model.kv_block_size if hasattr(model, "kv_block_size") else _block(model))
+    blocks = int(min(engine.free_blocks))
+    if ranks is not None:
+        blocks = ranks.smallest(blocks)
+    own = engine._policy._checkpoint_engine.model_config
+    info = ModelInfo(
+        architecture=(own.architectures or [type(model).__name__])[0],
+        engine=config.engine,
+        parameters=sum(p.numel() for p in model.parameters()) * config.tensor_parallel,
+        dtype=str(model.activation_dtype).rpartition(".")[2],
+        devices=[f"cuda:{rank}" for rank in range(config.tensor_parallel)],
+        max_context=min(own.max_seq_length, config.mii.longest),
+        vocab_size=own.vocab_size,
+        max_kv_tokens=blocks * block_size,
+        has_chat_template=False,
+    )
+    put: Runs = PutModel(engine)
+    if ranks is not None and not ranks.leads:
+        return Follower(put, ranks, info)
+    counted = CountedEngine(
+        put if ranks is None else Leader(put, ranks), blocks=blocks, block_size=block_size
+    )
+    file = config.model_path / "generation_config.json"
+    generation = GenerationConfig.from_pretrained(config.model_path) if file.is_file() else None
+    return serve(context, counted, info, generation)
+
+
+def mii_model_config(config: MIIConfig) -> Any:
+    """Our config as MII's `ModelConfig`."""
+    from mii.config import ModelConfig
+
+    return ModelConfig(**model_values(config))
+
+
+def model_values(config: MIIConfig) -> dict[str, Any]:
+    """Our config as what MII's `ModelConfig` is made of."""
+    from runners.config.mii import FASTGEN_BLOCK
+
+    section = config.mii
+    manager = section.inference_engine_config.state_manager.model_dump() | {
+        "max_ragged_batch_size": max(config.max_step_tokens, config.max_batch_size),
+        "max_ragged_sequence_count": config.max_batch_size,
+    }
+    manager["max_tracked_sequences"] = max(
+        manager["max_tracked_sequences"], 2 * config.max_batch_size
+    )
+    if config.max_kv_tokens is not None:
+        size = max(1, config.max_kv_tokens // FASTGEN_BLOCK)
+        manager["memory_config"] = {"mode": "allocate", "size": size}
+    taken = {"sync_debug", "profile_model_time", "replica_num"}
+    quantization = (
+        section.quantization_mode or section.inference_engine_config.quantization.quantization_mode
+    )
+    return section.model_dump(include=taken) | {
+        "model_name_or_path": str(config.model_path),
+        "tensor_parallel": config.tensor_parallel,
+        "max_length": section.max_length or section.generate.max_length,
+        "quantization_mode": quantization,
+        "inference_engine_config": {"state_manager": manager},
+    }
+
+
+def _block(model: Any) -> int:
+    """Tokens of a block, of the first of its cache's groups."""
+    return int(model.kv_cache_config()[0].block_size)

@@ -1,0 +1,1 @@
+"""Facts about a Hugging Face model folder. Imported in rank processes only."""

@@ -1,0 +1,103 @@
+"""`python -m runners.rank.launcher RUN_DIR PARENT_PID`: starts and watches one node's ranks.
+
+It is a process of its own because torch's elastic tools import torch, which the HTTP worker must
+not. It ends all ranks when its stdin closes or when any rank ends, and leaves the reason in
+`outcome.json`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing import (
+    DefaultLogsSpecs,
+    PContext,
+    RunProcsResult,
+    Std,
+    start_processes,
+)
+
+from runners.protocol.environment import rank_variables, visible_gpus
+from runners.protocol.process import die_with_parent, outlive_signals
+from runners.protocol.spec import LOGS, OUTCOME, Outcome, RankSpec, read_spec, write_private
+
+TAIL_LINES = 30
+KILL_AFTER_S = 2
+POLL_S = 0.1
+
+
+def main() -> None:
+    """Run until the ranks end or the host lets go."""
+    run_dir = Path(sys.argv[1])
+    die_with_parent(int(sys.argv[2]))
+    stop = threading.Event()
+    # Its warnings about every signal it sends would read like trouble; outcome.json says it better.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
+    spec = read_spec(run_dir)
+    ranks = _start(run_dir, spec)
+    # After the start, which sets handlers of its own.
+    outlive_signals()
+    result = None
+    while result is None and not stop.is_set():
+        result = ranks.wait(timeout=POLL_S, period=POLL_S)
+    # The host may let go because a rank ended: a last look tells how it ended.
+    result = result or ranks.wait(timeout=POLL_S, period=POLL_S / 2)
+    ranks.close(death_sig=signal.SIGKILL, timeout=KILL_AFTER_S)
+    if result is not None:
+        write_private(run_dir / OUTCOME, _outcome(result, spec.first_rank))
+        sys.exit(1 if result.is_failed() else 0)
+
+
+def _start(run_dir: Path, spec: RankSpec) -> PContext:
+    logs = run_dir / LOGS
+    logs.mkdir(mode=0o700, exist_ok=True)
+    ranks = range(spec.local_world_size)
+    common = rank_variables(spec) | visible_gpus(spec.gpu_share, torch.cuda.device_count())
+    return start_processes(
+        name="rank",
+        entrypoint=sys.executable,
+        args={r: ("-u", "-m", "runners.rank.worker", str(run_dir), os.getpid()) for r in ranks},
+        envs={r: common | {"RANK": str(spec.first_rank + r), "LOCAL_RANK": str(r)} for r in ranks},
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), tee=Std.ALL),
+    )
+
+
+def _wait_for_eof(stop: threading.Event) -> None:
+    # Not sys.stdin: a thread that waits in its lock would hang the interpreter's exit.
+    while os.read(0, 4096):
+        pass
+    stop.set()
+
+
+def _outcome(result: RunProcsResult, first_rank: int) -> Outcome:
+    if not result.failures:
+        return Outcome(reason="the ranks ended by themselves", stderr_tail=[])
+    local, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
+    rank = first_rank + local
+    how = (
+        f"was killed by {failure.signal_name()}"
+        if failure.exitcode < 0
+        else f"exited with status {failure.exitcode}"
+    )
+    tail = _tail(result.stderrs.get(local))
+    return Outcome(reason=f"rank {rank} {how}", stderr_tail=tail, rank=rank)
+
+
+def _tail(path: str | None) -> list[str]:
+    try:
+        with open(path or os.devnull, encoding="utf-8", errors="replace") as file:
+            return [line.rstrip("\n") for line in deque(file, TAIL_LINES)]
+    except OSError:
+        return []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The paged KV cache: which blocks hold what, and their tensors."""

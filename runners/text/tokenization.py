@@ -1,0 +1,141 @@
+"""Prompts to token ids, and single tokens to the bytes they stand for."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from runners.contracts.errors import ContextLengthExceeded, InvalidRequest
+from runners.contracts.text import ChatPrompt, Prompt
+
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class PromptTokenizer:
+    """The model's tokenizer as the engine uses it. Safe to call from several threads."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._longest = max(map(len, tokenizer.get_vocab()), default=1)
+        self._byte_of = _byte_alphabet(tokenizer)
+        # The first call drops truncation settings of tokenizer.json; done later, while another
+        # thread encodes, that raises "Already borrowed".
+        tokenizer("a")
+
+    def encode(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of a prompt. A text that can not fit `max_tokens` is not even tokenised.
+
+        Raises: InvalidRequest, which names the field at fault; ContextLengthExceeded.
+        """
+        ids = self._encode(prompt, add_special_tokens, max_tokens)
+        # Not only a client's own: a tokenizer may know tokens the model has no embedding for.
+        self._check_ids(ids, param="prompt")
+        return ids
+
+    def _encode(
+        self, prompt: Prompt, add_special_tokens: bool, max_tokens: int | None
+    ) -> list[int]:
+        if isinstance(prompt, ChatPrompt):
+            return self._render(prompt)
+        if isinstance(prompt, str):
+            if max_tokens is not None and len(prompt) > max_tokens * self._longest:
+                raise ContextLengthExceeded(
+                    f"the prompt has {len(prompt)} characters, more than the {max_tokens} tokens "
+                    "that are allowed can hold",
+                    param="prompt",
+                )
+            ids = self.tokenizer(
+                prompt, add_special_tokens=add_special_tokens, verbose=False
+            ).input_ids
+            return list(ids)
+        return list(prompt)
+
+    def _check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
+        for token in token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise InvalidRequest(
+                    f"token id {token} is outside the vocabulary (0 to {self.vocab_size - 1})",
+                    param=param,
+                )
+
+    def begin(self, ids: list[int]) -> list[int]:
+        """What generation starts from. Raises: InvalidRequest if that is nothing at all."""
+        if ids:
+            return ids
+        if self.tokenizer.bos_token_id is None:
+            raise InvalidRequest("the prompt has no tokens", param="prompt")
+        return [cast(int, self.tokenizer.bos_token_id)]
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of token ids. Raises: InvalidRequest for an id outside the vocabulary."""
+        self._check_ids(token_ids, param="tokens")
+        return str(
+            self.tokenizer.decode(
+                list(token_ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
+        """Ids of those texts that are special tokens, which decoding leaves out of the text."""
+        ids = (self.tokenizer.convert_tokens_to_ids(text) for text in texts)
+        return frozenset(i for i in ids if isinstance(i, int) and i in self._special_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token adds to the text (RFC 3629 pieces for tokens inside a character)."""
+        found = self.tokenizer.convert_ids_to_tokens(token_id)
+        if found is None:  # rows of the embedding beyond the tokenizer's vocabulary
+            return b""
+        token = str(found)
+        if (match := _BYTE_FALLBACK.fullmatch(token)) is not None:
+            return bytes([int(match[1], 16)])
+        if token_id in self._special_ids:
+            return token.encode()
+        if self._byte_of and all(character in self._byte_of for character in token):
+            return bytes(self._byte_of[character] for character in token)
+        return token.replace("▁", " ").encode()
+
+    def _render(self, prompt: ChatPrompt) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions or /generate",
+                param="messages",
+            )
+        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=prompt.add_generation_prompt, return_dict=False
+            )
+        except TemplateError as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from None
+        except Exception as error:  # templates are programs of others, and raise what they like
+            raise InvalidRequest(
+                f"the model's chat template fails on these messages: {type(error).__name__}",
+                param="messages",
+            ) from None
+        return list(cast(list[int], ids))
+
+
+def _byte_alphabet(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Character to byte for byte-level BPE (GPT-2's table), empty for other tokenizers."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.decoder is None:
+        return {}
+    state = json.loads(backend.decoder.__getstate__())
+    if "ByteLevel" not in json.dumps(state):
+        return {}
+    table: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    return {character: byte for byte, character in table.items()}
