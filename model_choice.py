@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import bentoml
 from bentoml.exceptions import BentoMLException
 
-from runners import create_image_runner, create_runner, create_task_runner
+from runners import create_runner
+from runners.config.base import BaseRunnerConfig, GpuShare, ImageConfig, TaskConfig, TextConfig
 from runners.config.files import load_setup_config
-from runners.config.model import BaseRunnerConfig
 from runners.contracts.errors import ConfigError, ModelNotFound
 from runners.contracts.images import ImageRunner
-from runners.contracts.tasks import IMAGE_TASK, TEXT_TASKS, TaskRunner
+from runners.contracts.tasks import TaskRunner
 from runners.contracts.text import TextRunner
 from settings import PREFIX, Settings, variable
 
@@ -52,7 +52,7 @@ IMAGE_OVERRIDES = {
 
 def is_folder(choice: str) -> bool:
     """Whether a choice names a folder; else it is a store tag."""
-    # os.path's, unlike pathlib's, take a user or a name that can not exist for an ordinary no.
+    # Unlike pathlib's, the functions of os.path return False for a user or name that cannot exist.
     return os.path.isdir(os.path.expanduser(choice))
 
 
@@ -73,13 +73,14 @@ def chosen_runners(text: str, image: str, settings: Settings) -> Runners:
             f"tag of the model store; {_models_in_store()}"
         )
     runners = Runners()
-    for kind, config in _with_own_gpus(chosen_configs(text, image, settings)).items():
-        if kind == "image":
-            runners = replace(runners, image=create_image_runner(config))
-        elif config.task in TEXT_TASKS:
-            runners = replace(runners, text=create_runner(config))
-        else:
-            runners = replace(runners, task=create_task_runner(config))
+    for config in _with_gpu_shares(chosen_configs(text, image, settings)).values():
+        match config:
+            case ImageConfig():
+                runners = replace(runners, image=create_runner(config))
+            case TextConfig():
+                runners = replace(runners, text=create_runner(config))
+            case TaskConfig():
+                runners = replace(runners, task=create_runner(config))
     return runners
 
 
@@ -94,12 +95,12 @@ def chosen_configs(
     if text:
         settable = OVERRIDES if overriding else {}
         configs["text"] = config = model_config(text, settings, settable)
-        if config.task == IMAGE_TASK:
+        if isinstance(config, ImageConfig):
             raise _misplaced("TEXT_MODEL", text, config, "IMAGE_MODEL")
     if image:
         settable = IMAGE_OVERRIDES if overriding else {}
         configs["image"] = config = model_config(image, settings, settable)
-        if config.task != IMAGE_TASK:
+        if not isinstance(config, ImageConfig):
             raise _misplaced("IMAGE_MODEL", image, config, "TEXT_MODEL")
     return configs
 
@@ -113,15 +114,15 @@ def frozen_tag(bento: Bento, built: str) -> str:
     return next(tags, "")
 
 
-def _with_own_gpus(configs: Mapping[str, BaseRunnerConfig]) -> dict[str, BaseRunnerConfig]:
-    """Where there are several models, each with its share of the GPUs that all ask for."""
-    counts = [config.gpus_asked for config in configs.values()]
+def _with_gpu_shares(configs: Mapping[str, BaseRunnerConfig]) -> dict[str, BaseRunnerConfig]:
+    """Several models, each with its share of the GPUs that all of them request."""
+    counts = [config.requested_gpus for config in configs.values()]
     if len(counts) < 2:
         return dict(configs)
     firsts = itertools.accumulate(counts, initial=0)
     return {
-        kind: config.model_copy(update={"gpu_share": (first, config.gpus_asked, sum(counts))})
-        for (kind, config), first in zip(configs.items(), firsts, strict=False)
+        model: config.model_copy(update={"gpu_share": GpuShare(first, count, sum(counts))})
+        for (model, config), first, count in zip(configs.items(), firsts, counts, strict=False)
     }
 
 
@@ -143,7 +144,7 @@ def model_config(
     try:
         config, warnings = load_setup_config(folder, name=name, overrides=overrides)
     except ConfigError as error:
-        raise _blamed(error, folder, overrides, settable) from None
+        raise _blame_setting(error, folder, overrides, settable) from None
     for warning in warnings:
         logger.warning("%s", warning)
     return config
@@ -163,10 +164,10 @@ def _locate(choice: str) -> tuple[str, Path]:
     return model.tag.name, Path(model.path)
 
 
-def _blamed(
+def _blame_setting(
     error: ConfigError, folder: Path, overrides: Mapping[str, object], settable: Mapping[str, str]
 ) -> ConfigError:
-    """The error in terms of the variable without which it would not be; else as it is."""
+    """The error in terms of the variable that causes it; the error itself if none does."""
     # The engine last: what it allows is said of the others.
     for field in reversed([field for field, value in overrides.items() if value is not None]):
         try:
@@ -174,20 +175,20 @@ def _blamed(
         except ConfigError:
             continue
         setting = f"{variable(settable[field])}={overrides[field]}"
-        problem = error.message.partition(": ")[2] or error.message
-        meaning = type(config).model_fields[field].description if field != "engine" else None
-        return ConfigError(f"{setting} does not fit this model: {meaning or problem}")
+        known = type(config).model_fields
+        meaning = known[field].description if field in known and field != "engine" else None
+        return ConfigError(f"{setting} does not fit this model: {meaning or error.reason}")
     return error
 
 
 def _models_in_store() -> str:
-    told = []
-    for kind, head in (("text", "config.json"), ("image", "model_index.json")):
+    parts = []
+    for task, head in (("text", "config.json"), ("image", "model_index.json")):
         tags = sorted(
             str(model.tag) for model in bentoml.models.list() if _has(Path(model.path), head)
         )
-        told.append(f"{kind} models in the store: {', '.join(tags) or 'none'}")
-    return "; ".join(told)
+        parts.append(f"{task} models in the store: {', '.join(tags) or 'none'}")
+    return "; ".join(parts)
 
 
 def _has(folder: Path, head: str) -> bool:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from api.app import create_app, serve_models
 from api.http.admission import Admission
 from api.http.async_tasks import TaskGateMiddleware
-from api.http.context import current_request
+from api.http.context import current_request, current_request_id
 from api.http.metrics import RunnerMetrics, remove_files
 from api.http.middleware import (
     ApiKeyMiddleware,
@@ -47,10 +47,10 @@ from api.native.schemas import (
 from model_choice import chosen_configs, chosen_runners, frozen_tag, is_folder
 from runners.contracts.errors import ConfigError, ModelNotFound
 from runners.contracts.runner import Runner, RunnerHealth, RunnerState
+from runners.protocol.logs import configure_logging
 from settings import Settings, get_settings, unknown_variables
 
-logger = logging.getLogger("triptych")
-logger.setLevel(logging.INFO)
+logger = logging.getLogger("triptych.service")
 
 
 class BuildArguments(BaseModel):
@@ -88,10 +88,10 @@ def _demands() -> dict[str, Any]:
         configs = []
     except ConfigError as error:
         raise SystemExit(f"triptych: {error}") from None
-    gpus = sum(config.gpus_asked for config in configs)
+    gpus = sum(config.requested_gpus for config in configs)
     # BentoCloud hands out this many at once: BentoML's own default, for services with tasks, is 1.
-    places = sum(config.places for config in configs) or settings.max_queue
-    traffic = {"timeout": settings.timer, "concurrency": places}
+    concurrency = sum(config.max_concurrency for config in configs) or settings.max_queue
+    traffic = {"timeout": settings.timer, "concurrency": concurrency}
     return {"traffic": traffic} | ({"resources": {"gpu": gpus}} if gpus else {})
 
 
@@ -123,8 +123,9 @@ class Triptych:
         image_model_in_bento = bentoml.models.BentoModel(arguments.image_model)
 
     def __init__(self) -> None:
+        configure_logging(request_id=current_request_id)
         runners = chosen_runners(_chosen("text"), _chosen("image"), settings)
-        self.runners: list[tuple[Runner, Admission]] = []
+        self.runners: list[tuple[Runner[Any, Any], Admission]] = []
         text = task = image = None
         if runners.text is not None:
             text = TextModel(runners.text, self._admitted(runners.text, settings.max_queue))
@@ -137,7 +138,7 @@ class Triptych:
         self.metrics = RunnerMetrics(self.runners)
         serve_models(openai_app, self.served)
 
-    def _admitted(self, runner: Runner, limit: int, *noun: str) -> Admission:
+    def _admitted(self, runner: Runner[Any, Any], limit: int, *noun: str) -> Admission:
         admission = Admission(limit, *noun)
         self.runners.append((runner, admission))
         return admission
@@ -146,6 +147,7 @@ class Triptych:
     @staticmethod
     def check_model() -> None:
         """Before any worker starts: stop with one sentence if there is nothing to serve."""
+        configure_logging()
         if (ignored := unknown_variables()) is not None:
             logger.warning("%s", ignored)
         try:

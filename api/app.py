@@ -72,7 +72,7 @@ def create_app() -> FastAPI:
         for card in _cards(_served(request)):
             if card.id == model_id:
                 return _json(card)
-        raise ModelNotServed("this server does not hold that model", param="model")
+        raise ModelNotServed("is not served here", field="model")
 
     for task, route in ROUTES.items():
         _add_task(app, task, route)

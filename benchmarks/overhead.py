@@ -91,7 +91,6 @@ class InProcess:
             RankContext(
                 config=config,
                 rank=0,
-                world_size=1,
                 num_threads=threads,
                 work_dir=work_dir,
                 emit=self._take,
@@ -134,16 +133,17 @@ class InProcess:
         )
 
     def _take(self, message: Any) -> None:
-        from runners.protocol.messages import Accepted, Deltas, Failed
+        from runners.protocol.messages import Accepted, Events, Failed
 
         now = time.monotonic()
         match message:
             case Accepted(name, prompt_tokens):
                 self._records[name].counted_prompt = prompt_tokens
-            case Failed(name, kind, text):
-                self._records[name].error = f"{kind}: {text}"
+            case Failed(name, error, reason):
+                self._records[name].error = f"{error}: {reason}"
                 self._done()
-            case Deltas(deltas):
+            case Events(events):
+                deltas: list[Any] = list(events)
                 for delta in deltas:
                     record = self._records[delta.request_id]
                     record.events.append(now)

@@ -1,9 +1,9 @@
-"""`python -m cli.join`: holds another machine's ranks of a model that several share.
+"""`python -m cli.join`: runs another machine's ranks of a model that is split over machines.
 
-The service runs on node 0; this runs on each of the others, with the same model and settings and a
-node rank of its own, until it is told to end. Ranks that end are started again: node 0 does the
-same with its own, and they meet anew at `rdzv_endpoint`. Under torchrun, which starts and watches
-the processes itself, each is one rank.
+The service runs on node 0; this command runs on each of the other nodes, with the same model and
+settings and another node rank, until it is stopped. Ranks that end are started again: node 0 does
+the same, and all meet again at `rdzv_endpoint`. Under torchrun, which starts and watches the
+processes, each process is one rank.
 """
 
 from __future__ import annotations
@@ -18,28 +18,32 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runners.config.model import BaseRunnerConfig
+from model_choice import model_config
+from runners import rank_program
+from runners.config.base import BaseRunnerConfig
 from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.host.group import RankGroup
 from runners.protocol.environment import rank_variables
-from runners.protocol.spec import spec_of
+from runners.protocol.logs import configure_logging
+from runners.protocol.spec import make_spec
+from settings import get_settings
 
-logger = logging.getLogger("triptych")
+logger = logging.getLogger("triptych.join")
 
 WATCH_S = 0.5
 
 
 def main() -> None:
-    """Run until SIGTERM or Ctrl-C, or until it is clear that this can not work."""
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    """Run until SIGTERM or Ctrl-C, or until it is clear that the model cannot be served."""
     arguments = _arguments()
     try:
-        config, program = _chosen(arguments)
+        config, program = _choose(arguments)
+        configure_logging()
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            _be_a_rank(config, program)
+            _run_as_rank(config, program)
         else:
-            asyncio.run(_hold(config, program, drain_s=arguments.drain))
+            asyncio.run(_supervise(config, program, drain_s=arguments.drain))
     except ConfigError as error:
         sys.exit(f"error: {error.message}")
 
@@ -65,15 +69,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _chosen(arguments: argparse.Namespace) -> tuple[BaseRunnerConfig, str]:
+def _choose(arguments: argparse.Namespace) -> tuple[BaseRunnerConfig, str]:
     """The config of the model, and the program that loads it. Raises: ConfigError."""
-    # Not above: all else here is below them.
-    from model_choice import model_config
-    from runners import rank_program
-    from settings import get_settings
-
-    given = {k: v for k, v in vars(arguments).items() if v is not None}
-    settings = get_settings().model_copy(update=given)
+    chosen = {k: v for k, v in vars(arguments).items() if v is not None}
+    settings = get_settings().model_copy(update=chosen)
     config = model_config(settings.text_model, settings)
     if config.rendezvous is None or not config.first_rank:
         raise ConfigError(
@@ -83,7 +82,7 @@ def _chosen(arguments: argparse.Namespace) -> tuple[BaseRunnerConfig, str]:
     return config, rank_program(config)
 
 
-async def _hold(config: BaseRunnerConfig, program: str, *, drain_s: float) -> None:
+async def _supervise(config: BaseRunnerConfig, program: str, *, drain_s: float) -> None:
     loop, stop, draining = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
     def drain() -> None:
@@ -103,7 +102,7 @@ async def _hold(config: BaseRunnerConfig, program: str, *, drain_s: float) -> No
         health = group.health()
         while not stop.is_set() and health.state is not RunnerState.FAILED:
             if draining.is_set() and health.state is not RunnerState.READY:
-                break  # node 0 serves no more
+                break  # node 0 has stopped serving
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), WATCH_S)
             health = group.health()
@@ -113,13 +112,14 @@ async def _hold(config: BaseRunnerConfig, program: str, *, drain_s: float) -> No
         raise ConfigError(health.detail)
 
 
-def _be_a_rank(config: BaseRunnerConfig, program: str) -> None:
-    spec = spec_of(config, program)
-    if os.environ["LOCAL_WORLD_SIZE"] != str(spec.local_world_size):
-        raise ConfigError(f"torchrun's nproc-per-node must be {spec.local_world_size}")
-    rank = spec.first_rank + int(os.environ["LOCAL_RANK"])
-    os.environ |= rank_variables(spec) | {"RANK": str(rank)}
-    # Not above: what is set now, torch reads when it is loaded.
+def _run_as_rank(config: BaseRunnerConfig, program: str) -> None:
+    spec = make_spec(config, program)
+    if os.environ["LOCAL_WORLD_SIZE"] != str(config.local_world_size):
+        raise ConfigError(f"torchrun's nproc-per-node must be {config.local_world_size}")
+    rank = config.first_rank + int(os.environ["LOCAL_RANK"])
+    os.environ |= rank_variables(config, spec.num_threads) | {"RANK": str(rank)}
+    configure_logging(rank=rank)
+    # Not at the top: torch reads these variables when it is imported.
     from runners.rank.worker import load
 
     with tempfile.TemporaryDirectory(prefix=f"triptych-{os.getpid()}-") as folder:

@@ -166,7 +166,7 @@ def _joining(plan: Plan, meeting: dict[str, str]) -> Manifest:
     if not plan.options.model_volume:
         env[variable(model.field)] = f"{BENTO_PATH}/models/{model.choice.replace(':', '/')}"
     index = {"name": f"{PREFIX}NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": INDEX}}}
-    return _container(plan, model.config.gpus_asked) | {
+    return _container(plan, model.config.requested_gpus) | {
         # The server's last requests need them.
         "args": ["python", "-m", "cli.join", "--drain", str(PRE_STOP_S + plan.drain_s)],
         "workingDir": f"{BENTO_PATH}/src",

@@ -12,7 +12,8 @@ from bentoml.exceptions import BentoMLException
 
 from model_choice import chosen_configs, frozen_tag
 from model_store_scripts.safetensors_header import read_header
-from runners.config.model import BaseRunnerConfig, MIIConfig
+from runners.config.base import BaseRunnerConfig
+from runners.config.model import MIITextConfig
 from runners.contracts.errors import ConfigError
 from runners.contracts.tasks import IMAGE_TASK
 from settings import PREFIX, Settings, variable
@@ -113,12 +114,12 @@ class Plan:
     @property
     def gpus(self) -> int:
         """Of the machine that serves."""
-        return sum(model.config.gpus_asked for model in self.models)
+        return sum(model.config.requested_gpus for model in self.models)
 
     @property
     def places(self) -> int:
         """How many sequences and pictures a replica computes together."""
-        return sum(model.config.places for model in self.models)
+        return sum(model.config.max_concurrency for model in self.models)
 
     @property
     def ranks(self) -> int:
@@ -129,14 +130,14 @@ class Plan:
     def cpus(self) -> int:
         """One for the server; for each rank one, or its threads where the CPUs compute."""
         return self.options.cpus or 1 + sum(
-            ranks_of(m.config) * (m.config.num_threads or (1 if m.config.gpus_asked else 2))
+            ranks_of(m.config) * (m.config.num_threads or (1 if m.config.requested_gpus else 2))
             for m in self.models
         )
 
     @property
     def num_threads(self) -> int | None:
         """CPU threads of a rank that has to be told: it sees all cores of the machine."""
-        if all(model.config.gpus_asked for model in self.models):
+        if all(model.config.requested_gpus for model in self.models):
             return None
         return self.settings.num_threads or max(1, (self.cpus - 1) // self.ranks)
 
@@ -225,7 +226,7 @@ def bytes_of(config: BaseRunnerConfig) -> int:
 
     On a CPU half precision may be computed in float32 (`dtype`), for which there is room then.
     """
-    widened = not config.gpus_asked and config.dtype in ("auto", "float32")
+    widened = not config.requested_gpus and config.dtype in ("auto", "float32")
     found = 0
     for file in config.model_path.rglob("*.safetensors"):
         parameters = read_header(file, f"{config.name}/{file.name}").parameters
@@ -238,14 +239,14 @@ def copies_of(config: BaseRunnerConfig) -> int:
     """How many copies of its weights a model takes on one machine."""
     if config.task == IMAGE_TASK:  # each rank paints with a whole one
         return config.local_world_size
-    if isinstance(config, MIIConfig) and config.mii.mode == "persistent":
+    if isinstance(config, MIITextConfig) and config.mii.mode == "persistent":
         return config.mii.replica_num if config.mii.host is None else 0
     return 1
 
 
 def ranks_of(config: BaseRunnerConfig) -> int:
     """Processes that hold the model on one machine, those of a deployment of MII's own too."""
-    if isinstance(config, MIIConfig) and config.mii.mode == "persistent":
+    if isinstance(config, MIITextConfig) and config.mii.mode == "persistent":
         here = config.mii.host is None
         return 1 + config.tensor_parallel * config.mii.replica_num * here
     return config.local_world_size

@@ -89,4 +89,4 @@ def _behavior() -> Manifest:
 
 
 def _places(plan: Plan) -> list[tuple[str, int]]:
-    return [(model.config.name, model.config.places) for model in plan.models]
+    return [(model.config.name, model.config.max_concurrency) for model in plan.models]

@@ -21,10 +21,11 @@ from model_store_scripts.safety import is_code, refuse_unsafe_path
 from model_store_scripts.sources import refuse_leaving
 from model_store_scripts.unpacking import is_archive, unpack
 from runners.config.files import MODEL_FOLDER, MODEL_HEADS, setup_files
-from runners.config.model import SETUP_CONFIG, explain
+from runners.config.model import SETUP_CONFIG
 from runners.config.reading import read_json
 from runners.config.torchserve import MODEL_CONFIG
 from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
+from runners.contracts.validation import problems_of
 
 MAR_INF = "MAR-INF"
 MANIFEST = f"{MAR_INF}/MANIFEST.json"
@@ -204,7 +205,8 @@ def _manifest(name: str, folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(read_json(path).get("model"))
     except ValidationError as error:
-        raise ConfigError(f"{name}: {MANIFEST}: model: {explain(error)}") from None
+        problems = [f"{p.field or 'value'}: {p.requirement}" for p in problems_of(error)]
+        raise ConfigError(f"{name}: {MANIFEST}: model: {'; '.join(problems)}") from None
     for text in (manifest.model_name, manifest.model_version, manifest.config_file):
         refuse_unsafe_path(text, of=name)  # they are printed, or lead to a file
     return manifest

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any, TextIO, get_args
 
 from model_store_scripts.importing import ImportedModel, check_name
-from runners.config.model import DEVICE_STRATEGIES, Dtype, Engine, Task
+from runners.config.base import Dtype, Engine, Task
+from runners.config.engines import DEVICE_STRATEGIES
 from runners.contracts.errors import ConfigError
 
 # Options that are fields of setup_config.json, under the same names.

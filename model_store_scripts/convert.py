@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from model_store_scripts.layout import Pickles
 from model_store_scripts.progress import progress_bar
-from runners.contracts.errors import ConfigError, UnsafeModel, told_as
+from runners.contracts.errors import ConfigError, UnsafeModel, reraise_as
 
 # Under what name training frameworks keep the weights in a checkpoint that holds more.
 WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
@@ -54,7 +54,7 @@ def _new_name(part: Pickles, number: int) -> str:
 
 
 def _load(path: Path, name: str) -> dict[str, torch.Tensor]:
-    with told_as(ConfigError, f"{name} can not be read as a checkpoint"):
+    with reraise_as(ConfigError, f"{name} can not be read as a checkpoint"):
         loaded = _unpickled(path, name)
     return _tensors(loaded, name)
 

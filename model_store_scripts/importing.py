@@ -143,13 +143,13 @@ def _look(request: ImportRequest) -> _Looked:
     layout.refuse_pointers(source.root, small)
     refuse_unsafe_configs(source.root, small)
     layout.refuse_incomplete(parts, source.names)
-    setup_config = _setup_config(request, source, given)
+    setup_config, warnings = _setup_config(request, source, given)
     weights = layout.choose_weights(
         source.root, parts, source.names, convert=request.convert_checkpoints
     )
     pickles = [name for part in weights.pickles for name in part.files]
     others = sorted(source.names - {*small, *weights.files, *pickles, *read})
-    notes = given.notes + _left_out([*_beside(request, folder, source, given), *others])
+    notes = warnings + given.notes + _left_out([*_beside(request, folder, source, given), *others])
     source.fetch([*weights.files, *pickles])
     layout.refuse_pointers(source.root, [*weights.files, *pickles])
     return _Looked(source, setup_config, small, weights, notes)
@@ -176,25 +176,28 @@ def _open(request: ImportRequest, folder: Path, given: Given) -> Source:
 
     if folder.exists() or not is_hub_id(request.source):
         raise ModelNotFound(f"{request.source} is neither a folder nor the id of a hub model")
-    revision = request.revision or given.values.get("revision")
+    revision = request.revision or given.setup.values.get("revision")
     if revision is not None and not isinstance(revision, str):
         raise ConfigError(f"{request.setup_config}: revision must be a text")
     return HubSource(request.source, revision)
 
 
-def _setup_config(request: ImportRequest, source: Source, given: Given) -> dict[str, Any]:
+def _setup_config(
+    request: ImportRequest, source: Source, given: Given
+) -> tuple[dict[str, Any], list[str]]:
     overrides = {k: v for k, v in request.overrides.items() if v is not None}
-    task = task_of(source.root)
-    values = {"task": task} | given.values | overrides
+    setup = given.setup.with_task(source.root, task=overrides.get("task"))
+    values = setup.values | overrides
     if source.revision:
         values["revision"] = source.revision
-    given_here = {"name": request.name, "model_path": source.root}
-    config = validate(values | given_here, where=given.where)
+    derived = {"name": request.name, "model_path": source.root}
+    config = validate(values | derived, source=setup.source)
+    task = task_of(source.root)
     conversing = (task, config.task) == ("text-generation", "conversational")
     if config.task != task and not conversing:
         raise ConfigError(f"the model is for {task}, not for {config.task}")
     chosen = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "model_path"})
-    return {"engine": config.engine, "task": task} | chosen
+    return {"engine": config.engine, "task": task} | chosen, setup.warnings
 
 
 def _files(looked: _Looked, converted: Path) -> dict[str, Path]:

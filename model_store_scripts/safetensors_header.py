@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners.contracts.errors import IncompleteModel, told_as
+from runners.contracts.errors import IncompleteModel, reraise_as
 
 # The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
@@ -51,7 +51,7 @@ def read_header(path: Path, name: str) -> Header:
         raw = file.read(length)
     if len(raw) < length:
         raise IncompleteModel(f"{name} is cut off within its header")
-    with told_as(IncompleteModel, f"{name} has a damaged safetensors header"):
+    with reraise_as(IncompleteModel, f"{name} has a damaged safetensors header"):
         tensors = json.loads(raw)
         tensors.pop("__metadata__", None)
         end = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)

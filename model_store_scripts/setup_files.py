@@ -8,7 +8,7 @@ from typing import Any
 
 from model_store_scripts.safety import refuse_code_keys
 from model_store_scripts.sources import refuse_leaving
-from runners.config.files import find_model, names_of, read_setup, setup_files
+from runners.config.files import SetupValues, find_model, read_setup, setup_files
 from runners.config.reading import read_object
 from runners.config.torchserve import MODEL_CONFIG
 from runners.contracts.errors import ModelNotFound
@@ -18,14 +18,13 @@ from runners.contracts.errors import ModelNotFound
 class Given:
     """Fields of a RunnerConfig, with what was read for them."""
 
-    values: dict[str, Any]
+    setup: SetupValues
     notes: list[str]
+    """About where the model lies."""
     files: frozenset[Path]
     """What they were read from: part of the stored `setup_config.json`, not of the model."""
     root: Path | None
     """Where in the folder the model lies; None for what is no folder."""
-    where: str
-    """What errors call the files."""
 
 
 def read_given(
@@ -59,7 +58,8 @@ def read_given(
         return content
 
     files = [file] if file else setup_files(source, model_config) if is_folder else []
-    values, notes = read_setup(files, engine=engine, read=read)
+    setup = read_setup(files, engine=engine, read=read)
+    values, notes = setup.values, list[str]()
     named = values.pop("model_path", None)
     if not file and Path(str(values.get("offload_folder", ""))).is_absolute():
         del values["offload_folder"]
@@ -70,4 +70,4 @@ def read_given(
     if is_folder:
         root, more = find_model(model_path or source, None if file or model_path else named)
         notes = notes + more
-    return Given(values, notes, frozenset(seen), root, names_of(files))
+    return Given(setup, notes, frozenset(seen), root)

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from model_store_scripts.safety import refuse_unsafe_path
-from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel, told_as
+from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel, reraise_as
 
 MAX_MEMBERS = 10_000
 """As many as a model folder may have files."""
@@ -51,7 +51,7 @@ def unpack(archive: Path, target: Path, *, name: str, max_bytes: int | None = No
     target.mkdir()
     bound = max(SMALL, MAX_RATIO * archive.stat().st_size) if max_bytes is None else max_bytes
     room = _Room(name, bound, shutil.disk_usage(target).free)
-    with told_as(IncompleteModel, f"{name} is cut off or damaged"):
+    with reraise_as(IncompleteModel, f"{name} is cut off or damaged"):
         try:
             if _begins(archive, GZIP):
                 _untar(archive, target, room)

@@ -1,25 +1,23 @@
-"""Runners: a model in rank processes behind an async facade. `create_runner`,
-`create_image_runner` and `create_task_runner` are the only doors.
+"""Runners: a model in rank processes behind an async client. `create_runner` is the only door.
 
-Imports run one way: facade -> ranks; the engines (`*_runner`, `*_programs`, `ragged`, `imaging`,
-`tasks`) are imported in rank processes only, so that the HTTP worker never loads torch.
+The packages `engines`, `text`, `images`, `tasks`, `rank` and `hf` are imported in rank processes
+only: the HTTP worker never loads torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 from runners.contracts.errors import ConfigError, EngineUnavailable
 from runners.contracts.tasks import IMAGE_TASK, PIPELINE_TASKS, TEXT_TASKS
 
 if TYPE_CHECKING:
-    from runners.config.model import BaseRunnerConfig
+    from runners.config.base import BaseRunnerConfig, ImageConfig, TaskConfig, TextConfig
     from runners.contracts.images import ImageRunner
     from runners.contracts.tasks import TaskRunner
     from runners.contracts.text import TextRunner
 
-# Where each engine's rank program lives; a rank imports it, the HTTP worker never does.
+# Each engine's rank program, as module and function: imported by a rank, never by the HTTP worker.
 TEXT_PROGRAMS = {
     "accelerate": "runners.engines.accelerate:load_program",
     "deepspeed": "runners.engines.deepspeed.load:load_program",
@@ -30,7 +28,7 @@ IMAGE_PROGRAMS = {
     "deepspeed": "runners.engines.images:load_deepspeed_program",
     "mii": "runners.engines.images:load_program",
 }
-# MII serves text generation alone; its legacy tasks run on the Accelerate engine.
+# MII serves text generation only; its legacy tasks run on the Accelerate engine.
 TASK_PROGRAMS = dict.fromkeys(("accelerate", "mii"), "runners.engines.tasks:load_program")
 PROGRAMS = {
     **dict.fromkeys(TEXT_TASKS, TEXT_PROGRAMS),
@@ -39,58 +37,41 @@ PROGRAMS = {
 }
 
 
-def create_runner(config: BaseRunnerConfig) -> TextRunner:
-    """A runner for a model of one of `TEXT_TASKS`, not yet started.
+@overload
+def create_runner(config: TextConfig) -> TextRunner: ...
+@overload
+def create_runner(config: ImageConfig) -> ImageRunner: ...
+@overload
+def create_runner(config: TaskConfig) -> TaskRunner: ...
+@overload
+def create_runner(config: BaseRunnerConfig) -> Any: ...
 
-    Raises: EngineUnavailable if the engine does not have the task, ConfigError if the config is
-    that of another task or node.
+
+def create_runner(config: BaseRunnerConfig) -> Any:
+    """The runner of a model, not started yet; its type follows from the config's task.
+
+    Raises: EngineUnavailable if the engine does not run the task, ConfigError if this machine is
+    not the one that serves the model.
     """
-    from runners.host.text_client import RankedTextRunner
+    # Here, because rank processes import this package too and need no client.
+    from runners.host.client import RankClient
 
-    return RankedTextRunner(config, program=_program_here(config, TEXT_TASKS))
-
-
-def create_image_runner(config: BaseRunnerConfig) -> ImageRunner:
-    """A runner for an image model, not yet started.
-
-    Raises: as `create_runner`.
-    """
-    from runners.host.image_client import RankedImageRunner
-
-    return RankedImageRunner(config, program=_program_here(config, (IMAGE_TASK,)))
-
-
-def create_task_runner(config: BaseRunnerConfig) -> TaskRunner:
-    """A runner for a model of one of `contracts.tasks.PipelineTask`, not yet started.
-
-    Raises: as `create_runner`.
-    """
-    from runners.host.task_client import RankedTaskRunner, on_accelerate
-
-    program = _program_here(config, PIPELINE_TASKS)
-    return RankedTaskRunner(on_accelerate(config), program=program)
-
-
-def _program_here(config: BaseRunnerConfig, tasks: Collection[str]) -> str:
-    if config.task not in tasks:
-        raise ConfigError(f"{config.name} is a model for {config.task}, not {' or '.join(tasks)}")
     program = rank_program(config)
     if config.local_world_size < config.world_size and config.rendezvous is None:
-        raise ConfigError("rdzv_endpoint is needed for several nodes: host:port of node 0")
+        raise ConfigError("is needed for several nodes: host:port of node 0", field="rdzv_endpoint")
     if config.first_rank:
         raise ConfigError(
-            "node_rank must be 0 where the service runs; here, run: python -m cli.join"
+            "must be 0 where the service runs; here, run: python -m cli.join", field="node_rank"
         )
-    return program
+    return RankClient[Any, Any, Any](config, program=program)
 
 
 def rank_program(config: BaseRunnerConfig) -> str:
     """`module:function` that loads the model in its ranks. Raises: EngineUnavailable."""
-    engine = str(getattr(config, "engine", None))
     programs = PROGRAMS[config.task]
-    if engine not in programs:
+    if config.engine not in programs:
         raise EngineUnavailable(
-            f"engine {engine} for {config.task} is not part of this version of Triptych; "
-            f"{config.task} runs on: {', '.join(sorted(programs))}"
+            f"engine {config.engine} does not run {config.task}, which runs on: "
+            f"{', '.join(sorted(programs))}"
         )
-    return programs[engine]
+    return programs[config.engine]

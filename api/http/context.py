@@ -55,6 +55,12 @@ def current_request() -> RequestContext:
     return _current.get()
 
 
+def current_request_id() -> str | None:
+    """The id of that request; None outside of one."""
+    request = _current.get(None)
+    return None if request is None else request.request_id
+
+
 def current_shape() -> Shape:
     """What errors of that request look like."""
     request = _current.get(None)

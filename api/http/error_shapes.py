@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from runners.contracts.errors import (
+    ContentFiltered,
     ContextLengthExceeded,
     DeadlineExceeded,
     EngineFailure,
@@ -19,7 +20,6 @@ from runners.contracts.errors import (
     ModelVersionNotServed,
     Overloaded,
     PayloadTooLarge,
-    PictureWithheld,
     RunnerUnavailable,
     TriptychError,
     Unauthorized,
@@ -56,7 +56,7 @@ def _openai(message: str, kind: Kind, param: str | None) -> str:
 OPENAI = Shape(
     kinds={
         InvalidRequest: Kind(400, "invalid_request_error"),
-        PictureWithheld: Kind(400, "invalid_request_error", "content_policy_violation"),
+        ContentFiltered: Kind(400, "invalid_request_error", "content_policy_violation"),
         ContextLengthExceeded: Kind(400, "invalid_request_error", "context_length_exceeded"),
         Unauthorized: Kind(401, "authentication_error", "invalid_api_key"),
         ModelNotServed: Kind(404, "invalid_request_error", "model_not_found"),
@@ -82,7 +82,7 @@ def _torchserve(message: str, kind: Kind, param: str | None) -> str:
 TORCHSERVE = Shape(
     kinds={
         InvalidRequest: Kind(400, "BadRequestException"),
-        PictureWithheld: Kind(400, "BadRequestException"),
+        ContentFiltered: Kind(400, "BadRequestException"),
         ContextLengthExceeded: Kind(400, "BadRequestException"),
         Unauthorized: Kind(401, "InvalidKeyException"),
         ModelNotServed: Kind(404, "ModelNotFoundException"),

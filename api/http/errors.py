@@ -8,16 +8,16 @@ from __future__ import annotations
 import functools
 import logging
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import ParamSpec
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from starlette.responses import Response
 
 from api.http.context import current_request, current_shape
 from api.http.error_shapes import Kind
 from runners.contracts.errors import InvalidRequest, Overloaded, TriptychError, Unauthorized
+from runners.contracts.validation import problems_of
 
 logger = logging.getLogger("triptych.api")
 
@@ -27,11 +27,6 @@ MAX_PROBLEMS = 4
 """How many validation problems one message names."""
 MAX_LISTED = 10_000
 """Describing more problems than this would hold up all other requests."""
-IN_OUR_WORDS = {
-    "extra_forbidden": "is not a known field",
-    "model_type": "Input should be an object",
-}
-"""Where pydantic speaks of Python."""
 
 
 def kind_of(error: Exception) -> Kind:
@@ -45,7 +40,7 @@ def error_body(error: Exception) -> str:
     """An error as JSON. What nobody raises on purpose is logged here and not described."""
     shape, kind = current_shape(), kind_of(error)
     if isinstance(error, TriptychError) and kind is not shape.internal:
-        return shape.body(error.message, kind, error.param)
+        return shape.body(error.message, kind, error.field)
     log_unexpected(error)
     return shape.body("the server failed on this request; its log has the request id", kind, None)
 
@@ -113,30 +108,16 @@ def log_unexpected(error: BaseException) -> None:
 
 
 def refusal(error: ValidationError) -> InvalidRequest:
-    """A validation error as the sentence a client gets: which field, and what is allowed there."""
+    """A validation error as the error for the client: which field, and what is allowed there."""
     if error.error_count() > MAX_LISTED:
         return InvalidRequest(f"the body has {error.error_count()} faults, too many to name")
-    problems = error.errors(include_url=False, include_context=False, include_input=False)
     by_field: dict[str, list[str]] = {}
-    for problem in problems:
-        by_field.setdefault(_field(problem["loc"]), []).append(_requirement(problem))
-    sentences = [
-        f"{field}: {' or '.join(dict.fromkeys(said))}" if field else " or ".join(said)
-        for field, said in by_field.items()
-    ]
-    more = len(sentences) - MAX_PROBLEMS
+    for problem in problems_of(error):
+        by_field.setdefault(problem.field[:100], []).append(problem.requirement)
+    requirements = {field: " or ".join(texts) for field, texts in by_field.items()}
+    [(field, reason), *others] = requirements.items()
+    parts = [reason, *(f"{name}: {text}" if name else text for name, text in others)]
+    more = len(parts) - MAX_PROBLEMS
     if more > 0:
-        sentences[MAX_PROBLEMS:] = [f"and {more} more"]
-    return InvalidRequest("; ".join(sentences), param=next(iter(by_field)) or None)
-
-
-def _field(loc: Sequence[int | str]) -> str:
-    """`messages.0.content`, without the names of union branches that pydantic puts in between."""
-    names = [str(part) for part in loc if isinstance(part, int) or part.isidentifier()]
-    return ".".join(name for name in names if name not in ("str", "int"))[:100]
-
-
-def _requirement(problem: ErrorDetails) -> str:
-    if problem["type"] in IN_OUR_WORDS:
-        return IN_OUR_WORDS[problem["type"]]
-    return problem["msg"].removeprefix("Value error, ").partition(" after validation")[0]
+        parts[MAX_PROBLEMS:] = [f"and {more} more"]
+    return InvalidRequest("; ".join(parts), field=field or None)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from PIL import Image
 
-from runners.contracts.images import Picture
+from runners.contracts.images import RawImage
 
 Format = Literal["png", "jpeg", "webp"]
 _OPTIONS: dict[Format, dict[str, int]] = {
@@ -20,17 +20,17 @@ _OPTIONS: dict[Format, dict[str, int]] = {
 }
 
 
-async def as_file(picture: Picture, kind: Format) -> bytes:
+async def as_file(picture: RawImage, kind: Format) -> bytes:
     """The picture as the content of a file."""
     return await asyncio.to_thread(_encode, picture, kind)
 
 
-async def as_base64(picture: Picture, kind: Format) -> str:
+async def as_base64(picture: RawImage, kind: Format) -> str:
     """The file's content in base64."""
     return base64.b64encode(await as_file(picture, kind)).decode("ascii")
 
 
-async def as_nested_lists(picture: Picture) -> bytes:
+async def as_nested_lists(picture: RawImage) -> bytes:
     """The pixels as JSON: rows of pixels of red, green and blue, each from 0 to 255."""
     return await asyncio.to_thread(_nested, picture)
 
@@ -40,14 +40,14 @@ def media_type(kind: Format) -> str:
     return f"image/{kind}"
 
 
-def _encode(picture: Picture, kind: Format) -> bytes:
+def _encode(picture: RawImage, kind: Format) -> bytes:
     image = Image.frombytes("RGB", (picture.width, picture.height), picture.data)
     file = io.BytesIO()
     image.save(file, kind, **_OPTIONS[kind])
     return file.getvalue()
 
 
-def _nested(picture: Picture) -> bytes:
+def _nested(picture: RawImage) -> bytes:
     length = 3 * picture.width
     rows = []
     # Row by row: while all of it is written at once, no other thread runs.

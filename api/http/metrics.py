@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -100,7 +101,7 @@ def route_label(path: str) -> str:
 class RunnerMetrics:
     """The runners' state as gauges; a prometheus_client collector. A picture is a sequence, too."""
 
-    def __init__(self, runners: Sequence[tuple[Runner, Admission]]) -> None:
+    def __init__(self, runners: Sequence[tuple[Runner[Any, Any], Admission]]) -> None:
         self._runners = runners
 
     def collect(self) -> list[Metric]:
@@ -120,7 +121,7 @@ class RunnerMetrics:
         return generate_latest(registry).decode()
 
 
-def _state(runner: Runner, admission: Admission) -> dict[str, tuple[str, float]]:
+def _state(runner: Runner[Any, Any], admission: Admission) -> dict[str, tuple[str, float]]:
     health = runner.health()
     return {
         "ready": ("1 while requests are served", health.ready),

@@ -142,7 +142,7 @@ class BodyMiddleware:
         # Of any type are TorchServe's bodies; and where there is no route, that is what to say.
         json_alone = current_request().route not in (PREDICTIONS, metrics.NO_ROUTE)
         if body and json_alone and content_type.strip().lower() != "application/json":
-            raise InvalidRequest("Content-Type must be application/json", param="Content-Type")
+            raise InvalidRequest("must be application/json", field="Content-Type")
         return bytes(body)
 
     def _too_large(self) -> PayloadTooLarge:

@@ -119,7 +119,7 @@ class SamplingFields(WireModel):
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             default_new_tokens=default_new_tokens,
-            min_new_tokens=min_new_tokens or 0,
+            min_new_tokens=min_new_tokens,
             temperature=temperature,
             top_p=self.top_p,
             top_k=None if self.top_k is None else max(self.top_k, 0),
@@ -127,8 +127,8 @@ class SamplingFields(WireModel):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             seed=self.seed,
-            stop=self.stop,
-            ignore_eos=bool(self.ignore_eos),
+            stop=self.stop or None,
+            ignore_eos=self.ignore_eos,
             logprobs=logprobs,
         )
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from api.http.admission import Admission
 from runners.contracts.errors import ModelNotServed
 from runners.contracts.runner import Runner
 
-R = TypeVar("R", bound=Runner)
+R = TypeVar("R", bound=Runner[Any, Any])
 
 
 class HeldModel(Generic[R]):
     """A model this server holds: its runner, and how much of it may be in work at once."""
-
-    verbs = ("hold", "holds")
-    """What the server does with it."""
 
     def __init__(self, runner: R, admission: Admission) -> None:
         self.runner = runner
@@ -29,7 +26,4 @@ class HeldModel(Generic[R]):
     def require(self, name: str | None) -> None:
         """Check that this is the model a request names. Raises: ModelNotServed."""
         if name is not None and name != self.name:
-            does, is_doing = self.verbs
-            raise ModelNotServed(
-                f"this server does not {does} that model; it {is_doing} {self.name}", param="model"
-            )
+            raise ModelNotServed(f"is not served here; use {self.name}", field="model")

@@ -6,16 +6,18 @@ As `generation` for text: all routes come through here, and what a request start
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from random import SystemRandom
+
+import msgspec
 
 from api.http import metrics
 from api.http.context import RequestContext, current_request
 from api.models.base import HeldModel
-from api.models.streams import Arrivals, cut_short, open_all
+from api.models.streams import MergedStream, open_all, truncated
 from runners.contracts.errors import RunnerUnavailable, TriptychError
-from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, Picture
+from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, RawImage
 
 _picture_numbers = count(1)
 _random = SystemRandom()
@@ -25,14 +27,12 @@ _random = SystemRandom()
 class Painted:
     """A finished picture, and the seed that makes it again."""
 
-    picture: Picture
+    picture: RawImage
     seed: int
 
 
 class ImageModel(HeldModel[ImageRunner]):
     """An image model as the routes see it."""
-
-    verbs = ("paint with", "paints with")
 
     @property
     def info(self) -> ImageModelInfo | None:
@@ -54,13 +54,13 @@ class ImageModel(HeldModel[ImageRunner]):
     async def paint(self, wish: ImageRequest, *, seed: int | None, n: int = 1) -> Painting:
         """Start `n` pictures; picture i has the seed `seed` + i, one of ours without.
 
-        Raises: Overloaded, DeadlineExceeded and what `ImageRunner.paint` does.
+        Raises: Overloaded, DeadlineExceeded and what `ImageRunner.submit` does.
         """
         request = current_request()
         request.resources.enter_context(self.admission.admit(n))
         first = _random.getrandbits(31) if seed is None else seed
         wishes = [
-            replace(
+            msgspec.structs.replace(
                 wish,
                 request_id=f"{request.request_id}-{next(_picture_numbers)}",
                 seed=(first + i) % 2**63,
@@ -68,10 +68,8 @@ class ImageModel(HeldModel[ImageRunner]):
             for i in range(n)
         ]
         async with request.within_deadline():
-            streams = await open_all([self.runner.paint(each) for each in wishes])
-        painting = Painting(
-            request, wishes, Arrivals(streams, lambda event: event.picture is not None)
-        )
+            streams = await open_all([self.runner.submit(each) for each in wishes])
+        painting = Painting(request, wishes, MergedStream(streams))
         request.resources.push_async_callback(painting.aclose)
         return painting
 
@@ -80,7 +78,10 @@ class Painting:
     """The pictures of one request in the making; iterate it, or `collect` it, once."""
 
     def __init__(
-        self, request: RequestContext, wishes: list[ImageRequest], arrivals: Arrivals[ImageEvent]
+        self,
+        request: RequestContext,
+        wishes: list[ImageRequest],
+        arrivals: MergedStream[ImageEvent],
     ) -> None:
         self._request = request
         self._wishes = wishes
@@ -90,13 +91,13 @@ class Painting:
     async def __aiter__(self) -> AsyncIterator[tuple[int, ImageEvent]]:
         """Yield what happens, with the index of its picture, until all are finished.
 
-        Raises: RunnerUnavailable, DeadlineExceeded, PictureWithheld, EngineFailure.
+        Raises: RunnerUnavailable, DeadlineExceeded, ContentFiltered, EngineFailure.
         """
         arrivals = aiter(self._arrivals)
         while self._unfinished:
             async with self._request.within_deadline():
                 arrival = await self._next(arrivals)
-            finished = arrival[1].picture is not None
+            finished = arrival[1].finished
             self._unfinished -= finished
             if finished:
                 metrics.PICTURES.labels(self._request.route, "finished").inc()
@@ -110,7 +111,7 @@ class Painting:
         try:
             arrival = await anext(arrivals, None)
             if arrival is None:
-                raise cut_short()
+                raise truncated()
             return arrival
         except TriptychError:
             self._unfinished -= 1
@@ -119,7 +120,7 @@ class Painting:
 
     async def collect(self) -> list[Painted]:
         """Wait for all pictures. Raises: as iteration."""
-        pictures = {i: event.picture async for i, event in self if event.picture is not None}
+        pictures = {i: event.image async for i, event in self if event.image is not None}
         return [Painted(pictures[i], self.seed_of(i)) for i in range(len(self._wishes))]
 
     def seed_of(self, index: int) -> int:

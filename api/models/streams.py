@@ -1,70 +1,57 @@
-"""Several streams of one request: opened together, merged in the order of what comes."""
+"""Several streams of one request: opened together, merged in the order of arrival."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any, Generic, TypeVar
 
 from runners.contracts.errors import EngineFailure
+from runners.contracts.runner import Event, Stream
 
-Item = TypeVar("Item")
-Item_co = TypeVar("Item_co", covariant=True)
-S = TypeVar("S", bound="Stream[object]")
-
-
-class Stream(Protocol[Item_co]):
-    """What a runner gives for one request."""
-
-    def __aiter__(self) -> AsyncIterator[Item_co]:
-        """Yield what comes, up to the last of it."""
-        ...
-
-    async def aclose(self) -> None:
-        """Abort if unfinished."""
-        ...
+EventT = TypeVar("EventT", bound=Event)
+StreamT = TypeVar("StreamT", bound=Stream[Any])
 
 
-async def open_all(openings: Sequence[Awaitable[S]]) -> list[S]:
+async def open_all(openings: Sequence[Awaitable[StreamT]]) -> list[StreamT]:
     """Open all streams at once; if one is refused, none stays open."""
     if len(openings) == 1:
         return [await openings[0]]
-    opening = [asyncio.ensure_future(each) for each in openings]
+    tasks = [asyncio.ensure_future(opening) for opening in openings]
     try:
-        return await asyncio.gather(*opening)
+        return await asyncio.gather(*tasks)
     except BaseException:
-        for task in opening:
+        for task in tasks:
             task.cancel()
-        for result in await asyncio.gather(*opening, return_exceptions=True):
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
             if not isinstance(result, BaseException):
                 await result.aclose()
         raise
 
 
-class Arrivals(Generic[Item]):
-    """What comes of several streams, each with the index of its stream; `is_last` tells an end."""
+class MergedStream(Generic[EventT]):
+    """The events of several streams, each with the index of its stream."""
 
-    def __init__(self, streams: Sequence[Stream[Item]], is_last: Callable[[Item], bool]) -> None:
+    def __init__(self, streams: Sequence[Stream[EventT]]) -> None:
         self._streams = streams
-        self._is_last = is_last
-        self._queue: asyncio.Queue[tuple[int, Item] | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, EventT] | Exception] = asyncio.Queue()
         self._pumps: list[asyncio.Task[None]] = []
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Item]]:
-        """Yield what comes; never ends by itself. Raises: what a stream does."""
-        if len(self._streams) == 1:  # no task and no queue for the common case
-            async for item in self._streams[0]:
-                yield 0, item
+    async def __aiter__(self) -> AsyncIterator[tuple[int, EventT]]:
+        """Yield events; never ends by itself. Raises: what a stream raises."""
+        if len(self._streams) == 1:  # the common case needs no task and no queue
+            async for event in self._streams[0]:
+                yield 0, event
             return
         self._pumps = [
             asyncio.create_task(self._pump(index, stream))
             for index, stream in enumerate(self._streams)
         ]
         while True:
-            arrival = await self._queue.get()
-            if isinstance(arrival, Exception):
-                raise arrival
-            yield arrival
+            item = await self._queue.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
 
     async def aclose(self) -> None:
         """Abort what still runs."""
@@ -74,17 +61,17 @@ class Arrivals(Generic[Item]):
         for stream in self._streams:
             await stream.aclose()
 
-    async def _pump(self, index: int, stream: Stream[Item]) -> None:
+    async def _pump(self, index: int, stream: Stream[EventT]) -> None:
         try:
-            async for item in stream:
-                self._queue.put_nowait((index, item))
-                if self._is_last(item):
+            async for event in stream:
+                self._queue.put_nowait((index, event))
+                if event.finished:
                     return
-            raise cut_short()
+            raise truncated()
         except Exception as error:
             self._queue.put_nowait(error)
 
 
-def cut_short() -> EngineFailure:
-    """A stream that ended without its last item."""
-    return EngineFailure("the engine ended a sequence without a finish reason")
+def truncated() -> EngineFailure:
+    """A stream ended without its last event."""
+    return EngineFailure("the engine ended a request without a result")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
+
+import msgspec
 
 from api.http import metrics
 from api.http.context import current_request
 from api.models.base import HeldModel
+from api.models.streams import truncated
 from runners.contracts.tasks import Finding, TaskRequest, TaskRunner
 from runners.contracts.text import ModelInfo
 
@@ -32,14 +34,15 @@ class TaskModel(HeldModel[TaskRunner]):
     async def run(self, inputs: Sequence[TaskRequest]) -> list[list[Finding]]:
         """The findings of each input; if one is refused, all are.
 
-        Raises: Overloaded, DeadlineExceeded and what `TaskRunner.run` does.
+        Raises: Overloaded, DeadlineExceeded and what `TaskRunner.submit` does.
         """
         request = current_request()
         with self.admission.admit(len(inputs)):
             running = [
-                asyncio.ensure_future(self.runner.run(replace(each, request_id=request_id)))
+                asyncio.ensure_future(
+                    self._run(f"{request.request_id}-{next(_input_numbers)}", each)
+                )
                 for each in inputs
-                for request_id in [f"{request.request_id}-{next(_input_numbers)}"]
             ]
             try:
                 async with request.within_deadline():
@@ -50,3 +53,10 @@ class TaskModel(HeldModel[TaskRunner]):
                 await asyncio.gather(*running, return_exceptions=True)
         metrics.TASK_INPUTS.labels(request.route).inc(len(inputs))
         return found
+
+    async def _run(self, request_id: str, task_input: TaskRequest) -> list[Finding]:
+        request = msgspec.structs.replace(task_input, request_id=request_id)
+        async with await self.runner.submit(request) as stream:
+            async for result in stream:
+                return result.findings
+        raise truncated()

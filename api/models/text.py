@@ -14,7 +14,8 @@ from itertools import count
 from api.http import metrics
 from api.http.context import RequestContext, current_request
 from api.models.base import HeldModel
-from api.models.streams import Arrivals, cut_short, open_all
+from api.models.streams import MergedStream, open_all, truncated
+from runners.contracts.runner import Stream
 from runners.contracts.text import (
     FinishReason,
     GenerationRequest,
@@ -23,7 +24,6 @@ from runners.contracts.text import (
     SamplingParams,
     TextDelta,
     TextRunner,
-    TextStream,
     TokenLogprob,
 )
 
@@ -61,7 +61,7 @@ class TextModel(HeldModel[TextRunner]):
     ) -> Generation:
         """Start `n` sequences for each prompt; those of prompt i are i*n ... i*n + n-1.
 
-        Raises: Overloaded, DeadlineExceeded and what `TextRunner.generate` does.
+        Raises: Overloaded, DeadlineExceeded and what `TextRunner.submit` does.
         """
         request = current_request()
         request.resources.enter_context(self.admission.admit(len(prompts) * n))
@@ -75,7 +75,7 @@ class TextModel(HeldModel[TextRunner]):
             for i in range(n)
         ]
         async with request.within_deadline():
-            streams = await open_all([self.runner.generate(each) for each in requests])
+            streams = await open_all([self.runner.submit(each) for each in requests])
         generation = Generation(request, streams, n)
         request.resources.push_async_callback(generation.aclose)
         return generation
@@ -100,11 +100,11 @@ class TextModel(HeldModel[TextRunner]):
 class Generation:
     """The running sequences of one request; iterate it, or `collect` it, once."""
 
-    def __init__(self, request: RequestContext, streams: list[TextStream], n: int) -> None:
+    def __init__(self, request: RequestContext, streams: list[Stream[TextDelta]], n: int) -> None:
         self._request = request
         self._streams = streams
         self._clocks = [_Clock(request) for _ in streams]
-        self._arrivals = Arrivals(streams, lambda delta: delta.finish_reason is not None)
+        self._merged = MergedStream(streams)
         self.prompt_tokens = [stream.prompt_tokens for stream in streams]
         """Per sequence."""
         self.usage_prompt_tokens = sum(self.prompt_tokens[::n])
@@ -125,16 +125,16 @@ class Generation:
         Raises: RunnerUnavailable, DeadlineExceeded, EngineFailure.
         """
         unfinished = len(self._streams)
-        arrivals = aiter(self._arrivals)
+        events = aiter(self._merged)
         while unfinished:
             async with self._request.within_deadline():
-                arrival = await anext(arrivals, None)
-            if arrival is None:
-                raise cut_short()
-            index, delta = arrival
+                item = await anext(events, None)
+            if item is None:
+                raise truncated()
+            index, delta = item
             self._clocks[index].saw(delta)
-            unfinished -= delta.finish_reason is not None
-            yield arrival
+            unfinished -= delta.finished
+            yield item
 
     async def collect(self) -> list[Output]:
         """Wait for all sequences. Raises: as iteration."""
@@ -153,7 +153,7 @@ class Generation:
 
     async def aclose(self) -> None:
         """Abort what still runs."""
-        await self._arrivals.aclose()
+        await self._merged.aclose()
         for clock in self._clocks:
             clock.stop()
 

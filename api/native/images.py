@@ -38,8 +38,8 @@ class GenerateImageRequest(NativeBody, PaintingFields):
         """How to answer. Raises: InvalidRequest."""
         if self.response_format == "image" and self.num_images > 1:
             raise InvalidRequest(
-                "response_format image holds one picture; take b64_json or numpy for several",
-                param="response_format",
+                "image is for one image; use b64_json or numpy for several",
+                field="response_format",
             )
         return self.response_format or ("image" if self.num_images == 1 else "b64_json")
 

@@ -93,7 +93,7 @@ async def tokenize(model: TextModel, body: TokenizeRequest) -> TokenizeResponse:
     """Token ids of a text or a conversation."""
     model.require(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequest("give either prompt or messages", param="prompt")
+        raise InvalidRequest("give either prompt or messages", field="prompt")
     prompt = chat_prompt(body.messages) if body.messages else body.prompt or ""
     tokens = await model.tokenize(prompt, add_special_tokens=body.add_special_tokens)
     longest = model.info.max_model_len if model.info else 0

@@ -81,7 +81,7 @@ class GenerateRequest(NativeSampling):
     def texts(self) -> list[str]:
         """All prompts. Raises: InvalidRequest unless exactly one of the two fields is given."""
         if (self.prompt is None) == (self.prompts is None):
-            raise InvalidRequest("give either prompt or prompts", param="prompt")
+            raise InvalidRequest("give either prompt or prompts", field="prompt")
         return self.prompts or [self.prompt or ""]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,9 +56,8 @@ def in_terms_of(body: OpenAIRequest) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        # In a message only names with an underscore are fields: `prompt` and `tokens` are words.
-        message = re.sub(r"\w+_\w+", lambda found: names.get(found[0], found[0]), error.message)
-        raise type(error)(message, param=names.get(error.param or "", error.param)) from None
+        field = names.get(error.field or "", error.field)
+        raise type(error)(error.reason, field=field) from None
 
 
 async def respond(

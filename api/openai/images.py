@@ -16,7 +16,7 @@ from api.http.image_schemas import MAX_SIDE, ImageCount, PaintingFields
 from api.models.images import ImageModel, Painting
 from api.openai.requests import Ignored, Unsupported, unsupported
 from runners.contracts.errors import InvalidRequest
-from runners.contracts.images import Picture
+from runners.contracts.images import RawImage
 
 PARTIAL: Final = "image_generation.partial_image"
 COMPLETED: Final = "image_generation.completed"
@@ -53,7 +53,7 @@ class ImageGenerationRequest(PaintingFields):
     def check(self) -> None:
         """Rules over several fields. Raises: InvalidRequest."""
         if self.partial_images and not self.stream:
-            raise InvalidRequest("partial_images needs stream", param="partial_images")
+            raise InvalidRequest("needs stream", field="partial_images")
 
     def sides(self) -> tuple[int | None, int | None]:
         """Height and width. Raises: InvalidRequest."""
@@ -62,11 +62,11 @@ class ImageGenerationRequest(PaintingFields):
         found = _SIZE.fullmatch(self.size or "")
         if found is None:
             raise InvalidRequest(
-                "size must be width x height in pixels, such as 512x512, or auto", param="size"
+                "must be width x height in pixels, such as 512x512, or auto", field="size"
             )
         height, width = int(found[2]), int(found[1])
         if max(height, width) > MAX_SIDE:
-            raise InvalidRequest(f"size may be {MAX_SIDE} pixels a side at most", param="size")
+            raise InvalidRequest(f"must be at most {MAX_SIDE} pixels a side", field="size")
         return height, width
 
 
@@ -127,8 +127,10 @@ async def create_images(model: ImageModel, body: ImageGenerationRequest) -> Resp
             n=body.n or 1,
         )
     except InvalidRequest as error:  # in the words of this client
-        named = "size" if error.param in ("height", "width") else error.param
-        raise InvalidRequest(error.message, param=named) from None
+        names = {"height": "size", "width": "size"}
+        raise InvalidRequest(
+            error.reason, field=names.get(error.field or "", error.field)
+        ) from None
     created, file = int(time.time()), body.output_format or "png"
     if body.stream:
         frames = _frames(painting, created, file)
@@ -145,13 +147,13 @@ async def create_images(model: ImageModel, body: ImageGenerationRequest) -> Resp
 async def _frames(painting: Painting, created: int, file: Format) -> AsyncIterator[str]:
     shown: dict[int, int] = {}
     async for index, event in painting:
-        if event.picture is None:
+        if event.image is None:
             step = StepEvent(index=index, step=event.step, steps=event.steps)
             yield sse.frame(step.model_dump_json(), event=step.type)
-        if (picture := event.picture or event.preview) is not None:
+        if (picture := event.image or event.preview) is not None:
             told = PictureEvent(
-                type=COMPLETED if event.picture else PARTIAL,
-                partial_image_index=None if event.picture else shown.get(index, 0),
+                type=COMPLETED if event.image else PARTIAL,
+                partial_image_index=None if event.image else shown.get(index, 0),
                 index=index,
                 b64_json=await as_base64(picture, file),
                 created_at=created,
@@ -163,5 +165,5 @@ async def _frames(painting: Painting, created: int, file: Format) -> AsyncIterat
             yield sse.frame(told.model_dump_json(), event=told.type)
 
 
-def _size(picture: Picture) -> str:
+def _size(picture: RawImage) -> str:
     return f"{picture.width}x{picture.height}"

@@ -97,7 +97,7 @@ class OpenAIRequest(SamplingFields):
     def check(self) -> None:
         """Rules over several fields. Raises: InvalidRequest."""
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options needs stream", param="stream_options")
+            raise InvalidRequest("needs stream", field="stream_options")
 
     def for_runner(
         self,
@@ -155,13 +155,13 @@ class CompletionRequest(OpenAIRequest):
         super().check()
         n = self.n or 1
         if self.best_of not in (None, n):
-            raise InvalidRequest("best_of must equal n", param="best_of")
+            raise InvalidRequest("must equal n", field="best_of")
         if self.echo and self.logprobs is not None:
             raise InvalidRequest(
-                "echo can not be combined with logprobs: prompt tokens have none", param="echo"
+                "cannot be combined with logprobs: prompt tokens have none", field="echo"
             )
         if len(self.prompt) * n > MAX_SEQUENCES:
-            raise InvalidRequest(f"prompts times n may be {MAX_SEQUENCES} at most", param="n")
+            raise InvalidRequest(f"prompts times n must be at most {MAX_SEQUENCES}", field="n")
 
     def prompts(self) -> list[Prompt]:
         """The prompts for the runner."""
@@ -227,10 +227,10 @@ class ChatRequest(OpenAIRequest):
         """Rules over several fields. Raises: InvalidRequest."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs", param="top_logprobs")
+            raise InvalidRequest("needs logprobs", field="top_logprobs")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise InvalidRequest(
-                "max_tokens and max_completion_tokens are two names of one limit; give one",
-                param="max_completion_tokens",
+                "is another name of max_tokens: give one of them",
+                field="max_completion_tokens",
             )

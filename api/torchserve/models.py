@@ -63,7 +63,7 @@ def describe(model: Model) -> dict[str, Any]:
         "runtime": "python",
         "minWorkers": 1,
         "maxWorkers": 1,
-        "batchSize": runner.batch_size,
+        "batchSize": runner.max_concurrency,
         "maxBatchDelay": 0,
         "responseTimeout": int(current_request().timeout),
         "loadedAtStartup": True,

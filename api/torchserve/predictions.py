@@ -7,19 +7,19 @@ x width x 3, or, if the client accepts an image type, a file. A task of `/tasks`
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 from starlette.responses import Response
 
+from api.http.context import current_request
 from api.http.image_files import Format, as_file, as_nested_lists, media_type
 from api.http.image_schemas import PaintingFields, Side
 from api.http.schemas import SamplingFields, TokenCount
 from api.models.images import ImageModel
-from api.models.served import Served
+from api.models.task_schemas import PIPELINES
 from api.models.tasks import TaskModel
 from api.models.text import TextModel
-from api.tasks.routes import ROUTES
 from api.torchserve.bodies import Input
 
 FILES: dict[str, Format] = {
@@ -92,8 +92,10 @@ def _file_wanted(accept: str) -> Format | None:
 async def _run_task(model: TaskModel, asked: Input) -> Response:
     # A question comes with its context, where all others have a text.
     inputs = asked.content if isinstance(asked.content, dict) else {"inputs": asked.text}
-    body = json.dumps({**asked.options, **inputs}).encode()
-    answer: Any = await ROUTES[model.task].handle(Served(task_model=model), body)
-    outputs = answer.model_dump(mode="json", exclude_none=True)["outputs"]
+    pipeline = PIPELINES[model.task]
+    body = pipeline.body.checked({**asked.options, **inputs})
+    findings = await model.run(body.requests())
+    answer = pipeline.to_answer(current_request().request_id, model.name, findings)
+    outputs = answer.model_dump(mode="json", include={"outputs"}, exclude_none=True)["outputs"]
     one = outputs[0] if "inputs" in inputs else outputs
     return Response(json.dumps(one), media_type="application/json")

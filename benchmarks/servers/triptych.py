@@ -41,10 +41,9 @@ class Triptych:
 
     def prepare(self) -> str:
         """Import the model into a model store of our own. Raises: Unavailable."""
-        from runners.config.model import AccelerateConfig, DeepSpeedConfig
+        from runners.config.model import fields_of
 
-        known = AccelerateConfig.model_fields | DeepSpeedConfig.model_fields
-        unknown = self._settings.keys() - known.keys()
+        unknown = self._settings.keys() - fields_of().keys()
         if unknown:
             raise Unavailable(f"this version has no {', '.join(sorted(unknown))}")
         self._home = cached(f"stores/{self.name}", self._import)

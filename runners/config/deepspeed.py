@@ -1,7 +1,7 @@
-"""DeepSpeed's inference config, as `ds-config.json` holds it: what Triptych makes of it.
+"""DeepSpeed's inference config, as in `ds-config.json`, and what is passed on to DeepSpeed.
 
-The keys are those of DeepSpeed's `DeepSpeedInferenceConfig`. What is decided elsewhere (where the
-weights lie, how many ranks there are) is taken out or held against it, the rest handed on.
+The keys are those of DeepSpeed's `DeepSpeedInferenceConfig`. Keys that Triptych decides (weights,
+number of ranks) are removed or compared, the others are passed on.
 """
 
 from __future__ import annotations
@@ -10,39 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from runners.config.base import DTYPES
+from runners.config.ignored import DS_CONFIG_KEYS, drop_ignored
 from runners.contracts.errors import ConfigError
 
-DTYPES = {
-    **dict.fromkeys(("torch.float16", "float16", "fp16", "half", "torch.half"), "float16"),
-    **dict.fromkeys(("torch.bfloat16", "bfloat16", "bf16", "bfloat"), "bfloat16"),
-    **dict.fromkeys(("torch.float32", "float32", "fp32", "float", "torch.float"), "float32"),
-}
-"""DeepSpeed's names of types, and ours."""
-
-NO_USE = {
-    "base_dir": "the weights are those of the model folder",
-    "checkpoint": "the weights are mapped from the model folder, which costs a rank no more memory",
-    "checkpoint_config": "the weights are those of the model folder",
-    "ckpt_config": "the weights are those of the model folder",
-    "save_mp_checkpoint_path": "nothing is written",
-    "max_out_tokens": "max_kv_tokens bounds the KV cache",
-    "max_tokens": "max_kv_tokens bounds the KV cache",
-    "min_out_tokens": "max_kv_tokens bounds the KV cache",
-    "min_tokens": "max_kv_tokens bounds the KV cache",
-    "enable_cuda_graph": "steps change their shape",
-    "quant": "weight_quantization is what is offered",
-    "zero": "weights are split over the ranks, or placed by engine accelerate",
-    **dict.fromkeys(
-        ("injection_policy", "injection_policy_tuple", "injection_dict"),
-        "a policy names classes, which a file can not",
-    ),
-    **dict.fromkeys(
-        ("moe", "moe_experts", "moe_type", "ep_size", "ep_group", "ep_mp_group"),
-        "every rank holds a part of every expert",
-    ),
-    **dict.fromkeys(("expert_group", "expert_mp_group"), "every rank holds a part of every expert"),
-}
-
+DS_CONFIG = "ds-config.json"
 
 KEYS = frozenset(
     {
@@ -50,10 +22,10 @@ KEYS = frozenset(
         *("use_triton", "triton_autotune", "triangular_masking", "tm", "keep_module_on_host"),
         *("set_empty_params", "return_tuple", "training_mp_size", "replace_method"),
         *("transposed_mode", "mp_size", "mpu"),
-        *NO_USE,
+        *DS_CONFIG_KEYS,
     }
 )
-"""Every key of `DeepSpeedInferenceConfig`, but for `config`, by which a section names a file."""
+"""Every key of `DeepSpeedInferenceConfig` except `config`, which names a file in a section."""
 
 
 KERNELS = ("replace_with_kernel_inject", "kernel_inject")
@@ -63,72 +35,76 @@ KERNELS = ("replace_with_kernel_inject", "kernel_inject")
 def read_section(
     section: object, folder: Path, read: Callable[[Path], Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """DeepSpeed's config out of a `deepspeed` section, and a warning for every key of no use.
+    """DeepSpeed's config from a `deepspeed` section, and a warning for every ignored key.
 
-    The section is that config, or names it as TorchServe's does: `config` is a file in `folder`, or
-    the config itself. `read` turns a file into an object. Raises: ConfigError.
+    The section is that config, or names it as in TorchServe: `config` is a file in `folder`, or the
+    config itself. `read` turns a file into an object. Raises: ConfigError.
     """
     if not isinstance(section, Mapping):
-        raise ConfigError("deepspeed must hold keys and values")
+        raise ConfigError("must be an object", field="deepspeed")
     config = section.get("config", section)
     if isinstance(config, str):
         path = folder / config
         if not path.is_file():
-            raise ConfigError(f"deepspeed: config: {path} does not exist")
+            raise ConfigError(f"{path} does not exist", field="deepspeed.config")
         config = read(path)
     if not isinstance(config, Mapping):
-        raise ConfigError("deepspeed: config must be a file name or an object")
+        raise ConfigError("must be a file name or an object", field="deepspeed.config")
     if config is not section:
         config = {**config, **{k: v for k, v in section.items() if k != "config"}}
-    warnings = [f"ds-config.json: {k} is ignored: {NO_USE[k]}" for k in config if k in NO_USE]
-    unknown = [k for k in config if k not in KEYS]
-    warnings += [f"ds-config.json: unknown key {k} is ignored" for k in unknown]
-    return {k: v for k, v in config.items() if k in KEYS and k not in NO_USE}, warnings
+    values = {k: v for k, v in config.items() if k in KEYS}
+    warnings = drop_ignored(values, DS_CONFIG_KEYS, source=DS_CONFIG)
+    warnings += [f"{DS_CONFIG}: unknown key {k} is ignored" for k in config if k not in KEYS]
+    return values, warnings
 
 
 def tp_size(config: Mapping[str, Any]) -> int | None:
-    """How many ranks the config splits a model over, if it says so. Raises: ConfigError."""
+    """Number of ranks in the config; None if it has none. Raises: ConfigError."""
     size = _tensor_parallel(config).get("tp_size", config.get("mp_size"))
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ConfigError("ds-config.json: tensor_parallel.tp_size must be a whole number from 1")
+        raise ConfigError(
+            "must be an integer from 1", field="tensor_parallel.tp_size", source=DS_CONFIG
+        )
     return size
 
 
 def _tensor_parallel(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Any = next(
+    section: Any = next(
         (config[k] for k in ("tensor_parallel", "tp") if config.get(k) is not None), {}
     )
-    if not isinstance(found, Mapping):
-        raise ConfigError('ds-config.json: tensor_parallel must be an object: {"tp_size": 2}')
-    return found
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            'must be an object: {"tp_size": 2}', field="tensor_parallel", source=DS_CONFIG
+        )
+    return section
 
 
 def dtype(config: Mapping[str, Any]) -> str | None:
-    """The type it computes in, by our name. Raises: ConfigError."""
-    given = config.get("dtype")
-    if given is None:
+    """The dtype in the config, by our name; None if it has none. Raises: ConfigError."""
+    name = config.get("dtype")
+    if name is None:
         return None
-    if not isinstance(given, str) or given not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         allowed = ", ".join(sorted(set(DTYPES.values())))
-        raise ConfigError(f"ds-config.json: dtype must be one of {allowed}")
-    return DTYPES[given]
+        raise ConfigError(f"must be one of {allowed}", field="dtype", source=DS_CONFIG)
+    return DTYPES[name]
 
 
 def asks_for_kernels(config: Mapping[str, Any]) -> bool:
-    """Whether DeepSpeed's own kernels are to be put in."""
+    """Whether the config requests DeepSpeed's kernels."""
     return any(config.get(name) for name in KERNELS)
 
 
 def for_init_inference(
     config: Mapping[str, Any], *, world_size: int, grain: int, inject: bool
 ) -> dict[str, Any]:
-    """What `deepspeed.init_inference` is given, but for the type.
+    """The arguments of `deepspeed.init_inference`, except the dtype.
 
-    `grain`: parts are multiples of it, where the config does not say. `inject`: whether its kernels
-    are put in.
+    `grain`: the size of a part is a multiple of it, unless the config has another. `inject`:
+    whether DeepSpeed replaces modules by its kernels.
     """
-    taken = {"dtype", "tensor_parallel", "tp", "mp_size", *NO_USE}
-    values = {k: v for k, v in config.items() if k not in taken}
+    replaced = {"dtype", "tensor_parallel", "tp", "mp_size", *DS_CONFIG_KEYS}
+    values = {k: v for k, v in config.items() if k not in replaced}
     parallel = {"tp_grain_size": grain, **_tensor_parallel(config), "tp_size": world_size}
     values["tensor_parallel"] = parallel
     return {k: v for k, v in values.items() if k not in KERNELS} | {KERNELS[0]: inject}

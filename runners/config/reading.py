@@ -1,7 +1,7 @@
-"""JSON and YAML files that nobody vouches for, read into keys and values.
+"""Untrusted JSON and YAML files, read into keys and values.
 
-Both may say the same: what YAML has beyond JSON (aliases, which make much out of little; types of
-its own) is refused or taken for a text.
+Both formats have the same content: what YAML has beyond JSON is refused (aliases, which expand) or
+read as text (its other types).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from runners.contracts.errors import ConfigError, told_as
+from runners.contracts.errors import ConfigError, reraise_as
 
 MAX_DEPTH = 100
-"""Within what pydantic and json write again; no configuration is nested a tenth as deep."""
+"""Below the recursion limits of pydantic and json; real configurations are far less deep."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, {} if there is no file. Raises: ConfigError."""
-    with told_as(ConfigError, f"{path} can not be read as JSON"):
+    """A JSON object from a file; empty if there is no file. Raises: ConfigError."""
+    with reraise_as(ConfigError, f"{path} cannot be read as JSON"):
         try:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises: ConfigError."""
-    with told_as(ConfigError, f"{path} can not be read as YAML"):
+    with reraise_as(ConfigError, f"{path} cannot be read as YAML"):
         content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # noqa: S506
         content = json.loads(json.dumps(content, default=str))
     return _checked(content, path, "keys and values")
@@ -45,13 +45,13 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             anchor = self.peek_event().anchor  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(f"an alias (*{anchor}) is not taken: write it out")
+            raise yaml.YAMLError(f"an alias (*{anchor}) is not supported: write it out")
         return super().compose_node(parent, index)
 
 
-def _checked(content: object, path: Path, wanted: str) -> dict[str, Any]:
+def _checked(content: object, path: Path, expected: str) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold {wanted}")
+        raise ConfigError(f"{path} must contain {expected}")
     level: list[Any] = [content]
     for _ in range(MAX_DEPTH):
         inside = [v.values() if isinstance(v, dict) else v for v in level]

@@ -1,7 +1,7 @@
-"""TorchServe's `model-config.yaml`, as its large-model examples were published, in today's words.
+"""TorchServe's `model-config.yaml`, as published with its large-model examples, as RunnerConfig.
 
 The format is TorchServe's (its documentation of `model-archiver` and of large-model inference).
-What ranks with continuous batching have no use for is named in a warning that says why.
+Keys without effect are named in a warning with the reason.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runners.config.deepspeed import DTYPES
+from runners.config.base import DTYPES
+from runners.config.ignored import TORCHSERVE_KEYS, drop_ignored
 from runners.contracts.errors import ConfigError
 
 MODEL_CONFIG = "model-config.yaml"
@@ -25,78 +26,59 @@ HANDLER = {
     "torch_dtype": "dtype",
     "model_path": "model_path",
 }
-"""TorchServe's keys and ours."""
+"""Keys of TorchServe's section `handler` to our fields."""
 TORCHRUN = {"nnodes": "nnodes", "node-rank": "node_rank", "rdzv-endpoint": "rdzv_endpoint"}
-"""Those of its section `torchrun`."""
-
-NO_USE = {
-    "maxBatchDelay": "no request waits for a batch to fill: it joins the running one at once",
-    "minWorkers": "one group of ranks holds the model; for more, run more servers",
-    "maxWorkers": "one group of ranks holds the model; for more, run more servers",
-    "deviceType": "the model goes to the GPUs if there are any, else to the CPU",
-    "deviceIds": "set CUDA_VISIBLE_DEVICES",
-    "startupTimeout": "set start_timeout in setup_config.json",
-    **dict.fromkeys(
-        ("torchrun.nnodes", "torchrun.node-rank", "torchrun.rdzv-endpoint"),
-        "engine deepspeed alone splits a model over machines",
-    ),
-    "handler.manual_seed": "each request has its own seed",
-    "handler.model_name": "the model is the one in its folder",
-}
+"""Keys of its section `torchrun` to our fields."""
 
 
 def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What a `model-config.yaml` holds as fields of a RunnerConfig, and its warnings.
+    """The content of a `model-config.yaml` as fields of a RunnerConfig, and its warnings.
 
     Raises: ConfigError.
     """
-    left = {str(k): v for k, v in content.items() if v is not None or k == "deepspeed"}
+    rest = {str(k): v for k, v in content.items() if v is not None or k == "deepspeed"}
     values: dict[str, Any] = {}
-    warnings: list[str] = []
-    handler = _section(left, "handler")
+    handler = _pop_section(rest, "handler")
     for key, field in TOP.items():
-        if key in left:
-            values[field] = left.pop(key)
-    values |= _parallel(left, handler)
+        if key in rest:
+            values[field] = rest.pop(key)
+    values |= _pop_parallel(rest, handler)
     for key, field in HANDLER.items():
         if key in handler:
             values.setdefault(field, handler.pop(key))
     if isinstance(dtype := values.get("dtype"), str):
         values["dtype"] = DTYPES.get(dtype, dtype)
-    left |= {f"handler.{key}": value for key, value in handler.items()}
-    for key in left:
-        why = NO_USE.get(key)
-        warnings.append(
-            f"{MODEL_CONFIG}: {key} is ignored: {why}"
-            if why
-            else f"{MODEL_CONFIG}: unknown key {key} is ignored"
-        )
-    return values, warnings
+    rest |= {f"handler.{key}": value for key, value in handler.items()}
+    warnings = drop_ignored(rest, TORCHSERVE_KEYS, source=MODEL_CONFIG)
+    return values, warnings + [f"{MODEL_CONFIG}: unknown key {key} is ignored" for key in rest]
 
 
-def _parallel(left: dict[str, Any], handler: dict[str, Any]) -> dict[str, Any]:
-    """How the model is split, and by what; takes what it understands out of both."""
-    kind = left.pop("parallelType", None)
-    if kind not in (None, "tp", "custom"):
+def _pop_parallel(rest: dict[str, Any], handler: dict[str, Any]) -> dict[str, Any]:
+    """How the model is split, and by which engine; the keys that say it are removed."""
+    parallel_type = rest.pop("parallelType", None)
+    if parallel_type not in (None, "tp", "custom"):
         raise ConfigError(
-            f"{MODEL_CONFIG}: parallelType {kind} is not offered: only tp is; engine accelerate "
-            "places whole layers on several GPUs"
+            f"{parallel_type} is not supported, only tp is; engine accelerate places whole layers "
+            "on several GPUs",
+            field="parallelType",
+            source=MODEL_CONFIG,
         )
-    torchrun = _section(left, "torchrun")
+    torchrun = _pop_section(rest, "torchrun")
     values: dict[str, Any] = {}
-    if "deepspeed" not in left and "tensor_parallel" in handler:
+    if "deepspeed" not in rest and "tensor_parallel" in handler:
         values = _mii(handler, torchrun)
-    elif "deepspeed" in left or kind == "tp":
-        values = _deepspeed(_section(left, "deepspeed"), torchrun)
-    left |= {f"torchrun.{key}": value for key, value in torchrun.items()}
+    elif "deepspeed" in rest or parallel_type == "tp":
+        values = _deepspeed(_pop_section(rest, "deepspeed"), torchrun)
+    rest |= {f"torchrun.{key}": value for key, value in torchrun.items()}
     return values
 
 
 def _deepspeed(section: dict[str, Any], torchrun: dict[str, Any]) -> dict[str, Any]:
     if not section.get("config"):
         raise ConfigError(
-            f"{MODEL_CONFIG}: deepspeed: config is missing: the name of DeepSpeed's own config, "
-            "such as ds-config.json"
+            "is missing: the name of DeepSpeed's own config, such as ds-config.json",
+            field="deepspeed.config",
+            source=MODEL_CONFIG,
         )
     values: dict[str, Any] = {"engine": "deepspeed", "deepspeed": section}
     per_node = torchrun.pop("nproc-per-node", None)
@@ -109,21 +91,22 @@ def _deepspeed(section: dict[str, Any], torchrun: dict[str, Any]) -> dict[str, A
 
 
 def _mii(handler: dict[str, Any], torchrun: dict[str, Any]) -> dict[str, Any]:
-    """What the MII example for text has its handler give to `mii.pipeline`."""
+    """The arguments that the handler of the MII text example passes to `mii.pipeline`."""
     size = handler.pop("tensor_parallel")
     per_node = torchrun.pop("nproc-per-node", size)
     if str(per_node) != str(size):
         raise ConfigError(
-            f"{MODEL_CONFIG}: torchrun's nproc-per-node is {per_node}, but handler.tensor_parallel "
-            f"is {size}: they must be equal"
+            f"torchrun's nproc-per-node is {per_node}, but handler.tensor_parallel is {size}: they "
+            "must be equal",
+            source=MODEL_CONFIG,
         )
     section = {"max_length": handler.pop("max_length")} if "max_length" in handler else {}
     return {"engine": "mii", "tensor_parallel": size, "mii": section}
 
 
-def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+def _pop_section(content: dict[str, Any], name: str) -> dict[str, Any]:
     section = content.pop(name, None)
     section = {} if section is None else section
     if not isinstance(section, dict):
-        raise ConfigError(f"{MODEL_CONFIG}: {name} must hold keys and values")
+        raise ConfigError("must be a mapping", field=name, source=MODEL_CONFIG)
     return {k: v for k, v in section.items() if v is not None}

@@ -1,7 +1,7 @@
 """Every error Triptych raises on purpose, as one small tree.
 
 TriptychError
-├── ConfigError             a setting, model folder or engine that can not work; stops the start
+├── ConfigError             a setting, model folder or engine that cannot work; stops the start
 │   ├── ModelNotFound       no such store tag, folder or hub id
 │   ├── IncompleteModel     a model folder lacks a file it needs
 │   ├── UnsafeModel         the model carries code or pickles we refuse to load
@@ -10,36 +10,59 @@ TriptychError
 │   ├── InvalidRequest      a field is wrong, unknown or out of range
 │   ├── ContextLengthExceeded   prompt (plus asked-for tokens) does not fit the model
 │   ├── Unauthorized        the API key is missing or wrong
-│   ├── ModelNotServed      the request names a model this server does not hold
+│   ├── ModelNotServed      the request names a model this server does not serve
 │   │   └── ModelVersionNotServed   or a version of it
 │   └── PayloadTooLarge     the body is larger than the server accepts
 ├── Overloaded              the queue is full; try again after `retry_after_s`
 ├── DeadlineExceeded        the request ran past its time limit
 ├── RunnerUnavailable       the rank group is not ready, or died with the request in flight
-├── PictureWithheld         the image model's own safety checker objects to what it painted
+├── ContentFiltered         the image model's own safety checker rejected the image
 └── EngineFailure           the engine failed on this request alone
 
-`api/http/errors.py` maps each to a status code. Errors of a rank cross the channel by class name
-(`to_wire`, `from_wire`), never pickled.
+`api/http/errors.py` maps each to a status code. Errors of a rank cross the channel as class
+name, reason and field (`from_wire`), never pickled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Self
+
+from typing_extensions import override
 
 
 class TriptychError(Exception):
-    """Base of all errors below. `str(error)` is one sentence fit for the user."""
+    """Base of all errors below: a reason, and the field at fault where there is one.
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+    The sentence for the user, `message`, is made of both where the error leaves the process.
+    """
+
+    def __init__(self, reason: str, *, field: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.field = field
+
+    @property
+    def message(self) -> str:
+        """One sentence fit for the user."""
+        return self.reason if self.field is None else f"{self.field}: {self.reason}"
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class ConfigError(TriptychError):
-    """A setting, a model folder or an engine choice that can not work."""
+    """A setting, a model folder or an engine choice that cannot work; `source` names the file."""
+
+    def __init__(self, reason: str, *, field: str | None = None, source: str | None = None) -> None:
+        super().__init__(reason, field=field)
+        self.source = source
+
+    @property
+    @override
+    def message(self) -> str:
+        return super().message if self.source is None else f"{self.source}: {super().message}"
 
 
 class ModelNotFound(ConfigError):
@@ -50,12 +73,12 @@ class IncompleteModel(ConfigError):
     """A model folder lacks a file it needs."""
 
     @classmethod
-    def lacking(cls, name: str, kind: type, weights: Iterable[str]) -> IncompleteModel:
-        """Model `name` lacks weights that its class needs; transformers would make them up."""
+    def missing_weights(cls, name: str, model_class: type, weights: Iterable[str]) -> Self:
+        """Model `name` lacks weights that its class needs; transformers would initialise them."""
         missing = sorted(weights)
         return cls(
-            f"{name} lacks {len(missing)} of the weights that {kind.__name__} needs, such as "
-            f"{', '.join(missing[:3])}"
+            f"{name} lacks {len(missing)} of the weights that {model_class.__name__} needs, such "
+            f"as {', '.join(missing[:3])}"
         )
 
 
@@ -68,7 +91,7 @@ class EngineUnavailable(ConfigError):
 
 
 class RequestError(TriptychError):
-    """The client's mistake; `param` names the field at fault where there is one."""
+    """The client's mistake; nothing was computed."""
 
 
 class InvalidRequest(RequestError):
@@ -84,11 +107,11 @@ class Unauthorized(RequestError):
 
 
 class ModelNotServed(RequestError):
-    """The request names a model this server does not hold."""
+    """The request names a model this server does not serve."""
 
 
 class ModelVersionNotServed(ModelNotServed):
-    """The request names a version of a model that this server does not hold."""
+    """The request names a version of a model that this server does not serve."""
 
 
 class PayloadTooLarge(RequestError):
@@ -98,8 +121,8 @@ class PayloadTooLarge(RequestError):
 class Overloaded(TriptychError):
     """The queue is full; `retry_after_s` is a whole number of seconds to wait."""
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: int = 1) -> None:
-        super().__init__(message, param=param)
+    def __init__(self, reason: str, *, field: str | None = None, retry_after_s: int = 1) -> None:
+        super().__init__(reason, field=field)
         self.retry_after_s = retry_after_s
 
 
@@ -111,37 +134,48 @@ class RunnerUnavailable(TriptychError):
     """The rank group is not ready, or died while the request was in flight."""
 
 
-class PictureWithheld(TriptychError):
-    """The image model's own safety checker objects to the picture it painted."""
+class ContentFiltered(TriptychError):
+    """The image model's own safety checker rejected the generated image."""
 
 
 class EngineFailure(TriptychError):
     """The engine failed on this request; others are untouched."""
 
 
-@contextmanager
-def told_as(kind: type[TriptychError], what: str) -> Iterator[None]:
-    """Whatever a library makes of a damaged file, as one sentence: `what`, and the reason.
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the error's class where it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
-    No list of what it may raise is ever complete: of the same few bytes one reader runs out of
-    stack, another asserts. Our own errors pass, and so does MemoryError.
+
+@contextmanager
+def reraise_as(
+    error_class: type[TriptychError], what: str, *, passing: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Turn whatever a library raises about a damaged or unknown file into one sentence.
+
+    The sentence is `what`, then the class and the first line of the library's error. No list of
+    exception classes is complete: on the same few bytes one reader overflows its stack and another
+    asserts. Our own errors, MemoryError and those in `passing` are not touched.
     """
     try:
         yield
     except (TriptychError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise kind(f"{what}: {reason[:300]}") from None
+        if isinstance(error, passing):
+            raise
+        reason = " ".join(first_line(error).split())[:300]
+        detail = reason if reason == type(error).__name__ else f"{type(error).__name__}: {reason}"
+        raise error_class(f"{what}: {detail}") from error
 
 
-def _tree(cls: type[TriptychError]) -> dict[str, type[TriptychError]]:
-    found = {cls.__name__: cls}
-    for sub in cls.__subclasses__():
-        found |= _tree(sub)
-    return found
+def _subclasses(cls: type[TriptychError]) -> dict[str, type[TriptychError]]:
+    classes = {cls.__name__: cls}
+    for subclass in cls.__subclasses__():
+        classes |= _subclasses(subclass)
+    return classes
 
 
-def from_wire(kind: str, message: str, param: str | None = None) -> TriptychError:
-    """Rebuild an error sent by a rank as its class name; unknown names become `EngineFailure`."""
-    return _tree(TriptychError).get(kind, EngineFailure)(message, param=param)
+def from_wire(name: str, reason: str, field: str | None = None) -> TriptychError:
+    """Rebuild an error that a rank sent by class name; an unknown name gives `EngineFailure`."""
+    return _subclasses(TriptychError).get(name, EngineFailure)(reason, field=field)

@@ -1,14 +1,19 @@
-"""What all runners have in common: their states, their health, their interface."""
+"""What all runners have in common: their states, their health, their interface.
+
+The HTTP layer, the channel and the ranks share these types, so the modules of this package import
+neither torch nor server code. Times are in seconds, lengths in tokens of the model's tokenizer.
+"""
 
 from __future__ import annotations
 
 import enum
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self, TypeVar
 
 
 class RunnerState(enum.StrEnum):
-    """Where a rank group is in its life."""
+    """The state of a rank group."""
 
     STARTING = "starting"
     LOADING = "loading"
@@ -25,12 +30,12 @@ class RunnerHealth:
 
     state: RunnerState
     detail: str
-    """One sentence: what it is doing, or why it is not ready."""
+    """One sentence: what the ranks are doing, or why they are not ready."""
     restarts: int = 0
     running: int = 0
-    """Sequences being generated."""
+    """Requests in the current batch."""
     waiting: int = 0
-    """Accepted sequences that wait for room."""
+    """Accepted requests that are not in the batch yet."""
     kv_tokens_used: int = 0
     kv_tokens_total: int = 0
 
@@ -40,8 +45,58 @@ class RunnerHealth:
         return self.state is RunnerState.READY
 
 
-class Runner(Protocol):
-    """What all runners have in common. All methods belong to one event loop."""
+class Event(Protocol):
+    """What a rank sends about one request; a request has one or more events."""
+
+    @property
+    def request_id(self) -> str:
+        """The request that the event belongs to."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is the last event of its request."""
+        ...
+
+
+EventT_co = TypeVar("EventT_co", bound=Event, covariant=True)
+RequestT_contra = TypeVar("RequestT_contra", contravariant=True)
+
+
+class Stream(Protocol[EventT_co]):
+    """The events of one running request. `aclose`, or leaving `async with`, aborts it."""
+
+    @property
+    def request_id(self) -> str:
+        """The id of the request."""
+        ...
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt; 0 where the task has none."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[EventT_co]:
+        """Yield events up to the last.
+
+        Raises: RunnerUnavailable, ContentFiltered, EngineFailure.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Abort if unfinished; the rank frees what the request holds within one step.
+
+        Safe to call twice.
+        """
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+
+class Runner(Protocol[RequestT_contra, EventT_co]):
+    """A model in its ranks. All methods belong to one event loop."""
 
     @property
     def name(self) -> str:
@@ -50,17 +105,22 @@ class Runner(Protocol):
 
     @property
     def version(self) -> str:
-        """Which version of the model this is."""
+        """The version of the model."""
         ...
 
     @property
-    def batch_size(self) -> int:
-        """Sequences, inputs or pictures that are computed together."""
+    def task(self) -> str:
+        """What the model does, such as `text-generation`."""
+        ...
+
+    @property
+    def max_concurrency(self) -> int:
+        """Requests that are computed together."""
         ...
 
     @property
     def devices(self) -> list[str]:
-        """Where the ranks hold the model; empty until they were ready once."""
+        """Devices that hold the model; empty before the ranks were ready once."""
         ...
 
     def health(self) -> RunnerHealth:
@@ -68,9 +128,16 @@ class Runner(Protocol):
         ...
 
     async def start(self) -> None:
-        """Begin loading and return at once; `health()` tells when it is ready."""
+        """Begin loading and return at once; `health()` tells when the model is ready."""
         ...
 
     async def stop(self) -> None:
-        """End all ranks; nothing of the runner's is left running afterwards."""
+        """End all ranks; no process of the runner is left running afterwards."""
+        ...
+
+    async def submit(self, request: RequestT_contra) -> Stream[EventT_co]:
+        """Hand a request to the ranks and return once it was accepted.
+
+        Raises: InvalidRequest, ContextLengthExceeded (nothing was computed), RunnerUnavailable.
+        """
         ...

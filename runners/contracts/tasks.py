@@ -1,9 +1,11 @@
-"""What the HTTP layer, the channel and the engines tell each other about tasks but generation."""
+"""Requests, results and the interface of models for tasks of one forward, such as fill-mask."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
+
+import msgspec
 
 from runners.contracts.runner import Runner
 from runners.contracts.text import ModelInfo
@@ -14,22 +16,22 @@ PipelineTask = Literal[
 """The tasks, beside generation, of MII's legacy releases: one forward each, nothing generated."""
 PIPELINE_TASKS: tuple[str, ...] = get_args(PipelineTask)
 TEXT_TASKS = ("text-generation", "conversational")
-"""What a text model does; a conversation is a chat, continued."""
+"""The tasks of a text model; a conversation is a chat that goes on."""
 IMAGE_TASK: Literal["text-to-image"] = "text-to-image"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskOptions:
-    """What a request wants of its answer; each task has its own of them, the others stay None."""
+    """Options of a request; each task has some of them, the others stay None."""
 
     top_k: int | None = None
-    """How many findings, best first; None: as `transformers.pipeline` has it."""
+    """How many findings, best first; None: the default of `transformers.pipeline`."""
     targets: list[str] | None = None
     """fill-mask: the only tokens to choose among."""
     aggregation_strategy: str | None = None
-    """token-classification: how tokens are put together to entities."""
+    """token-classification: how tokens are merged into entities."""
     ignore_labels: list[str] | None = None
-    """token-classification: what is no finding."""
+    """token-classification: labels that are left out."""
     function_to_apply: str | None = None
     """text-classification: from logits to scores; None: as the model's config says."""
     max_answer_len: int = 15
@@ -38,21 +40,20 @@ class TaskOptions:
     """question-answering: whether an empty answer may be the best."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskRequest:
+class TaskRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One input of a task."""
 
     request_id: str
     text: str
-    """What to fill, to label, to classify, or to find the answer in."""
+    """The text to fill, label or classify, or the context of a question."""
     question: str | None = None
     """question-answering only."""
-    options: TaskOptions = field(default_factory=TaskOptions)
+    options: TaskOptions = TaskOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One result for an input; each task sets what it finds."""
+    """One result for an input; each task sets its own fields."""
 
     score: float
     """A probability, unless `function_to_apply` says otherwise."""
@@ -64,32 +65,32 @@ class Finding:
     """fill-mask: the token."""
     sequence: str | None = None
     """fill-mask: the whole text with it."""
-    place: int = 0
-    """fill-mask: which of the masks."""
+    mask: int = 0
+    """fill-mask: the index of the mask."""
     index: int | None = None
-    """token-classification: the token's place in its sequence, if tokens are not put together."""
+    """token-classification: the token's position, if tokens are not merged."""
     start: int | None = None
     """The first character in the input's text."""
     end: int | None = None
     """The character after the last."""
 
 
-class TaskRunner(Runner, Protocol):
+class TaskResult(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All findings for one input: the only event of its request."""
+
+    request_id: str
+    findings: list[Finding]
+
+    @property
+    def finished(self) -> bool:
+        """Always: nothing follows."""
+        return True
+
+
+class TaskRunner(Runner[TaskRequest, TaskResult], Protocol):
     """A model for one of the tasks."""
 
     @property
-    def task(self) -> str:
-        """What the model does, a `PipelineTask`."""
-        ...
-
-    @property
     def info(self) -> ModelInfo | None:
-        """What the ranks loaded; None until they were ready once."""
-        ...
-
-    async def run(self, request: TaskRequest) -> list[Finding]:
-        """Wait for the answer to one input; a caller that is cancelled takes it out of the queue.
-
-        Raises: InvalidRequest, ContextLengthExceeded, RunnerUnavailable, EngineFailure.
-        """
+        """What the rank loaded; None before it was ready once."""
         ...

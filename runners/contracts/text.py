@@ -1,15 +1,11 @@
-"""What a runner promises and what travels to and from it; here for text, beside it for the rest.
-
-Plain dataclasses only: the HTTP layer, the channel and the engines all speak these types, so these
-modules import neither torch nor any server code. Token counts are in tokens of the served model's
-tokenizer, times in seconds.
-"""
+"""Requests, results and the interface of text-generation models."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
+
+import msgspec
 
 from runners.contracts.runner import Runner
 
@@ -48,7 +44,7 @@ class SamplingParams:
     """Upper bound on generated tokens; None: `default_new_tokens`."""
     default_new_tokens: int | None = None
     """What no upper bound means, cut to what fits the context; None: the runner's default."""
-    min_new_tokens: int = 0
+    min_new_tokens: int | None = None
     """End tokens are not sampled before this many tokens were generated."""
     temperature: float | None = None
     """0 is greedy."""
@@ -63,20 +59,20 @@ class SamplingParams:
     """As in the OpenAI API: subtracted per time a token was already generated."""
     seed: int | None = None
     """Same seed, same prompt, same text, whatever else is in the batch."""
-    stop: list[str] = field(default_factory=list)
+    stop: list[str] | None = None
     """Generation ends before the first of these strings; it is not part of the text."""
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
+    """Whether generation continues after an end token."""
     logprobs: int | None = None
     """How many alternatives to report per token (0: the chosen token only); None: no logprobs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """One sequence to generate."""
 
     request_id: str
     prompt: Prompt
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: SamplingParams = msgspec.field(default_factory=SamplingParams)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +89,7 @@ class TokenLogprob:
     """The most likely tokens, best first, each with an empty `top`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What one or more steps added to a sequence.
 
     The concatenation of all `text` is the whole text; a delta never ends inside a UTF-8 character.
@@ -108,38 +103,13 @@ class TextDelta:
     finish_reason: FinishReason | None = None
     """Set on the last delta only."""
 
-
-class TextStream(Protocol):
-    """A running generation. Leaving the `async with` block, or `aclose`, aborts what still runs."""
-
     @property
-    def request_id(self) -> str:
-        """The id of the request this stream answers."""
-        ...
-
-    @property
-    def prompt_tokens(self) -> int:
-        """How many tokens the prompt has."""
-        ...
-
-    def __aiter__(self) -> AsyncIterator[TextDelta]:
-        """Yield deltas; the last one carries a `finish_reason`.
-
-        Raises: RunnerUnavailable, DeadlineExceeded, EngineFailure.
-        """
-        ...
-
-    async def aclose(self) -> None:
-        """Abort if unfinished; the engine frees its KV within one step. Safe to call twice."""
-        ...
-
-    async def __aenter__(self) -> TextStream: ...
-
-    async def __aexit__(self, *exc_info: object) -> None: ...
+    def finished(self) -> bool:
+        """Whether it is the last delta of its request."""
+        return self.finish_reason is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelInfo:
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What the loaded model is, as the rank reports it when ready."""
 
     architecture: str
@@ -153,7 +123,8 @@ class ModelInfo:
     max_kv_tokens: int
     has_chat_template: bool
     default_temperature: float | None = None
-    """What the model's own generation config samples with; None if it names nothing."""
+    """The temperature of requests that name none, as the model's files or its operator set it, 0
+    for greedy; None where neither does."""
 
     @property
     def max_model_len(self) -> int:
@@ -162,19 +133,12 @@ class ModelInfo:
         return min(self.max_context, self.max_kv_tokens + 1)
 
 
-class TextRunner(Runner, Protocol):
-    """A text model, held by one of the engines."""
+class TextRunner(Runner[GenerationRequest, TextDelta], Protocol):
+    """A text model, on any of the engines."""
 
     @property
     def info(self) -> ModelInfo | None:
-        """What the ranks loaded; None until they were ready once."""
-        ...
-
-    async def generate(self, request: GenerationRequest) -> TextStream:
-        """Hand a request to the engine and return once it was accepted.
-
-        Raises: InvalidRequest, ContextLengthExceeded (nothing was computed), RunnerUnavailable.
-        """
+        """What the ranks loaded; None before they were ready once."""
         ...
 
     async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:

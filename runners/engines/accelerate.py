@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from runners.config.model import AccelerateConfig
+from runners.config.engines import AccelerateConfig
 from runners.contracts.errors import ConfigError, IncompleteModel
 from runners.contracts.runner import RunnerState
 from runners.hf.dtypes import choose_dtype
-from runners.hf.models import loading_of, stored_dtype
+from runners.hf.models import loading, stored_dtype
 from runners.rank.program import RankContext, RankProgram
 from runners.text.loading import text_program
 
@@ -26,8 +26,7 @@ logger = logging.getLogger("triptych.accelerate")
 def load_program(context: RankContext) -> RankProgram:
     """The rank program of a text model on Accelerate. Raises: ConfigError."""
     config = context.config
-    if not isinstance(config, AccelerateConfig):
-        raise ConfigError(f"the Accelerate engine was given a config for {config.engine}")
+    assert isinstance(config, AccelerateConfig)  # noqa: S101 - `create_runner` chose this engine
     torch.set_num_threads(context.num_threads)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     return text_program(context, load_model(config, context.work_dir))
@@ -48,7 +47,7 @@ def load_model(
     if config.offload_folder is not None:
         options["offload_folder"] = str(work_dir / config.offload_folder)
     on_cpu = not torch.cuda.is_available() or config.device_map == "cpu"
-    with loading_of(config.name):
+    with loading(config.name):
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
         stored = stored_dtype(own, config.model_path)
         loaded: Any = head.from_pretrained(
@@ -62,7 +61,7 @@ def load_model(
         )
     model, report = loaded
     if missing := report["missing_keys"]:
-        raise IncompleteModel.lacking(config.name, type(model), missing)
+        raise IncompleteModel.missing_weights(config.name, type(model), missing)
     if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
         logger.warning("part of the model lies on disk, which makes every token slower")
     return cast(PreTrainedModel, model)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runners.config.model import AccelerateConfig, DeepSpeedConfig
+from runners.config.base import ImageConfig
+from runners.config.engines import AccelerateConfig, DeepSpeedConfig
 from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.images.pipeline import load_pipeline
@@ -36,7 +37,7 @@ def load_program(context: RankContext) -> ImageProgram:
     if isinstance(config, AccelerateConfig):
         device_map, max_memory = _strategy(config.device_map), config.max_memory
     if config.world_size > 1:
-        raise ConfigError("an image model runs on one rank, but on several with engine deepspeed")
+        raise ConfigError("an image model runs on one rank; with engine deepspeed on several")
     return _load(context, device_map, max_memory)
 
 
@@ -54,6 +55,7 @@ def load_deepspeed_program(context: RankContext) -> ImageProgram:
 
 def _load(context: RankContext, device_map: str, max_memory: Any) -> ImageProgram:
     config = context.config
+    assert isinstance(config, ImageConfig)  # noqa: S101 - `create_runner` chose this program
     torch.set_num_threads(context.num_threads)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     gpus = torch.cuda.device_count()

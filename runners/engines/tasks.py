@@ -16,12 +16,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from runners.config.model import AccelerateConfig
-from runners.contracts.errors import ConfigError
+from runners.config.base import TaskConfig
+from runners.config.model import AccelerateTaskConfig
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
 from runners.engines.accelerate import load_model
-from runners.hf.models import context_length, devices, load_tokenizer, loading_of
+from runners.hf.models import context_length, devices, load_tokenizer, loading
 from runners.rank.program import RankContext, RankProgram
 from runners.tasks.answering import QuestionAnswering
 from runners.tasks.pipelines import PIPELINES
@@ -38,12 +38,11 @@ HEADS = {
 def load_program(context: RankContext) -> RankProgram:
     """The rank program of a task. Raises: ConfigError."""
     config = context.config
-    if not isinstance(config, AccelerateConfig) or config.task not in HEADS:
-        raise ConfigError(f"engine {config.engine} does not run task {config.task}")
+    assert isinstance(config, TaskConfig)  # noqa: S101 - `create_runner` chose this program
     torch.set_num_threads(context.num_threads)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     tokenizer = load_tokenizer(config.model_path)
-    model = load_model(config, context.work_dir, HEADS[config.task])
+    model = load_model(on_accelerate(config), context.work_dir, HEADS[config.task])
     longest = min(positions(model), tokenizer.model_max_length, config.max_length or 2**31)
     info = ModelInfo(
         architecture=type(model).__name__,
@@ -56,9 +55,17 @@ def load_program(context: RankContext) -> RankProgram:
         max_kv_tokens=longest,
         has_chat_template=False,
     )
-    with loading_of(f"the {config.task} pipeline of {config.name}"):
+    with loading(f"the {config.task} pipeline of {config.name}"):
         task = _task(config.task, model, tokenizer, longest)
     return TaskProgram(info, task, batch_size=config.max_batch_size, emit=context.emit)
+
+
+def on_accelerate(config: TaskConfig) -> AccelerateTaskConfig:
+    """The config of a model that runs as on Accelerate, whatever engine it names."""
+    if isinstance(config, AccelerateTaskConfig):
+        return config
+    fields = config.model_dump(include=set(TaskConfig.model_fields), exclude={"engine"})
+    return AccelerateTaskConfig(**fields | {"tensor_parallel": 1})
 
 
 def _task(name: str, model: PreTrainedModel, tokenizer: Any, longest: int) -> Task:

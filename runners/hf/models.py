@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from runners.contracts.errors import ConfigError
+from runners.contracts.errors import ConfigError, reraise_as
 from runners.hf.dtypes import dtype_in
 
 logger = logging.getLogger("triptych.hf")
@@ -20,12 +19,16 @@ logger = logging.getLogger("triptych.hf")
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a request's None means: the model's generation config, else neutral."""
+    """What None in a request means: the operator's config, else the model's generation config."""
 
-    temperature: float = 0.0
+    temperature: float | None = None
+    """None: neither names one, and decoding is greedy unless the route has a default."""
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
 
 IGNORED_GENERATION_KEYS = (
@@ -47,32 +50,28 @@ IGNORED_GENERATION_KEYS = (
 
 def stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype | None:
     """The dtype of the weights: as the config says, else that of the first floating tensor."""
-    if isinstance(said := getattr(config, "dtype", None), torch.dtype):
-        return said
+    if isinstance(dtype := getattr(config, "dtype", None), torch.dtype):
+        return dtype
     files = sorted(folder.glob("*.safetensors"))
     return dtype_in(files[0]) if files else None
 
 
 def load_tokenizer(path: Path) -> Any:  # AutoTokenizer's class is only known at run time
     """The tokenizer of a model folder. Raises: ConfigError."""
-    with loading_of(f"the tokenizer of {path.name}"):
+    with loading(f"the tokenizer of {path.name}"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-@contextmanager
-def loading_of(what: str) -> Iterator[None]:
-    """Turn whatever a library raises about a model that can not be loaded into a sentence.
+def loading(name: str) -> AbstractContextManager[None]:
+    """Turn whatever a library raises while loading `name` into a ConfigError.
 
-    Such errors come as any type and do not go away by trying again. Memory may, later.
-    Raises: ConfigError.
+    Such an error does not go away by trying again; running out of memory may.
     """
-    try:
-        yield
-    except (ConfigError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"{what} can not be loaded: {type(error).__name__}: {reason}") from error
+    return reraise_as(
+        ConfigError,
+        f"{name} cannot be loaded",
+        passing=(torch.OutOfMemoryError, torch.AcceleratorError),
+    )
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -102,31 +101,31 @@ def eos_ids(generation: GenerationConfig | None, vocab_size: int) -> frozenset[i
     return ids - outside
 
 
-def warn_of_ignored(own: GenerationConfig | None) -> None:
+def warn_about_ignored(generation: GenerationConfig | None) -> None:
     """Log which keys of a generation config have no effect here."""
     neutral = GenerationConfig()  # type: ignore[no-untyped-call]
     ignored = [
         name
         for name in IGNORED_GENERATION_KEYS
-        if getattr(own, name, None) not in (None, getattr(neutral, name, None))
+        if getattr(generation, name, None) not in (None, getattr(neutral, name, None))
     ]
     if ignored:
         logger.warning("generation_config.json: ignored here: %s", ", ".join(ignored))
 
 
-def sampling_defaults(own: GenerationConfig | None) -> SamplingDefaults:
-    """The model's generation config where it says something, as vLLM and transformers do."""
+def sampling_defaults(generation: GenerationConfig | None) -> SamplingDefaults:
+    """The model's generation config where it names something, as in vLLM and transformers."""
     neutral = SamplingDefaults()
-    if own is None:
+    if generation is None:
         return neutral
 
-    def value(name: str, otherwise: float) -> Any:
-        found = getattr(own, name, None)
-        return otherwise if found is None else found
+    def value(name: str, default: float | None) -> Any:
+        configured = getattr(generation, name, None)
+        return default if configured is None else configured
 
-    sampled = bool(own.do_sample)
+    sampled = bool(generation.do_sample)
     return SamplingDefaults(
-        temperature=value("temperature", 1.0) if sampled else 0.0,
+        temperature=value("temperature", 1.0) if sampled else None,
         top_p=value("top_p", 1.0) if sampled else 1.0,
         top_k=value("top_k", 0) if sampled else 0,
         repetition_penalty=value("repetition_penalty", 1.0),

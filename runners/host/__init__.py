@@ -1,7 +1,7 @@
-"""The rank host: a model in its own supervised processes, driven over a private unix socket.
+"""The HTTP worker's side of a model: a client, and the supervision of its rank processes.
 
-In the HTTP worker `group` keeps the ranks alive, `life` is one start-to-end of their processes: a
-`launcher`, which starts one `worker` per rank through torch's elastic `start_processes`. Every rank
-connects back to the group's socket; rank 0 takes the requests. `messages` is the schema, `channel`
-the framing, `spec` what the processes are told. Only the launcher and the programs import torch.
+`client` is the async facade that the API calls. `group` keeps the ranks alive; a `session` is one
+start-to-end of their processes: a `rank.launcher`, which starts one `rank.worker` per rank through
+torch's elastic `start_processes`. Every rank connects back to the session's socket. Nothing here
+imports torch.
 """

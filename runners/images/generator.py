@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from runners.contracts.errors import EngineFailure, PictureWithheld
-from runners.contracts.images import ImageEvent, ImageRequest, Picture
+from runners.contracts.errors import ContentFiltered, EngineFailure
+from runners.contracts.images import ImageEvent, ImageRequest, RawImage
 from runners.images.pipeline import parameters_of
 from runners.images.schedulers import Schedulers
 
@@ -36,7 +36,7 @@ class Painter:
     def paint(self, request: ImageRequest, tell: Callable[[ImageEvent], None]) -> None:
         """Paint one picture whose `height` and `width` are given; `tell` gets its events.
 
-        Raises: PictureWithheld, EngineFailure, and what the pipeline does.
+        Raises: ContentFiltered, EngineFailure, and what the pipeline does.
         """
         own = self._own_pipeline(request)
         progress = _Progress(own, request, tell)
@@ -58,10 +58,10 @@ class Painter:
         )
         if any(getattr(output, "nsfw_content_detected", None) or ()):
             # The pipeline has blackened it.
-            raise PictureWithheld(
+            raise ContentFiltered(
                 "the model's safety checker withholds this picture; another prompt or seed may do"
             )
-        tell(progress.event(picture=_picture(output.images[0])))
+        tell(progress.event(image=_raw_image(output.images[0])))
 
     def _own_pipeline(self, request: ImageRequest) -> Any:
         """The pipeline with a scheduler and a state of its own; the models are the same ones."""
@@ -100,7 +100,7 @@ class _Progress:
         return watched
 
     def event(
-        self, *, preview: Picture | None = None, picture: Picture | None = None
+        self, *, preview: RawImage | None = None, image: RawImage | None = None
     ) -> ImageEvent:
         """Where the picture is."""
         return ImageEvent(
@@ -108,7 +108,7 @@ class _Progress:
             step=self._done,
             steps=self._steps,
             preview=preview,
-            picture=picture,
+            image=image,
         )
 
     @property
@@ -119,7 +119,7 @@ class _Progress:
         wanted = self._request.previews
         return {round(self._steps * i / (wanted + 1)) for i in range(1, wanted + 1)}
 
-    def _try_preview(self, result: Any) -> Picture | None:
+    def _try_preview(self, result: Any) -> RawImage | None:
         """None also where it fails, of memory say: the picture itself may still come about."""
         try:
             return self._preview(result)
@@ -129,7 +129,7 @@ class _Progress:
             logger.warning("a preview failed with %s", type(error).__name__)
             return None
 
-    def _preview(self, result: Any) -> Picture | None:
+    def _preview(self, result: Any) -> RawImage | None:
         """None where only the pipeline itself knows how to decode its latents, and where it would
         show what a safety checker has not seen.
 
@@ -152,10 +152,10 @@ class _Progress:
         if hasattr(pipeline.image_processor, "resize_and_crop_tensor"):
             # PixArt paints in the nearest of the sizes it knows.
             pixels = pipeline.image_processor.resize_and_crop_tensor(pixels, width, height)
-        return _picture(pipeline.image_processor.postprocess(pixels, output_type="np")[0])
+        return _raw_image(pipeline.image_processor.postprocess(pixels, output_type="np")[0])
 
 
-def _picture(pixels: Any) -> Picture:
+def _raw_image(pixels: Any) -> RawImage:
     """(height, width, 3) from 0 to 1, as bytes. Raises: EngineFailure if it is none."""
     if not np.isfinite(pixels).all():
         raise EngineFailure(
@@ -163,4 +163,4 @@ def _picture(pixels: Any) -> Picture:
         )
     data = (pixels * 255).round().astype(np.uint8)
     height, width, _ = data.shape
-    return Picture(width=width, height=height, data=data.tobytes())
+    return RawImage(width=width, height=height, data=data.tobytes())

@@ -13,10 +13,11 @@ import diffusers
 import torch
 import transformers
 
-from runners.config.model import BaseRunnerConfig
+from runners.config.base import BaseRunnerConfig, ImageConfig
 from runners.config.reading import read_json
 from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
 from runners.hf.dtypes import choose_dtype, dtype_in
+from runners.hf.models import loading
 from runners.images.weights import Weights
 
 logger = logging.getLogger("triptych.imaging")
@@ -35,7 +36,7 @@ NEEDED = frozenset({"prompt", "height", "width", "num_inference_steps", "generat
 
 
 def load_pipeline(
-    config: BaseRunnerConfig, *, on_cpu: bool, options: Mapping[str, Any] | None = None
+    config: ImageConfig, *, on_cpu: bool, options: Mapping[str, Any] | None = None
 ) -> Any:
     """The pipeline, still on the CPU unless `options` (of `from_pretrained`) place it.
 
@@ -50,7 +51,7 @@ def load_pipeline(
     wide = _wants_wide_vae(kind, folder, dtype)
     dtypes = {"default": dtype} | ({"vae": torch.float32} if wide else {})
     given = dict(options or {})
-    try:
+    with loading(config.name):
         if "device_map" in given:
             weights.check()
         else:
@@ -64,11 +65,6 @@ def load_pipeline(
             trust_remote_code=False,
             **given,
         )
-    except (ConfigError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except Exception as error:  # a folder can be wrong in as many ways as there are parsers
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"{config.name} can not be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     if wide:
         pipeline.vae.decode = _widening(pipeline.vae.decode)

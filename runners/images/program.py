@@ -6,15 +6,22 @@ import contextlib
 import itertools
 import logging
 import math
-import queue
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from typing_extensions import override
 
-from runners.contracts.errors import ConfigError, InvalidRequest, PictureWithheld, TriptychError
+from runners.config.base import ImageConfig
+from runners.contracts.errors import (
+    ConfigError,
+    ContentFiltered,
+    InvalidRequest,
+    TriptychError,
+    first_line,
+)
 from runners.contracts.images import MAX_PIXELS, ImageEvent, ImageModelInfo, ImageRequest
 from runners.contracts.runner import RunnerState
 from runners.images.executor import Studio, gated
@@ -24,21 +31,20 @@ from runners.images.schedulers import Schedulers
 from runners.protocol.messages import (
     Abort,
     Accepted,
+    Events,
     HostMessage,
-    Paint,
-    Painted,
     RankMessage,
-    failure,
+    Submit,
+    request_failed,
 )
-from runners.rank.program import Occupancy, RankContext
+from runners.rank.inbox import Inbox
+from runners.rank.program import Occupancy, RankContext, RankProgram
 
 logger = logging.getLogger("triptych.imaging")
 
-IDLE_S = 0.5
 
-
-class ImageProgram:
-    """See `ranks.worker.RankProgram`."""
+class ImageProgram(RankProgram):
+    """Generates the images of a text-to-image model."""
 
     def __init__(
         self,
@@ -48,23 +54,28 @@ class ImageProgram:
         max_batch: int,
         emit: Callable[[RankMessage], None],
     ) -> None:
-        self.info = info
+        self._info = info
         self._painter = painter
         self._max_batch = max_batch
         self._emit = emit
         self._studio = Studio()
         self._waiting: deque[ImageRequest] = deque()
-        self._inbox: queue.SimpleQueue[ImageRequest | Abort] = queue.SimpleQueue()
+        self._inbox = Inbox[ImageRequest | Abort]()
         self._events: list[ImageEvent] = []
 
+    @property
+    @override
+    def info(self) -> ImageModelInfo:
+        return self._info
+
+    @override
     def receive(self, message: HostMessage) -> None:
-        """Take a message of the host; called by the reader thread."""
         match message:
-            case Paint(request):
+            case Submit(ImageRequest() as request):
                 try:
                     request = self.info.checked(request)
                 except InvalidRequest as error:
-                    self._emit(failure(request.request_id, error))
+                    self._emit(request_failed(request.request_id, error))
                     return
                 self._emit(Accepted(request.request_id))
                 self._inbox.put(request)
@@ -73,38 +84,33 @@ class ImageProgram:
             case _:
                 raise ValueError(f"unexpected {type(message).__name__}")
 
+    @override
     def step(self) -> None:
-        """Take in what arrived, waiting for it if there is nothing to do, and run one step."""
-        try:
-            busy = len(self._studio) or self._waiting
-            self._take(self._inbox.get(block=not busy, timeout=IDLE_S))
-            while True:
-                self._take(self._inbox.get_nowait())
-        except queue.Empty:
-            pass
-        # Pictures are computed without gradients, in this thread and nowhere else.
+        for item in self._inbox.take(wait=not (len(self._studio) or self._waiting)):
+            if isinstance(item, ImageRequest):
+                self._waiting.append(item)
+            else:
+                self._drop(item.request_id)
+        # Images are computed without gradients, in this thread and nowhere else.
         torch.set_grad_enabled(False)
         while self._waiting and len(self._studio) < self._max_batch:
             self._begin(self._waiting.popleft())
         self._studio.step()
         self._tell()
 
+    @override
     def occupancy(self) -> Occupancy:
-        """How many pictures are painted and wait."""
         return Occupancy(running=len(self._studio), waiting=len(self._waiting))
 
-    def _take(self, item: ImageRequest | Abort) -> None:
-        if isinstance(item, ImageRequest):
-            self._waiting.append(item)
-            return
-        self._studio.stop(item.request_id)
-        self._waiting = deque(r for r in self._waiting if r.request_id != item.request_id)
+    def _drop(self, request_id: str) -> None:
+        self._studio.stop(request_id)
+        self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
 
     def _tell(self) -> None:
         """All that happened, in its order; pixels each in a message of their own."""
         for pixels, events in itertools.groupby(self._events, key=_has_pixels):
             for part in ([event] for event in events) if pixels else [list(events)]:
-                self._emit(Painted(part))
+                self._emit(Events(list(part)))
         self._events = []
 
     def _begin(self, request: ImageRequest) -> None:
@@ -116,14 +122,15 @@ class ImageProgram:
             except Exception as error:  # one picture's trouble must not end the rank
                 if not isinstance(error, TriptychError):
                     logger.error("a picture failed with %s", type(error).__name__)
-                self._emit(failure(request.request_id, error))
+                self._emit(request_failed(request.request_id, error))
 
         self._studio.begin(request.request_id, work)
 
 
 def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
-    """Wrap a placed pipeline: gate its models and measure what it can do. Raises: ConfigError."""
+    """Wrap a placed pipeline: gate its models and measure its limits. Raises: ConfigError."""
     config = context.config
+    assert isinstance(config, ImageConfig)  # noqa: S101 - the engines checked it
     if config.attention_slicing:
         # One head after the other; the default is two halves of them.
         pipeline.enable_attention_slicing("max")
@@ -133,7 +140,7 @@ def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
     if vae is not None and config.vae_tiling:
         vae.enable_tiling()
     schedulers = Schedulers(pipeline.scheduler)
-    info = _info(context, pipeline, schedulers)
+    info = _info(config, pipeline, schedulers)
     _gate(pipeline)
     context.progress(RunnerState.WARMUP, "painting a first picture")
     painter = Painter(pipeline, schedulers, _defaults(config))
@@ -143,7 +150,7 @@ def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
     )
 
 
-def _defaults(config: Any) -> dict[str, object]:
+def _defaults(config: ImageConfig) -> dict[str, object]:
     """What the config has for requests that name nothing, no more steps than it allows."""
     steps, guidance = config.num_inference_steps, config.guidance_scale
     defaults = {
@@ -177,17 +184,17 @@ def _warm_up(painter: Painter, info: ImageModelInfo) -> None:
         num_inference_steps=min(2, info.max_inference_steps),
     )
     try:
-        with torch.no_grad(), contextlib.suppress(PictureWithheld):
+        with torch.no_grad(), contextlib.suppress(ContentFiltered):
             painter.paint(request, lambda event: None)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ConfigError(f"{info.architecture} can not paint: {reason}") from error
+        raise ConfigError(
+            f"{info.architecture} cannot generate an image: {first_line(error)}"
+        ) from error
 
 
-def _info(context: RankContext, pipeline: Any, schedulers: Schedulers) -> ImageModelInfo:
-    config = context.config
+def _info(config: ImageConfig, pipeline: Any, schedulers: Schedulers) -> ImageModelInfo:
     denoiser = denoiser_of(pipeline)
     parameters = parameters_of(type(pipeline))
     guidance = config.guidance_scale
@@ -246,4 +253,4 @@ def _max_side(pipeline: Any, denoiser: Any, multiple: int) -> int | None:
 
 
 def _has_pixels(event: ImageEvent) -> bool:
-    return event.preview is not None or event.picture is not None
+    return event.preview is not None or event.image is not None

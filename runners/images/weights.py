@@ -61,7 +61,7 @@ class Weights:
             **options,
         )
         if missing := report["missing_keys"]:
-            raise IncompleteModel.lacking(name, kind, missing)
+            raise IncompleteModel.missing_weights(name, kind, missing)
         return model
 
 

@@ -1,27 +1,51 @@
-"""The private folder for what is compiled once and kept."""
+"""The user's private cache folder: for compiled kernels and extensions, which are executed."""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+from platformdirs import user_cache_path
 
-class NoCache(Exception):
-    """There is no folder to keep compiled kernels in."""
+
+class CacheUnavailable(Exception):
+    """No folder that only this user can write to."""
 
 
-def cache_folder() -> Path:
-    """A folder that nobody else can write to: what lies in it gets executed. Raises: NoCache."""
+def cache_folder(*parts: str) -> Path:
+    """A folder below the cache that other users cannot write to. Raises: CacheUnavailable."""
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "triptych"
+        root = user_cache_path("triptych")
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        refuse_shared(root)
+        folder = root.joinpath(*parts)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        raise NoCache(str(error)) from None
-    if about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise NoCache(f"{folder} can be written by others")
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        raise CacheUnavailable(str(error)) from None
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise NoCache(f"{folder} can not be written to")
+        raise CacheUnavailable(f"{folder} is not writable")
     return folder
+
+
+def refuse_shared(folder: Path) -> None:
+    """Raises: CacheUnavailable if other users can write to a folder."""
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise CacheUnavailable(f"other users can write to {folder}")
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Hold the lock under which torch extensions are built in a folder.
+
+    torch's own lock is a file that a killed build leaves behind and every later start waits for. It
+    is stale while we hold our lock, which the kernel releases with its process.
+    """
+    with FileLock(folder / "triptych.lock"):
+        for stale in folder.glob("**/lock"):
+            stale.unlink(missing_ok=True)
+        yield

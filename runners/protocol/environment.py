@@ -1,4 +1,4 @@
-"""The environment of a rank: what torch, OpenMP, gloo, NCCL and DeepSpeed read from it."""
+"""The environment variables of a rank, which torch, OpenMP, gloo, NCCL and DeepSpeed read."""
 
 from __future__ import annotations
 
@@ -8,51 +8,60 @@ from typing import Any
 
 import psutil
 
+from runners.config.base import BaseRunnerConfig, GpuShare
 from runners.contracts.errors import ConfigError
-from runners.protocol.spec import RankSpec
 
 SPIN_COUNT = "20000"
-"""How often a waiting thread looks before it sleeps: half a millisecond. GNU OpenMP's own default
-is fifteen times that, all of it lost when another process has the core that is waited for."""
+"""Iterations that a waiting thread spins before it sleeps: half a millisecond. GNU OpenMP's default
+is fifteen times as long, all of it lost when another process has the core."""
 GPUS = "CUDA_VISIBLE_DEVICES"
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-def rank_variables(spec: RankSpec) -> dict[str, str]:
-    """What all ranks of a machine have in common; RANK and LOCAL_RANK are each one's own."""
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def rank_variables(config: BaseRunnerConfig, num_threads: int) -> dict[str, str]:
+    """The variables that all ranks of a machine share; RANK and LOCAL_RANK differ."""
     return {
-        "WORLD_SIZE": str(spec.world_size),
-        "LOCAL_WORLD_SIZE": str(spec.local_world_size),
-        # As DeepSpeed's launcher sets it; without, a CPU counts its NUMA nodes as devices.
-        "LOCAL_SIZE": str(spec.local_world_size),
-        "OMP_NUM_THREADS": str(spec.num_threads),
+        "WORLD_SIZE": str(config.world_size),
+        "LOCAL_WORLD_SIZE": str(config.local_world_size),
+        # As DeepSpeed's launcher sets it; without it, DeepSpeed counts NUMA nodes as devices.
+        "LOCAL_SIZE": str(config.local_world_size),
+        "OMP_NUM_THREADS": str(num_threads),
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT),
-        # torch's large tensors in huge pages: weights are read some percent faster.
+        # Puts torch's large tensors into huge pages: weights are read some percent faster.
         "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
         "TOKENIZERS_PARALLELISM": "false",
-        **_interface(spec.rendezvous),
+        **_interface(config.rendezvous),
     }
 
 
-def visible_gpus(share: tuple[int, int, int] | None, there: int) -> dict[str, str]:
-    """What lets a model's ranks see its own GPUs alone; nothing if there are more or fewer than all
-    models here were given, which then share them as they can."""
-    if share is None or there != share[2]:
+def visible_gpus(share: GpuShare | None, available: int) -> dict[str, str]:
+    """The variable that limits a model's ranks to their share of the GPUs.
+
+    Empty if the machine has another number of GPUs than all models together expect: they then share
+    what there is.
+    """
+    if share is None or available != share.total:
         return {}
-    first, count, _ = share
-    names = os.environ.get(GPUS, ",".join(map(str, range(there)))).split(",")
-    return {GPUS: ",".join(names[first : first + count])}
+    names = os.environ.get(GPUS, ",".join(map(str, range(available)))).split(",")
+    return {GPUS: ",".join(names[share.first : share.first + share.size])}
 
 
 def own_address(rendezvous: str) -> str:
-    """This machine's address on the way to `host:port`. Raises: ConfigError if there is no way."""
+    """This machine's address on the route to `host:port`. Raises: ConfigError without a route."""
     family, address = resolve(rendezvous)
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise ConfigError(f"rdzv_endpoint {rendezvous} can not be reached: {error}") from None
+        raise ConfigError(
+            f"{rendezvous} cannot be reached: {error}", field="rdzv_endpoint"
+        ) from None
 
 
 def resolve(endpoint: str) -> tuple[socket.AddressFamily, Any]:
@@ -61,22 +70,22 @@ def resolve(endpoint: str) -> tuple[socket.AddressFamily, Any]:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise ConfigError(f"rdzv_endpoint {endpoint} is unknown: {error}") from None
+        raise ConfigError(f"{endpoint} is unknown: {error}", field="rdzv_endpoint") from None
     return family, address
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
-    """Host and port of `host:port`; an IPv6 host comes in brackets."""
+    """Host and port of `host:port`; an IPv6 host is in brackets."""
     host, _, port = endpoint.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def _interface(rendezvous: str | None) -> dict[str, str]:
-    """Has gloo and NCCL listen on the loopback alone, or on the interface that leads to the other
-    nodes; what is set already stays.
+    """Variables that make gloo and NCCL listen on the loopback interface only, or on the one that
+    leads to the other nodes; a variable that is set already stays.
 
-    Left to themselves they take whatever the machine's own name stands for. Empty if there is no
-    way to the other nodes, which the ranks will find out.
+    By default both use the interface that the machine's host name resolves to. Empty if there is no
+    route to the other nodes: the ranks will report that.
     """
     try:
         address = "127.0.0.1" if rendezvous is None else own_address(rendezvous)

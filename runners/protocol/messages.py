@@ -1,7 +1,7 @@
-"""The msgpack schema between the HTTP worker ("host") and the ranks.
+"""The msgpack schema between the HTTP worker (the host) and the ranks.
 
-Tagged structs: a frame that is none of these, or carries a field of the wrong type, is refused by
-the decoder. Nothing is pickled.
+Tagged structs: the decoder refuses a frame that is none of these or has a field of the wrong type.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,36 +11,24 @@ import msgspec
 from runners.contracts.errors import EngineFailure, TriptychError
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest
 from runners.contracts.runner import RunnerState
-from runners.contracts.tasks import Finding, TaskRequest
+from runners.contracts.tasks import TaskRequest, TaskResult
 from runners.contracts.text import GenerationRequest, ModelInfo, Prompt, TextDelta
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Host: generate this. Answered by `Accepted` then `Deltas`, or by `Failed`."""
+    """Host: run this request. Answered by `Accepted`, then `Events`; or by `Failed`."""
 
-    request: GenerationRequest
-
-
-class Paint(msgspec.Struct, frozen=True, tag=True):
-    """Host: paint this. Answered by `Accepted` then `Painted`, or by `Failed`."""
-
-    request: ImageRequest
-
-
-class RunTask(msgspec.Struct, frozen=True, tag=True):
-    """Host: one input of a task. Answered by `Accepted` then `Found`, or by `Failed`."""
-
-    request: TaskRequest
+    request: GenerationRequest | ImageRequest | TaskRequest
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Host: nobody waits for this request any more. Never answered."""
+    """Host: drop this request. Never answered."""
 
     request_id: str
 
 
 class Tokenize(msgspec.Struct, frozen=True, tag=True):
-    """Host: token ids of a prompt, please. Answered by `Tokens` or `CallFailed`."""
+    """Host: the token ids of a prompt. Answered by `Tokens` or `CallFailed`."""
 
     call_id: int
     prompt: Prompt
@@ -48,7 +36,7 @@ class Tokenize(msgspec.Struct, frozen=True, tag=True):
 
 
 class Detokenize(msgspec.Struct, frozen=True, tag=True):
-    """Host: the text of token ids, please. Answered by `Text` or `CallFailed`."""
+    """Host: the text of token ids. Answered by `Text` or `CallFailed`."""
 
     call_id: int
     token_ids: list[int]
@@ -67,40 +55,35 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0: what the start-up is doing."""
+    """Rank 0: the current phase of the start."""
 
     state: RunnerState
     detail: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0: the model serves."""
+    """Rank 0: the model is served."""
 
-    info: ModelInfo
-
-
-class ImageReady(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0: the image model serves."""
-
-    info: ImageModelInfo
+    info: ModelInfo | ImageModelInfo
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
-    """Rank: the start can not succeed, however often it is tried; `kind` names the error class."""
+    """Rank: the start cannot succeed, however often it is tried."""
 
-    kind: str
+    error: str
+    """Class name of the error."""
     message: str
 
 
 class Broken(msgspec.Struct, frozen=True, tag=True):
-    """Rank: a step failed, and with it the rank, which ends now."""
+    """Rank: a step failed, and the rank ends now."""
 
     rank: int
     reason: str
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Rank: alive, once a second. `step_age` is the seconds the current step has taken so far."""
+    """Rank: alive, once a second. `step_age` is the duration of the current step in seconds."""
 
     rank: int
     step_age: float
@@ -111,38 +94,26 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0: the request is valid and queued."""
+    """Rank: the request is valid and queued."""
 
     request_id: str
     prompt_tokens: int = 0
 
 
-class Deltas(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0: what one step added, for all sequences at once."""
+class Events(msgspec.Struct, frozen=True, tag=True):
+    """Rank: what one step added, for all requests in the batch."""
 
-    deltas: list[TextDelta]
-
-
-class Painted(msgspec.Struct, frozen=True, tag=True):
-    """Rank: what one step did, for all pictures at once."""
-
-    events: list[ImageEvent]
-
-
-class Found(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0: answer to `RunTask`."""
-
-    request_id: str
-    findings: list[Finding]
+    events: list[TextDelta | ImageEvent | TaskResult]
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0: this request ends with an error; `kind` names a class of `contracts.errors`."""
+    """Rank: this request ends with an error, see `contracts.errors.from_wire`."""
 
     request_id: str
-    kind: str
-    message: str
-    param: str | None = None
+    error: str
+    """Class name of the error."""
+    reason: str
+    field: str | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -160,27 +131,25 @@ class Text(msgspec.Struct, frozen=True, tag=True):
 
 
 class CallFailed(msgspec.Struct, frozen=True, tag=True):
-    """Rank 0: a `Tokenize` or `Detokenize` that can not be answered."""
+    """Rank 0: a `Tokenize` or `Detokenize` failed, see `contracts.errors.from_wire`."""
 
     call_id: int
-    kind: str
-    message: str
-    param: str | None = None
+    error: str
+    """Class name of the error."""
+    reason: str
+    field: str | None = None
 
 
-HostMessage = Submit | Paint | RunTask | Abort | Tokenize | Detokenize | Shutdown
+HostMessage = Submit | Abort | Tokenize | Detokenize | Shutdown
 RankMessage = (
     Hello
     | Progress
     | Ready
-    | ImageReady
     | Fatal
     | Broken
     | Heartbeat
     | Accepted
-    | Deltas
-    | Painted
-    | Found
+    | Events
     | Failed
     | Tokens
     | Text
@@ -188,9 +157,19 @@ RankMessage = (
 )
 
 
-def failure(request_id: str, error: Exception) -> Failed:
-    """An error as the message that tells the host. What nobody raises on purpose is not quoted."""
+def request_failed(request_id: str, error: Exception) -> Failed:
+    """An error as the message that ends its request."""
+    return Failed(request_id, *_to_wire(error))
+
+
+def call_failed(call_id: int, error: Exception) -> CallFailed:
+    """An error as the message that ends a call."""
+    return CallFailed(call_id, *_to_wire(error))
+
+
+def _to_wire(error: Exception) -> tuple[str, str, str | None]:
+    """Class name, reason and field; the text of an unexpected error is not sent."""
     if isinstance(error, TriptychError):
-        return Failed(request_id, type(error).__name__, error.message, error.param)
-    message = f"the engine failed on this request: {type(error).__name__}"
-    return Failed(request_id, EngineFailure.__name__, message)
+        return type(error).__name__, error.reason, error.field
+    reason = f"the engine failed on this request: {type(error).__name__}"
+    return EngineFailure.__name__, reason, None

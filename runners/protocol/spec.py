@@ -1,4 +1,4 @@
-"""What the host tells the processes of a rank group, and where: files in one private folder."""
+"""What the host tells the processes of a rank group: files in one private folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import msgspec
 
-from runners.config.model import BaseRunnerConfig
+from runners.config.base import BaseRunnerConfig
+from runners.config.model import load_runner_config
+from runners.protocol.environment import usable_cores
 
 SPEC, SOCKET, OUTCOME, LOGS, WORK = "spec.json", "channel.sock", "outcome.json", "logs", "work"
 
@@ -16,39 +18,24 @@ class RankSpec(msgspec.Struct, frozen=True):
     """How to start the ranks of one machine."""
 
     program: str
-    """`module:function`, a `worker.LoadProgram`."""
-    config: str
+    """`module:function`, a `rank.program.LoadProgram`."""
+    config: msgspec.Raw
     """RunnerConfig as JSON."""
-    world_size: int
     num_threads: int
-    """Of each rank."""
-    local_world_size: int
-    """The ranks of this machine; the group has `world_size`."""
-    first_rank: int = 0
-    """The first rank of this machine."""
-    rendezvous: str | None = None
-    """`host:port` where the ranks of several machines meet."""
-    gpu_share: tuple[int, int, int] | None = None
-    """First GPU, how many, and of how many; None: all there are."""
+    """CPU threads of each rank."""
+
+    def load_config(self) -> BaseRunnerConfig:
+        """The RunnerConfig."""
+        return load_runner_config(bytes(self.config))
 
 
-def spec_of(config: BaseRunnerConfig, program: str) -> RankSpec:
+def make_spec(config: BaseRunnerConfig, program: str) -> RankSpec:
     """How to start this machine's ranks of a model."""
-    local = config.local_world_size
     return RankSpec(
         program,
-        config.model_dump_json(),
-        world_size=config.world_size,
-        num_threads=config.num_threads or max(1, _usable_cores() // local),
-        local_world_size=local,
-        first_rank=config.first_rank,
-        rendezvous=config.rendezvous,
-        gpu_share=config.gpu_share,
+        msgspec.Raw(config.model_dump_json().encode()),
+        num_threads=config.num_threads or max(1, usable_cores() // config.local_world_size),
     )
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -57,13 +44,14 @@ class Outcome(msgspec.Struct, frozen=True):
     reason: str
     stderr_tail: list[str]
     rank: int | None = None
-    """Which one ended first."""
+    """The rank that ended first."""
 
 
-def write_private(path: Path, value: RankSpec | Outcome) -> None:
+def write_private(path: Path, value: msgspec.Struct) -> None:
     """Write JSON that only this user can read, whole or not at all."""
-    temporary = path.with_suffix(".part")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
         file.write(msgspec.json.encode(value))
     temporary.replace(path)
 
@@ -74,7 +62,7 @@ def read_spec(run_dir: Path) -> RankSpec:
 
 
 def read_outcome(run_dir: Path) -> Outcome | None:
-    """Why the group ended; None if its launcher could not say."""
+    """Why the group ended; None if its launcher did not write it."""
     try:
         return msgspec.json.decode((run_dir / OUTCOME).read_bytes(), type=Outcome)
     except (OSError, ValueError):

@@ -1,8 +1,7 @@
 """`python -m runners.rank.launcher RUN_DIR PARENT_PID`: starts and watches one node's ranks.
 
-It is a process of its own because torch's elastic tools import torch, which the HTTP worker must
-not. It ends all ranks when its stdin closes or when any rank ends, and leaves the reason in
-`outcome.json`.
+A separate process, because torch's elastic tools import torch, which the HTTP worker must not. It
+ends all ranks when its stdin closes or when any rank ends, and writes the reason to `outcome.json`.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from torch.distributed.elastic.multiprocessing import (
     start_processes,
 )
 
+from runners.config.base import BaseRunnerConfig
 from runners.protocol.environment import rank_variables, visible_gpus
-from runners.protocol.process import die_with_parent, outlive_signals
-from runners.protocol.spec import LOGS, OUTCOME, Outcome, RankSpec, read_spec, write_private
+from runners.protocol.process import die_with_parent, ignore_signals, wait_for_eof
+from runners.protocol.spec import LOGS, OUTCOME, Outcome, read_spec, write_private
 
 TAIL_LINES = 30
 KILL_AFTER_S = 2
@@ -34,52 +34,54 @@ POLL_S = 0.1
 
 
 def main() -> None:
-    """Run until the ranks end or the host lets go."""
+    """Run until the ranks end or the host closes stdin."""
     run_dir = Path(sys.argv[1])
     die_with_parent(int(sys.argv[2]))
     stop = threading.Event()
-    # Its warnings about every signal it sends would read like trouble; outcome.json says it better.
+    # It warns about every signal it sends; outcome.json has the cause.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    threading.Thread(target=_wait_for_eof, args=(stop,), daemon=True).start()
+    threading.Thread(target=_stop_at_eof, args=(stop,), daemon=True).start()
     spec = read_spec(run_dir)
-    ranks = _start(run_dir, spec)
-    # After the start, which sets handlers of its own.
-    outlive_signals()
+    config = spec.load_config()
+    ranks = _start(run_dir, config, spec.num_threads)
+    # After the start, which sets other handlers.
+    ignore_signals()
     result = None
     while result is None and not stop.is_set():
         result = ranks.wait(timeout=POLL_S, period=POLL_S)
-    # The host may let go because a rank ended: a last look tells how it ended.
+    # The host may have closed stdin because a rank ended: a last look tells how it ended.
     result = result or ranks.wait(timeout=POLL_S, period=POLL_S / 2)
     ranks.close(death_sig=signal.SIGKILL, timeout=KILL_AFTER_S)
     if result is not None:
-        write_private(run_dir / OUTCOME, _outcome(result, spec.first_rank))
+        write_private(run_dir / OUTCOME, _outcome(result, config.first_rank))
         sys.exit(1 if result.is_failed() else 0)
 
 
-def _start(run_dir: Path, spec: RankSpec) -> PContext:
+def _stop_at_eof(stop: threading.Event) -> None:
+    wait_for_eof()
+    stop.set()
+
+
+def _start(run_dir: Path, config: BaseRunnerConfig, num_threads: int) -> PContext:
     logs = run_dir / LOGS
     logs.mkdir(mode=0o700, exist_ok=True)
-    ranks = range(spec.local_world_size)
-    common = rank_variables(spec) | visible_gpus(spec.gpu_share, torch.cuda.device_count())
+    ranks = range(config.local_world_size)
+    gpus = visible_gpus(config.gpu_share, torch.cuda.device_count())
+    common = rank_variables(config, num_threads) | gpus
     return start_processes(
         name="rank",
         entrypoint=sys.executable,
         args={r: ("-u", "-m", "runners.rank.worker", str(run_dir), os.getpid()) for r in ranks},
-        envs={r: common | {"RANK": str(spec.first_rank + r), "LOCAL_RANK": str(r)} for r in ranks},
+        envs={
+            r: common | {"RANK": str(config.first_rank + r), "LOCAL_RANK": str(r)} for r in ranks
+        },
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), tee=Std.ALL),
     )
 
 
-def _wait_for_eof(stop: threading.Event) -> None:
-    # Not sys.stdin: a thread that waits in its lock would hang the interpreter's exit.
-    while os.read(0, 4096):
-        pass
-    stop.set()
-
-
 def _outcome(result: RunProcsResult, first_rank: int) -> Outcome:
     if not result.failures:
-        return Outcome(reason="the ranks ended by themselves", stderr_tail=[])
+        return Outcome(reason="the ranks ended without an error", stderr_tail=[])
     local, failure = min(result.failures.items(), key=lambda item: item[1].timestamp)
     rank = first_rank + local
     how = (

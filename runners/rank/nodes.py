@@ -1,8 +1,7 @@
-"""What ranks on several machines tell each other beside the model's own traffic, through the store:
-how they are set up, and that they live.
+"""What ranks on several machines exchange through the store: their set-up, and heartbeats.
 
-Rank 0 passes the others' signs of life on to its host, which watches them as it does its own. The
-others end when node 0 stays silent.
+Rank 0 passes the other machines' heartbeats on to its host, which watches all ranks alike. The
+other ranks end when node 0 stays silent.
 """
 
 from __future__ import annotations
@@ -22,38 +21,39 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from runners.contracts.errors import ConfigError
 from runners.protocol.messages import Heartbeat
-from runners.rank.program import RankContext
-from runners.rank.worker import HEARTBEAT_S
+from runners.rank.program import HEARTBEAT_S, RankContext
 
-SET_UP = "triptych/set-up"
-OWN_FIELDS = {
+SETUP = "triptych/setup"
+NODE_FIELDS = {
     *("name", "model_path", "revision", "node_rank", "rdzv_endpoint", "num_threads"),
     *("cpu_kernels", "start_timeout", "heartbeat_timeout", "step_timeout", "gpus", "gpu_share"),
 }
-"""Fields that each machine may set as it likes."""
+"""Fields that may differ between the machines."""
 NATIVE = ("avx512_bf16", "avx512_fp16")
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
-def hold_to_the_set_up(store: Store, context: RankContext) -> None:
-    """Raises: ConfigError if this rank was not given the same model and config as rank 0."""
-    ours = context.config.model_dump(mode="json", exclude=OWN_FIELDS)
-    ours["config.json"] = (context.config.model_path / "config.json").read_text(encoding="utf-8")
-    ours["weights"] = _weights(context.config.model_path)
-    ours["GPUs or none"] = torch.cuda.is_available()
-    if not ours["GPUs or none"] and ours["dtype"] == "auto":
-        able = torch.cpu.get_capabilities()
-        ours["half precision of the CPUs (set dtype)"] = [able.get(name) for name in NATIVE]
+def verify_same_setup(store: Store, context: RankContext) -> None:
+    """Raises: ConfigError if this rank does not have the same model and config as rank 0."""
+    folder = context.config.model_path
+    setup = context.config.model_dump(mode="json", exclude=NODE_FIELDS)
+    setup["config.json"] = (folder / "config.json").read_text(encoding="utf-8")
+    setup["weights"] = _weights_digest(folder)
+    setup["presence of GPUs"] = torch.cuda.is_available()
+    if not setup["presence of GPUs"] and setup["dtype"] == "auto":
+        capabilities = torch.cpu.get_capabilities()
+        setup["half precision of the CPUs (set dtype)"] = [capabilities.get(n) for n in NATIVE]
     if context.rank == 0:
-        store.set(SET_UP, msgspec.json.encode(ours).decode())
+        store.set(SETUP, msgspec.json.encode(setup).decode())
         return
-    theirs = msgspec.json.decode(store.get(SET_UP))
-    if differing := sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)):
-        raise ConfigError(f"node 0 serves another set-up: {', '.join(differing)} differ")
+    expected = msgspec.json.decode(store.get(SETUP))
+    keys = sorted(k for k in {*setup, *expected} if setup.get(k) != expected.get(k))
+    if keys:
+        raise ConfigError(f"node 0 serves another set-up: {', '.join(keys)} differ")
 
 
-def _weights(folder: Path) -> str:
-    """A digest of samples of the weight files; as good as all of them, for versions that differ."""
+def _weights_digest(folder: Path) -> str:
+    """A digest of samples of the weight files, which tells versions of a model apart."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
@@ -65,8 +65,8 @@ def _weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def keep_in_touch(store: TCPStore, context: RankContext) -> None:
-    """Begin to exchange signs of life with the ranks of other machines."""
+def start_heartbeats(store: TCPStore, context: RankContext) -> None:
+    """Start to exchange heartbeats with the ranks of other machines."""
     if context.rank == 0:
         threading.Thread(target=_relay, args=(store, context), daemon=True).start()
     elif context.rank >= _local_world_size():
@@ -74,11 +74,13 @@ def keep_in_touch(store: TCPStore, context: RankContext) -> None:
 
 
 def _relay(store: Store, context: RankContext) -> None:
-    seen: dict[int, bytes] = {}
+    last_beats: dict[int, bytes] = {}
     while True:
-        for rank in range(_local_world_size(), context.world_size):
-            if store.check([_beat(rank)]) and (beat := store.get(_beat(rank))) != seen.get(rank):
-                seen[rank] = beat
+        for rank in range(_local_world_size(), context.config.world_size):
+            if store.check([_beat(rank)]) and (beat := store.get(_beat(rank))) != last_beats.get(
+                rank
+            ):
+                last_beats[rank] = beat
                 context.emit(Heartbeat(rank, 0.0))
         time.sleep(HEARTBEAT_S)
 
@@ -86,11 +88,11 @@ def _relay(store: Store, context: RankContext) -> None:
 def _report(store: TCPStore, context: RankContext) -> None:
     timeout = timedelta(seconds=context.config.heartbeat_timeout)
     try:
-        # A connection of its own: the group's is busy while it waits.
+        # A separate connection: the group's blocks while it waits.
         store = TCPStore(store.host, store.port, timeout=timeout, wait_for_workers=False)
         for count in itertools.count():
             store.set(_beat(context.rank), str(count))
-            store.wait([SET_UP], timeout)  # which answers: the way back is open too
+            store.wait([SETUP], timeout)  # whose answer shows that the way back is open
             time.sleep(HEARTBEAT_S)
     except RuntimeError as error:
         print(f"ConnectionError: node 0 is lost: {error}", file=sys.stderr, flush=True)

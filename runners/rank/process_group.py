@@ -1,8 +1,7 @@
-"""The ranks' process group: gloo on CPUs, NCCL on GPUs, and gloo beside it for what ranks tell
-each other.
+"""The ranks' process groups: gloo on CPUs, NCCL on GPUs, and a second gloo group for control.
 
-The ranks of one machine meet in a file of their private folder, those of several at node 0's TCP
-store, which listens on the interface of `rdzv_endpoint` alone.
+The ranks of one machine meet in a file of their private folder, those of several machines at node
+0's TCP store, which listens on the interface of `rdzv_endpoint` only.
 """
 
 from __future__ import annotations
@@ -16,26 +15,26 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
-from runners.config.model import BaseRunnerConfig
+from runners.config.base import BaseRunnerConfig
 from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.protocol.environment import resolve, split_endpoint
-from runners.rank.nodes import hold_to_the_set_up, keep_in_touch
+from runners.rank.nodes import start_heartbeats, verify_same_setup
 from runners.rank.program import RankContext
 
 
 @dataclass(frozen=True)
 class RankGroups:
-    """The groups of a connected rank, of the same ranks both."""
+    """The groups of a connected rank; both have the same ranks."""
 
     control: dist.ProcessGroup
-    """Of CPU tensors."""
+    """For CPU tensors."""
     device: torch.device
-    """Where this rank's share of the model lies."""
+    """The device of this rank's part of the model."""
 
 
 def connect(config: BaseRunnerConfig, store: Store | None = None) -> RankGroups:
-    """Join the other ranks at `store`; without, where the environment says (MASTER_ADDR ...).
+    """Join the other ranks at `store`, or without it where MASTER_ADDR and MASTER_PORT point.
 
     Raises: ConfigError if there are GPUs, but not one for each rank.
     """
@@ -56,48 +55,50 @@ def connect(config: BaseRunnerConfig, store: Store | None = None) -> RankGroups:
 
 
 def _timeout(config: BaseRunnerConfig) -> timedelta:
-    """After which a collective fails that not all ranks take part in."""
+    """Time after which a collective fails if a rank does not take part."""
     return timedelta(seconds=max(config.start_timeout, config.step_timeout))
 
 
 def _check_gpus() -> None:
-    """Raises: ConfigError if there are some, but not one for each rank."""
-    there, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
-    if 0 < there < wanted:
+    """Raises: ConfigError if there are GPUs, but not one for each rank."""
+    available, ranks = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    if 0 < available < ranks:
         raise ConfigError(
-            f"{wanted} ranks on this machine need as many GPUs, it has {there}; set "
+            f"{ranks} ranks on this machine need as many GPUs, it has {available}; set "
             "tensor_parallel, or CUDA_VISIBLE_DEVICES= to use the CPU"
         )
 
 
 def meet(context: RankContext) -> Store:
-    """Where the ranks of our own groups meet. Raises: ConfigError if they are not set up alike."""
-    if context.rendezvous is None:
-        return FileStore(str(context.work_dir / "rendezvous"), context.world_size)
-    host, port = split_endpoint(context.rendezvous)
+    """The store where the ranks meet. Raises: ConfigError if their set-ups differ."""
+    world_size, rendezvous = context.config.world_size, context.config.rendezvous
+    if rendezvous is None:
+        return FileStore(str(context.work_dir / "rendezvous"), world_size)
+    host, port = split_endpoint(rendezvous)
     leads = context.rank == 0
-    context.progress(RunnerState.STARTING, f"waiting for the other nodes at {context.rendezvous}")
+    context.progress(RunnerState.STARTING, f"waiting for the other nodes at {rendezvous}")
     store = TCPStore(
         host,
         port,
-        context.world_size,
+        world_size,
         is_master=leads,
         timeout=_timeout(context.config),
         wait_for_workers=False,
-        master_listen_fd=_listen(context.rendezvous) if leads else None,
+        master_listen_fd=_listen(rendezvous) if leads else None,
     )
-    hold_to_the_set_up(store, context)
-    keep_in_touch(store, context)
+    verify_same_setup(store, context)
+    start_heartbeats(store, context)
     return store
 
 
 def _listen(rendezvous: str) -> int:
-    """A socket for the store, which by itself would listen everywhere. Raises: ConfigError."""
+    """A socket for the store, which would else listen on all interfaces. Raises: ConfigError."""
     family, address = resolve(rendezvous)
     try:
-        listening = socket.create_server(address[:2], family=family, backlog=1024)
+        listener = socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(
-            f"rdzv_endpoint {rendezvous} must be a free port of node 0, this machine: {error}"
+            f"{rendezvous} must be a free port of node 0, this machine: {error}",
+            field="rdzv_endpoint",
         ) from None
-    return listening.detach()
+    return listener.detach()

@@ -1,4 +1,4 @@
-"""The interface between a rank's loop and the program that it runs."""
+"""The interface between a rank's loop (`worker`) and the program that it runs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from runners.config.model import AccelerateConfig, DeepSpeedConfig, MIIConfig
+from runners.config.base import BaseRunnerConfig
 from runners.contracts.images import ImageModelInfo
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
-from runners.protocol.messages import (
-    HostMessage,
-    Progress,
-    RankMessage,
-)
+from runners.protocol.messages import HostMessage, Progress, RankMessage
+
+HEARTBEAT_S = 1.0
+"""Seconds between two heartbeats of a rank."""
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How full a program is."""
+    """The load of a program."""
 
     running: int = 0
     waiting: int = 0
@@ -34,7 +33,7 @@ class RankProgram(Protocol):
 
     @property
     def info(self) -> ModelInfo | ImageModelInfo:
-        """What was loaded."""
+        """Facts about the loaded model."""
         ...
 
     def receive(self, message: HostMessage) -> None:
@@ -46,27 +45,25 @@ class RankProgram(Protocol):
         ...
 
     def occupancy(self) -> Occupancy:
-        """How full it is; called by the heartbeat thread."""
+        """The current load; called by the heartbeat thread."""
         ...
 
 
 @dataclass(frozen=True)
 class RankContext:
-    """What a program needs of the rank it runs in."""
+    """The rank that a program runs in."""
 
-    config: AccelerateConfig | DeepSpeedConfig | MIIConfig
+    config: BaseRunnerConfig
     rank: int
-    world_size: int
     num_threads: int
+    """CPU threads of this rank."""
     work_dir: Path
-    """A private folder that goes with the rank group."""
+    """A private folder that is removed with the rank group."""
     emit: Callable[[RankMessage], None]
     """Sends a message to the host; callable from any thread."""
-    rendezvous: str | None = None
-    """`host:port` where the ranks of several machines meet."""
 
     def progress(self, state: RunnerState, detail: str) -> None:
-        """Tell the host what the start-up is doing."""
+        """Report the current phase of the start to the host."""
         if os.environ.get("LOCAL_RANK", "0") == "0":
             self.emit(Progress(state, detail))
 

@@ -1,7 +1,7 @@
-"""`python -m runners.rank.worker RUN_DIR PARENT_PID`: the loop in a rank.
+"""`python -m runners.rank.worker RUN_DIR PARENT_PID`: the loop of a rank process.
 
-Three threads: this one loads the model and runs its steps; a reader hands the host's messages to
-the program; a heartbeat tells the host once a second that the process lives and how long the
+Three threads: the main thread loads the model and runs its steps; a reader passes the host's
+messages to the program; a heartbeat reports once a second that the process lives and how long the
 current step has taken. The end of the channel ends the process.
 """
 
@@ -9,61 +9,60 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from runners.config.model import runner_config_adapter
-from runners.contracts.errors import ConfigError
+from runners.contracts.errors import ConfigError, first_line
 from runners.contracts.runner import RunnerState
-from runners.contracts.text import ModelInfo
 from runners.protocol.channel import RankChannel
+from runners.protocol.logs import configure_logging
 from runners.protocol.messages import (
     Broken,
     Fatal,
     Heartbeat,
     Hello,
-    ImageReady,
     RankMessage,
     Ready,
     Shutdown,
 )
-from runners.protocol.process import die_with_parent, outlive_signals
+from runners.protocol.process import die_with_parent, ignore_signals
 from runners.protocol.spec import SOCKET, WORK, RankSpec, read_spec
-from runners.rank.program import LoadProgram, RankContext, RankProgram
+from runners.rank.program import HEARTBEAT_S, LoadProgram, RankContext, RankProgram
 
-HEARTBEAT_S = 1.0
+logger = logging.getLogger("triptych.rank")
 
 
 class _StepClock:
-    """When the current step began; read by the heartbeat thread."""
+    """Start of the current step; read by the heartbeat thread."""
 
     def __init__(self) -> None:
-        self._began: float | None = None
+        self._start: float | None = None
 
     def __enter__(self) -> None:
-        self._began = time.monotonic()
+        self._start = time.monotonic()
 
     def __exit__(self, *exc_info: object) -> None:
-        self._began = None
+        self._start = None
 
     @property
     def age(self) -> float:
-        began = self._began
-        return 0.0 if began is None else time.monotonic() - began
+        start = self._start
+        return 0.0 if start is None else time.monotonic() - start
 
 
 def main() -> None:
-    """Load the program named in the spec and step it until the host lets go."""
+    """Load the program that the spec names and step it until the host closes the channel."""
     run_dir = Path(sys.argv[1])
     die_with_parent(int(sys.argv[2]))
-    outlive_signals()
+    ignore_signals()
     rank = int(os.environ["RANK"])
+    configure_logging(rank=rank)
     channel = RankChannel(run_dir / SOCKET)
     channel.send(Hello(rank, os.getpid()))
     try:
@@ -73,17 +72,16 @@ def main() -> None:
         sys.exit(2)
     clock = _StepClock()
     _start_thread(_read, channel, program)
-    _start_thread(_beat, channel, program, clock, rank)
+    _start_thread(_send_heartbeats, channel, program, clock, rank)
     if int(os.environ["LOCAL_RANK"]) == 0:
-        info = program.info
-        channel.send(Ready(info) if isinstance(info, ModelInfo) else ImageReady(info))
+        channel.send(Ready(program.info))
     try:
         while True:
             with clock:
                 program.step()
     except Exception as error:
-        said = str(error).strip().split("\n")[0]
-        channel.send(Broken(rank, f"rank {rank} failed: {type(error).__name__}: {said}"))
+        reason = f"rank {rank} failed: {type(error).__name__}: {first_line(error)}"
+        channel.send(Broken(rank, reason))
         raise
 
 
@@ -91,7 +89,7 @@ def _load(run_dir: Path, rank: int, channel: RankChannel) -> RankProgram:
     work_dir = run_dir / WORK
     work_dir.mkdir(mode=0o700, exist_ok=True)
     program = load(read_spec(run_dir), rank, work_dir, channel.send)
-    # What was loaded stays for good: no collection needs to walk over it while streams wait.
+    # The loaded objects stay: no garbage collection needs to scan them while requests wait.
     gc.collect()
     gc.freeze()
     return program
@@ -102,13 +100,11 @@ def load(
 ) -> RankProgram:
     """The program of one rank. Raises: ConfigError."""
     context = RankContext(
-        config=runner_config_adapter.validate_json(spec.config),
+        config=spec.load_config(),
         rank=rank,
-        world_size=spec.world_size,
         num_threads=spec.num_threads,
         work_dir=work_dir,
         emit=emit,
-        rendezvous=spec.rendezvous,
     )
     context.progress(RunnerState.LOADING, "importing the engine")
     module, _, function = spec.program.partition(":")
@@ -130,24 +126,26 @@ def _read(channel: RankChannel, program: RankProgram) -> None:
                 break
             program.receive(message)
     except BaseException:
-        traceback.print_exc()
+        logger.exception("reading the host's messages failed")
         os._exit(1)
-    # The main thread may be deep in a step; nothing of a rank outlives its host.
+    # The main thread may be in a long step, but no rank outlives its host.
     os._exit(0)
 
 
-def _beat(channel: RankChannel, program: RankProgram, clock: _StepClock, rank: int) -> None:
+def _send_heartbeats(
+    channel: RankChannel, program: RankProgram, clock: _StepClock, rank: int
+) -> None:
     try:
         while True:
-            full = program.occupancy()
+            load = program.occupancy()
             channel.send(
                 Heartbeat(
                     rank,
                     clock.age,
-                    full.running,
-                    full.waiting,
-                    full.kv_tokens_used,
-                    full.kv_tokens_total,
+                    load.running,
+                    load.waiting,
+                    load.kv_tokens_used,
+                    load.kv_tokens_total,
                 )
             )
             time.sleep(HEARTBEAT_S)

@@ -55,11 +55,11 @@ class QuestionAnswering:
     def check(self, request: TaskRequest) -> None:
         """Raises: InvalidRequest, ContextLengthExceeded."""
         if request.question is None:
-            raise InvalidRequest("question is missing", param="question")
+            raise InvalidRequest("is missing", field="question")
         if self._room(request.question) < 2:
             raise ContextLengthExceeded(
-                f"the question leaves no room for the context in {self._window} tokens",
-                param="question",
+                f"leaves no room for the context in {self._window} tokens",
+                field="question",
             )
 
     def run(self, requests: Sequence[TaskRequest]) -> list[list[Finding]]:

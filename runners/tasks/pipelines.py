@@ -31,8 +31,8 @@ class Piped(ABC):
     def _check(self, request: TaskRequest, ids: list[int]) -> None:
         if len(ids) > self._longest:
             raise ContextLengthExceeded(
-                f"the text has {len(ids)} tokens; at most {self._longest} are allowed",
-                param="inputs",
+                f"has {len(ids)} tokens; at most {self._longest} are allowed",
+                field="inputs",
             )
 
     def run(self, requests: Sequence[TaskRequest]) -> list[list[Finding]]:
@@ -72,13 +72,11 @@ class FillMask(Piped):
     def _check(self, request: TaskRequest, ids: list[int]) -> None:
         super()._check(request, ids)
         if self._tokenizer.mask_token_id not in ids:
-            raise InvalidRequest(
-                f"the text has no {self._tokenizer.mask_token} to fill", param="inputs"
-            )
+            raise InvalidRequest(f"has no {self._tokenizer.mask_token} to fill", field="inputs")
         for i, target in enumerate(request.options.targets or ()):
             if target not in self._vocabulary:
                 raise InvalidRequest(
-                    f"target {i} is not a token of the model's vocabulary", param="targets"
+                    f"target {i} is not a token of the model's vocabulary", field="targets"
                 )
 
     def _options(self, options: TaskOptions) -> dict[str, Any]:
@@ -88,16 +86,16 @@ class FillMask(Piped):
         return given
 
     def _findings(self, found: Any) -> list[Finding]:
-        places = [found] if found and isinstance(found[0], dict) else found
+        masks = [found] if found and isinstance(found[0], dict) else found
         return [
             Finding(
                 score=each["score"],
                 text=each["token_str"],
                 token_id=int(each["token"]),
                 sequence=each["sequence"],
-                place=place,
+                mask=mask,
             )
-            for place, candidates in enumerate(places)
+            for mask, candidates in enumerate(masks)
             for each in candidates
         ]
 

@@ -1,31 +1,30 @@
-"""TaskProgram: what a rank runs for a task: one forward for all inputs that wait."""
+"""TaskProgram: the program of a rank with a model for a pipeline task."""
 
 from __future__ import annotations
 
 import logging
-import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from typing_extensions import override
 
 from runners.contracts.errors import TriptychError
-from runners.contracts.tasks import Finding, TaskRequest
+from runners.contracts.tasks import Finding, TaskRequest, TaskResult
 from runners.contracts.text import ModelInfo
 from runners.protocol.messages import (
     Abort,
     Accepted,
-    Found,
+    Events,
     HostMessage,
     RankMessage,
-    RunTask,
-    failure,
+    Submit,
+    request_failed,
 )
-from runners.rank.program import Occupancy
+from runners.rank.inbox import Inbox
+from runners.rank.program import Occupancy, RankProgram
 
 logger = logging.getLogger("triptych.tasks")
-
-IDLE_S = 0.5
 
 
 class Task(Protocol):
@@ -40,8 +39,8 @@ class Task(Protocol):
         ...
 
 
-class TaskProgram:
-    """See `ranks.worker.RankProgram`."""
+class TaskProgram(RankProgram):
+    """Runs one of the pipeline tasks: one forward for all inputs that wait."""
 
     def __init__(
         self,
@@ -51,55 +50,52 @@ class TaskProgram:
         batch_size: int,
         emit: Callable[[RankMessage], None],
     ) -> None:
-        self.info = info
+        self._info = info
         self._task = task
         self._batch_size = batch_size
         self._emit = emit
-        self._inbox: queue.SimpleQueue[TaskRequest] = queue.SimpleQueue()
+        self._inbox = Inbox[TaskRequest]()
         self._aborted: set[str] = set()
         self._present: set[str] = set()
         self._running = 0
 
+    @property
+    @override
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @override
     def receive(self, message: HostMessage) -> None:
-        """Queue an input, or remember that nobody waits for it any more."""
         match message:
-            case RunTask(request):
+            case Submit(TaskRequest() as request):
                 self._present.add(request.request_id)
                 self._inbox.put(request)
             case Abort(request_id) if request_id in self._present:
                 self._aborted.add(request_id)
 
+    @override
     def occupancy(self) -> Occupancy:
-        """How full it is."""
-        return Occupancy(running=self._running, waiting=self._inbox.qsize())
+        return Occupancy(running=self._running, waiting=len(self._inbox))
 
+    @override
     def step(self) -> None:
-        """Run what waits, at most a batch of it."""
-        taken = list(self._taken())
-        self._running = len(taken)
-        wanted = [r for r in taken if r.request_id not in self._aborted and self._fits(r)]
-        while wanted:
-            alike = [r for r in wanted if r.options == wanted[0].options]
-            wanted = [r for r in wanted if r.options != wanted[0].options]
+        batch = self._inbox.take(wait=True, limit=self._batch_size)
+        self._running = len(batch)
+        requests = [r for r in batch if r.request_id not in self._aborted and self._accept(r)]
+        while requests:
+            alike = [r for r in requests if r.options == requests[0].options]
+            requests = [r for r in requests if r.options != requests[0].options]
             self._run(alike)
-        for request in taken:
+        for request in batch:
             self._present.discard(request.request_id)
             self._aborted.discard(request.request_id)
         self._running = 0
 
-    def _taken(self) -> Iterator[TaskRequest]:
-        try:
-            yield self._inbox.get(timeout=IDLE_S)
-            for _ in range(self._batch_size - 1):
-                yield self._inbox.get_nowait()
-        except queue.Empty:
-            return
-
-    def _fits(self, request: TaskRequest) -> bool:
+    def _accept(self, request: TaskRequest) -> bool:
         try:
             self._task.check(request)
-        except Exception as error:  # whatever a tokenizer raises is this input's alone
-            self._emit(failure(request.request_id, error))
+        except Exception as error:  # whatever a tokenizer raises concerns this input only
+            self._emit(request_failed(request.request_id, error))
             return False
         self._emit(Accepted(request.request_id))
         return True
@@ -107,15 +103,25 @@ class TaskProgram:
     def _run(self, requests: list[TaskRequest]) -> None:
         try:
             with torch.inference_mode():
-                found = self._task.run(requests)
+                results = self._task.run(requests)
         except Exception as error:
             if len(requests) > 1:  # one of them, or all of them together, is too much
                 for request in requests:
                     self._run([request])
                 return
             if not isinstance(error, TriptychError):
-                logger.error("an input failed with %s", type(error).__name__)
-            self._emit(failure(requests[0].request_id, error))
+                logger.error(
+                    "an input failed with %s",
+                    type(error).__name__,
+                    extra={"request_id": requests[0].request_id},
+                )
+            self._emit(request_failed(requests[0].request_id, error))
             return
-        for request, findings in zip(requests, found, strict=True):
-            self._emit(Found(request.request_id, findings))
+        self._emit(
+            Events(
+                [
+                    TaskResult(request_id=request.request_id, findings=findings)
+                    for request, findings in zip(requests, results, strict=True)
+                ]
+            )
+        )

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
-from runners.config.model import BaseRunnerConfig
+from runners.config.base import TextConfig
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
 from runners.hf.models import (
+    SamplingDefaults,
     context_length,
     devices,
     eos_ids,
     load_tokenizer,
     sampling_defaults,
-    warn_of_ignored,
+    warn_about_ignored,
 )
 from runners.rank.program import RankContext
 from runners.text.cpu import switch_off_kernels
@@ -33,9 +34,6 @@ from runners.text.tokenization import PromptTokenizer
 
 logger = logging.getLogger("triptych.ragged")
 
-# Nobody watches a bar in a server's log; `Progress` messages tell what is going on.
-disable_progress_bar()  # type: ignore[no-untyped-call]
-
 
 def text_program(
     context: RankContext,
@@ -43,15 +41,17 @@ def text_program(
     *,
     proof: Proof | None = None,
     ranks: Ranks | None = None,
-    longest: int | None = None,
+    max_total_tokens: int | None = None,
+    defaults: SamplingDefaults | None = None,
 ) -> TextProgram | Follower:
     """Wrap a placed model: prove its batching, measure its KV, read its tokenizer and defaults.
 
-    `ranks` hold the model together, of which `proof` was made before it was split; `longest` bounds
-    prompt plus output where the context is longer.
-    Raises: ConfigError if the model can not be served rightly.
+    `ranks` hold the model together, of which `proof` was made before it was split;
+    `max_total_tokens` bounds prompt plus output where the context is longer; `defaults` as in
+    `serve`. Raises: ConfigError if the model cannot be served correctly.
     """
     config = context.config
+    assert isinstance(config, TextConfig)  # noqa: S101 - the engines checked it
     parameters = sum(p.numel() for p in model.parameters())
     context.progress(RunnerState.WARMUP, "comparing batched steps with the model's own forward")
     batched = batch(model, config, proof=proof, ranks=ranks)
@@ -61,14 +61,15 @@ def text_program(
         parameters=parameters,
         dtype=str(model.dtype).removeprefix("torch."),
         devices=devices(model),
-        max_context=min(batched.max_context, longest or batched.max_context),
+        max_context=min(batched.max_context, max_total_tokens or batched.max_context),
         vocab_size=batched.forward.vocab_size,
         max_kv_tokens=batched.blocks * BLOCK_SIZE,
         has_chat_template=False,
     )
     if ranks is not None and not ranks.leads:
         return Follower(batched.forward, ranks, info)
-    return serve(context, batched.engine(ranks), info, model.generation_config)
+    engine = batched.engine(ranks)
+    return serve(context, engine, info, generation=model.generation_config, defaults=defaults)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Batched:
 
 def batch(
     model: PreTrainedModel,
-    config: BaseRunnerConfig,
+    config: TextConfig,
     *,
     proof: Proof | None = None,
     ranks: Ranks | None = None,
@@ -117,21 +118,28 @@ def batch(
 
 
 def serve(
-    context: RankContext, engine: Engine, info: ModelInfo, generation: GenerationConfig | None
+    context: RankContext,
+    engine: Engine,
+    info: ModelInfo,
+    *,
+    generation: GenerationConfig | None,
+    defaults: SamplingDefaults | None = None,
 ) -> TextProgram:
     """The program that schedules on an engine, with the model's tokenizer and defaults.
 
-    What `info` says of the tokenizer and the defaults is filled in.
+    `defaults`: those of the operator's config in place of the generation config's. Fills in what
+    `info` says about the tokenizer and the defaults.
     """
     config = context.config
-    defaults = sampling_defaults(generation)
+    assert isinstance(config, TextConfig)  # noqa: S101 - the engines checked it
+    defaults = defaults or sampling_defaults(generation)
     tokenizer = load_tokenizer(config.model_path)
-    warn_of_ignored(generation)
+    warn_about_ignored(generation)
     return TextProgram(
-        info=replace(
+        info=msgspec.structs.replace(
             info,
             has_chat_template=bool(tokenizer.chat_template),
-            default_temperature=defaults.temperature or None,
+            default_temperature=defaults.temperature,
         ),
         engine=engine,
         tokenizer=PromptTokenizer(tokenizer, info.vocab_size),

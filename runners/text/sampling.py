@@ -33,7 +33,7 @@ class SamplerState:
         def resolve(value: float | None, default: float) -> float:
             return default if value is None else value
 
-        temperature = resolve(params.temperature, defaults.temperature)
+        temperature = resolve(params.temperature, resolve(defaults.temperature, 0.0))
         # Dividing by less overflows float32; the distribution is all on the best token by then.
         self.temperature = temperature if temperature >= 1e-5 else 0.0
         self.top_p = resolve(params.top_p, defaults.top_p)
@@ -41,7 +41,7 @@ class SamplerState:
         self.repetition = resolve(params.repetition_penalty, defaults.repetition_penalty)
         self.presence = params.presence_penalty
         self.frequency = params.frequency_penalty
-        self.min_new_tokens = params.min_new_tokens
+        self.min_new_tokens = int(resolve(params.min_new_tokens, defaults.min_new_tokens))
         self.logprobs = params.logprobs
         self.eos_ids = sorted(eos_ids)
         self.generated = 0

@@ -39,7 +39,7 @@ class PromptTokenizer:
         """
         ids = self._encode(prompt, add_special_tokens, max_tokens)
         # Not only a client's own: a tokenizer may know tokens the model has no embedding for.
-        self._check_ids(ids, param="prompt")
+        self._check_ids(ids, field="prompt")
         return ids
 
     def _encode(
@@ -50,9 +50,9 @@ class PromptTokenizer:
         if isinstance(prompt, str):
             if max_tokens is not None and len(prompt) > max_tokens * self._longest:
                 raise ContextLengthExceeded(
-                    f"the prompt has {len(prompt)} characters, more than the {max_tokens} tokens "
-                    "that are allowed can hold",
-                    param="prompt",
+                    f"has {len(prompt)} characters, more than the {max_tokens} tokens that are "
+                    "allowed can hold",
+                    field="prompt",
                 )
             ids = self.tokenizer(
                 prompt, add_special_tokens=add_special_tokens, verbose=False
@@ -60,12 +60,12 @@ class PromptTokenizer:
             return list(ids)
         return list(prompt)
 
-    def _check_ids(self, token_ids: Sequence[int], *, param: str) -> None:
+    def _check_ids(self, token_ids: Sequence[int], *, field: str) -> None:
         for token in token_ids:
             if not 0 <= token < self.vocab_size:
                 raise InvalidRequest(
                     f"token id {token} is outside the vocabulary (0 to {self.vocab_size - 1})",
-                    param=param,
+                    field=field,
                 )
 
     def begin(self, ids: list[int]) -> list[int]:
@@ -73,12 +73,12 @@ class PromptTokenizer:
         if ids:
             return ids
         if self.tokenizer.bos_token_id is None:
-            raise InvalidRequest("the prompt has no tokens", param="prompt")
+            raise InvalidRequest("has no tokens", field="prompt")
         return [cast(int, self.tokenizer.bos_token_id)]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of token ids. Raises: InvalidRequest for an id outside the vocabulary."""
-        self._check_ids(token_ids, param="tokens")
+        self._check_ids(token_ids, field="tokens")
         return str(
             self.tokenizer.decode(
                 list(token_ids),
@@ -110,7 +110,7 @@ class PromptTokenizer:
         if not self.tokenizer.chat_template:
             raise InvalidRequest(
                 "this model has no chat template; use /v1/completions or /generate",
-                param="messages",
+                field="messages",
             )
         messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
         try:
@@ -119,12 +119,12 @@ class PromptTokenizer:
             )
         except TemplateError as error:
             raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", param="messages"
+                f"the model's chat template refuses these messages: {error}", field="messages"
             ) from None
         except Exception as error:  # templates are programs of others, and raise what they like
             raise InvalidRequest(
                 f"the model's chat template fails on these messages: {type(error).__name__}",
-                param="messages",
+                field="messages",
             ) from None
         return list(cast(list[int], ids))
 

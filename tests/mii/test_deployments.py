@@ -21,6 +21,7 @@ from runners import create_runner
 from runners.config.files import load_setup_config
 from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
+from runners.contracts.text import TextRunner
 from runners.engines.mii import persistent as mii_persistent
 from runners.engines.mii.deployment import supervisor as keeper
 from runners.engines.mii.deployment.balancer import balance
@@ -50,7 +51,7 @@ async def failure(folder: Path, section: dict[str, Any]) -> str:
     config, _ = load_setup_config(
         folder, name="m", overrides={"num_threads": 1, "engine": "mii", "mii": section}
     )
-    runner = create_runner(config)
+    runner: TextRunner = create_runner(config)
     await runner.start()
     try:
         async with asyncio.timeout(90):

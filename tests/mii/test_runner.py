@@ -20,7 +20,7 @@ import pytest
 
 from runners import create_runner
 from runners.config.files import load_setup_config
-from runners.config.model import MIIConfig
+from runners.config.model import MIITextConfig
 from runners.contracts.errors import (
     ConfigError,
     ContextLengthExceeded,
@@ -122,7 +122,7 @@ async def test_six_clients_of_two_replicas(model: Path) -> None:
                         deltas = await collect(runner, prompt, max_new_tokens=24, stop=stop)
                         assert not any(s in text_of(deltas) for s in stop)
                     case _:
-                        stream = await runner.generate(
+                        stream = await runner.submit(
                             request(prompt, max_new_tokens=300, ignore_eos=True)
                         )
                         async for _ in stream:
@@ -146,7 +146,7 @@ async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
     async with mii(longer, PERSISTENT | {"replica_num": 2}, max_kv_tokens=16384) as runner:
         lost = next(p for p in processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
         streams = [
-            await runner.generate(request("hello", max_new_tokens=3000, ignore_eos=True))
+            await runner.submit(request("hello", max_new_tokens=3000, ignore_eos=True))
             for _ in range(2)
         ]
         readers = [aiter(stream) for stream in streams]
@@ -223,6 +223,7 @@ async def test_a_lost_rank_takes_its_deployment_along_and_both_come_back(
 async def test_a_model_that_can_not_be_loaded_fails_with_the_reason(tmp_path: Path) -> None:
     folder = write_model("llama", tmp_path / "llama")
     (folder / "model.safetensors").unlink()
+    config: Any
     config, _ = load_setup_config(
         folder, name="llama", overrides={"engine": "mii", "mii": PERSISTENT}
     )
@@ -243,6 +244,7 @@ async def test_the_forerunners_file_runs_as_it_was(model: Path, tmp_path: Path) 
     for key in (None, "mii_config", "mii_configs"):
         section = {key: {"dtype": "fp32", "tensor_parallel": 1}} if key else {}
         (tmp_path / "setup_config.json").write_text(json.dumps(file | section))
+        config: Any
         config, warnings = load_setup_config(tmp_path, name="m")
         assert (config.engine, warnings) == ("mii", [])
     async with serving(tmp_path) as runner:
@@ -281,7 +283,7 @@ def test_mistakes_are_named(section: Any, said: str, tmp_path: Path) -> None:
     [
         (
             {"device_map": 0, "port_number": 1, "deployment_name": "x", "torch_dist_port": 1234},
-            ["port_number", "deployment_name", "device_map", "torch_dist_port"],
+            ["device_map", "port_number", "deployment_name", "torch_dist_port"],
         ),
         ({"mode": "persistent", "device_map": 0, "port_number": 1, "deployment_name": "x"}, []),
         (
@@ -304,6 +306,7 @@ def test_the_forerunners_file_is_known_by_its_keys(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     raw = {"model_name": "a/b", "task": "text_generation", "max_new_tokens": 7}
     (tmp_path / "setup_config.json").write_text(json.dumps(raw))
+    config: Any
     config, warnings = load_setup_config(tmp_path, name="m")
     assert (config.engine, config.task, config.max_new_tokens) == ("mii", "text-generation", 7)
     assert warnings == []
@@ -314,8 +317,9 @@ def test_the_forerunners_file_may_do_without_a_section(tmp_path: Path) -> None:
     beside = {"dtype": "fp16", "replica_num": 2, "mode": "persistent", "enable_cuda_graph": True}
     raw = {"model_name": "a/b", "task": "text-generation", "mii_config": {"replica_num": 3}}
     (tmp_path / "setup_config.json").write_text(json.dumps(raw | beside | {"handler_made_up": 1}))
+    config: Any
     config, warnings = load_setup_config(tmp_path, name="m")
-    assert isinstance(config, MIIConfig)
+    assert isinstance(config, MIITextConfig)
     assert (config.dtype, config.mii.mode, config.mii.replica_num) == ("float16", "persistent", 3)
     assert [each.split(" is ")[0] for each in warnings] == [
         "setup_config.json: unknown key handler_made_up",

@@ -72,7 +72,7 @@ async def test_a_lost_rank_fails_what_is_in_flight_and_the_group_comes_back(
 ) -> None:
     folder = write_model("llama", tmp_path / "llama")
     async with serving(folder, **TWO, heartbeat_timeout=3) as runner:
-        stream = await runner.generate(request("hello", max_new_tokens=500, ignore_eos=True))
+        stream = await runner.submit(request("hello", max_new_tokens=500, ignore_eos=True))
         iterator = aiter(stream)
         await anext(iterator)
         second = next(p for p in own_ranks() if p.environ()["RANK"] == "1")

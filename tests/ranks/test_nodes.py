@@ -113,9 +113,7 @@ async def test_two_nodes_serve_one_model_and_survive_the_loss_of_a_rank(
             assert [ids_of(deltas)] == greedy(folder, ["hello"], COUNT)
             assert node.rank().environ()["RANK"] == "1"
             for fault, limit in ((signal.SIGKILL, 2), (signal.SIGSTOP, 6)):
-                stream = await runner.generate(
-                    request("hello", max_new_tokens=500, ignore_eos=True)
-                )
+                stream = await runner.submit(request("hello", max_new_tokens=500, ignore_eos=True))
                 iterator = aiter(stream)
                 await anext(iterator)
                 lost_at = time.monotonic()
@@ -142,7 +140,7 @@ async def test_a_node_that_is_ended_serves_the_requests_that_run(
     arguments = [*as_arguments(folder, endpoint), "--drain", 120]
     with joining(tmp_path / "node1.log", *arguments) as node:
         async with serving(folder, **options(endpoint)) as runner:
-            stream = await runner.generate(request("hello", max_new_tokens=500, ignore_eos=True))
+            stream = await runner.submit(request("hello", max_new_tokens=500, ignore_eos=True))
             iterator = aiter(stream)
             first = await anext(iterator)
             node.process.terminate()
@@ -270,7 +268,7 @@ async def test_a_node_that_is_cut_off_is_missed(
             ours = next(rank for rank in own_ranks())
             used = {c.laddr.ip.removeprefix("::ffff:") for c in ours.net_connections("tcp")}
             assert used == {OUTER}, "not on that network alone"
-            stream = await runner.generate(request("hello", max_new_tokens=500, ignore_eos=True))
+            stream = await runner.submit(request("hello", max_new_tokens=500, ignore_eos=True))
             iterator = aiter(stream)
             await anext(iterator)
             cut_at = time.monotonic()

@@ -42,7 +42,7 @@ async def test_chunked_prompts_joins_and_aborts_leave_the_others_alone(tmp_path:
             return ids_of(await collect(runner, prompt, max_new_tokens=COUNT, ignore_eos=True))
 
         async def leaver() -> None:
-            stream = await runner.generate(request(PROMPTS[3], max_new_tokens=200, ignore_eos=True))
+            stream = await runner.submit(request(PROMPTS[3], max_new_tokens=200, ignore_eos=True))
             async for _ in stream:
                 break
             await stream.aclose()

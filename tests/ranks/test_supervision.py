@@ -67,7 +67,7 @@ def test_what_is_told_to_a_rank_that_just_died_troubles_nobody(model: Path) -> N
     async def leave_a_dead_rank() -> None:
         async with serving(model) as runner:
             options = {"max_new_tokens": 500, "ignore_eos": True}
-            streams = [await runner.generate(request("hello", **options)) for _ in range(3)]
+            streams = [await runner.submit(request("hello", **options)) for _ in range(3)]
             [rank] = own_ranks()
             rank.kill()
             wait_until(lambda: alive([rank]) == [], 5, "it is dead")  # unknown to the loop
@@ -83,7 +83,7 @@ def test_what_is_told_to_a_rank_that_just_died_troubles_nobody(model: Path) -> N
 
 async def test_killed_midway_fails_what_is_in_flight_at_once(model: Path) -> None:
     async with serving(model) as runner:
-        stream = await runner.generate(request("hello", max_new_tokens=500, ignore_eos=True))
+        stream = await runner.submit(request("hello", max_new_tokens=500, ignore_eos=True))
         iterator = aiter(stream)
         await anext(iterator)
         [rank] = own_ranks()
@@ -94,7 +94,7 @@ async def test_killed_midway_fails_what_is_in_flight_at_once(model: Path) -> Non
                 await anext(iterator)
         assert time.monotonic() - killed_at < 2
         with pytest.raises(RunnerUnavailable, match="is not ready"):
-            await runner.generate(request("hello"))
+            await runner.submit(request("hello"))
         await wait_ready(runner)
 
 

@@ -26,7 +26,7 @@ def request(prompt: Prompt, **sampling: Any) -> GenerationRequest:
 
 async def collect(runner: TextRunner, prompt: Prompt, **sampling: Any) -> list[TextDelta]:
     """All deltas of one generation."""
-    async with await runner.generate(request(prompt, **sampling)) as stream:
+    async with await runner.submit(request(prompt, **sampling)) as stream:
         return [delta async for delta in stream]
 
 
@@ -40,7 +40,7 @@ def text_of(deltas: list[TextDelta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
-async def wait_ready(runner: Runner, timeout: float = 120) -> None:
+async def wait_ready(runner: Runner[Any, Any], timeout: float = 120) -> None:
     """Until the runner serves. Raises: AssertionError if it fails or takes longer."""
     async with asyncio.timeout(timeout):
         while not runner.health().ready:

@@ -12,7 +12,7 @@ from runners.config.files import load_setup_config
 from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest
 from runners.images.pipeline import load_pipeline
 from runners.images.program import image_program
-from runners.protocol.messages import Abort, Failed, Paint, Painted, RankMessage
+from runners.protocol.messages import Abort, Events, Failed, RankMessage, Submit
 from runners.rank.program import RankContext
 from tests.support.painting import Pixels, pixels_of
 
@@ -21,12 +21,11 @@ class Easels:
     """A program, and all that it told."""
 
     def __init__(self, folder: Path, **overrides: object) -> None:
-        config, _ = load_setup_config(folder, name=folder.name, overrides=overrides)
+        config: Any = load_setup_config(folder, name=folder.name, overrides=overrides)[0]
         self.messages: list[RankMessage] = []
         context = RankContext(
             config=config,
             rank=0,
-            world_size=1,
             num_threads=1,
             work_dir=folder,
             emit=self.messages.append,
@@ -43,13 +42,13 @@ class Easels:
     @property
     def events(self) -> list[ImageEvent]:
         """Of all pictures."""
-        told = [message for message in self.messages if isinstance(message, Painted)]
-        return [event for message in told for event in message.events]
+        told = [message for message in self.messages if isinstance(message, Events)]
+        return [e for message in told for e in message.events if isinstance(e, ImageEvent)]
 
     def submit(self, *requests: ImageRequest) -> None:
         """Hand requests over, which nobody paints yet."""
         for request in requests:
-            self._program.receive(Paint(request))
+            self._program.receive(Submit(request))
 
     def abort(self, request: ImageRequest) -> None:
         """Give a request up."""
@@ -66,8 +65,8 @@ class Easels:
             if isinstance(message, Failed) and message.request_id == request.request_id:
                 return message
         for event in self.events:
-            if event.request_id == request.request_id and event.picture is not None:
-                return pixels_of(event.picture)
+            if event.request_id == request.request_id and event.image is not None:
+                return pixels_of(event.image)
         return None
 
     def outcomes(self, *requests: ImageRequest) -> list[Pixels | Failed]:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runners import create_image_runner
+from runners import create_runner
 from runners.config.files import load_setup_config
-from runners.contracts.images import ImageEvent, ImageRequest, ImageRunner, Picture
+from runners.contracts.images import ImageEvent, ImageRequest, ImageRunner, RawImage
 from tests.support.generating import wait_ready
 
 SCHEDULERS = {
@@ -31,7 +31,7 @@ async def painting(folder: Path, **overrides: object) -> AsyncIterator[ImageRunn
     config, _ = load_setup_config(
         folder, name=folder.name, overrides={"num_threads": 1} | overrides
     )
-    runner = create_image_runner(config)
+    runner = create_runner(config)
     await runner.start()
     try:
         await wait_ready(runner)
@@ -49,7 +49,7 @@ def wish(prompt: str = "a red circle", **fields: Any) -> ImageRequest:
 
 async def events_of(runner: ImageRunner, request: ImageRequest) -> list[ImageEvent]:
     """All events of one picture."""
-    stream = await runner.paint(request)
+    stream = await runner.submit(request)
     try:
         return [event async for event in stream]
     finally:
@@ -58,12 +58,12 @@ async def events_of(runner: ImageRunner, request: ImageRequest) -> list[ImageEve
 
 async def paint(runner: ImageRunner, request: ImageRequest) -> Pixels:
     """The picture as (height, width, 3)."""
-    picture = (await events_of(runner, request))[-1].picture
+    picture = (await events_of(runner, request))[-1].image
     assert picture is not None
     return pixels_of(picture)
 
 
-def pixels_of(picture: Picture) -> Pixels:
+def pixels_of(picture: RawImage) -> Pixels:
     """A picture as (height, width, 3)."""
     return np.frombuffer(picture.data, np.uint8).reshape(picture.height, picture.width, 3)
 

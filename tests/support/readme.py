@@ -19,15 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from runners.config.images import ImageFields
+from runners.config.base import BaseRunnerConfig, ImageConfig, TaskConfig, TextConfig
+from runners.config.describe import describe_fields
+from runners.config.engines import AccelerateConfig
 from runners.config.mii import MIISection
-from runners.config.model import (
-    AccelerateConfig,
-    BaseRunnerConfig,
-    DeepSpeedConfig,
-    EngineConfig,
-    describe_fields,
-)
+from runners.config.model import DeepSpeedTextConfig
 from settings import describe_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,9 +104,11 @@ def with_tables(text: str) -> str:
     tables = {
         "settings": describe_settings(),
         "common": describe_fields(BaseRunnerConfig),
-        "images": describe_fields(ImageFields),
-        "accelerate": describe_fields(AccelerateConfig, beyond=EngineConfig),
-        "deepspeed": describe_fields(DeepSpeedConfig, beyond=EngineConfig),
+        "text": describe_fields(TextConfig, without=BaseRunnerConfig),
+        "images": describe_fields(ImageConfig, without=BaseRunnerConfig),
+        "tasks": describe_fields(TaskConfig, without=BaseRunnerConfig),
+        "accelerate": describe_fields(AccelerateConfig, without=BaseRunnerConfig),
+        "deepspeed": describe_fields(DeepSpeedTextConfig, without=TextConfig),
         "mii": describe_fields(MIISection, name="mii.{}".format),
     }
     return _TABLE.sub(lambda m: f"{m[1]}{tables[m[2]]}\n{m[4]}", text)

@@ -71,7 +71,7 @@ class Outer(WireModel):
 def test_a_refusal_names_field_and_rule(body: bytes, param: str, message: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         Outer.parse(body)
-    assert (caught.value.param, caught.value.message) == (param, message)
+    assert (caught.value.field, caught.value.message) == (param, message)
 
 
 def test_a_refusal_is_short_and_repeats_no_value() -> None:
@@ -105,19 +105,19 @@ def test_of_many_bad_turns_the_first_is_named() -> None:
 def test_null_means_the_default() -> None:
     openai = CompletionRequest.parse(b'{"prompt": "a", "min_tokens": null, "ignore_eos": null}')
     sampling = openai.for_runner(max_tokens=None, logprobs=None, model_temperature=None)
-    assert (sampling.min_new_tokens, sampling.ignore_eos) == (0, False)
+    assert (sampling.min_new_tokens, sampling.ignore_eos) == (None, None)
     native = GenerateRequest.parse(b'{"prompt": "a", "min_new_tokens": null, "ignore_eos": null}')
-    assert (native.for_runner().min_new_tokens, native.for_runner().ignore_eos) == (0, False)
+    assert (native.for_runner().min_new_tokens, native.for_runner().ignore_eos) == (None, None)
 
 
 def test_complaints_name_the_clients_fields() -> None:
     chat = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "x"}]}')
-    complaint = "the prompt has 9 tokens and max_new_tokens is 8"
-    for param, theirs in [("prompt", "messages"), ("max_new_tokens", "max_tokens"), (None, None)]:
+    fields = [("prompt", "messages"), ("max_new_tokens", "max_tokens"), (None, None)]
+    for field, client_field in fields:
         with pytest.raises(InvalidRequest) as caught, in_terms_of(chat):
-            raise InvalidRequest(complaint, param=param)
-        assert caught.value.param == theirs
-        assert caught.value.message == "the prompt has 9 tokens and max_tokens is 8"
+            raise InvalidRequest("is wrong", field=field)
+        assert caught.value.field == client_field
+        assert caught.value.message == (f"{client_field}: is wrong" if field else "is wrong")
 
 
 def test_pieces_of_characters_have_names_of_their_own() -> None:

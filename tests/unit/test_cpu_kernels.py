@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
@@ -213,20 +214,17 @@ def test_a_cache_others_can_write_to_is_not_trusted(
     (tmp_path / "triptych").mkdir()
     (tmp_path / "triptych").chmod(0o777)
     assert load_kernels.__wrapped__() is not None
-    assert "can be written by others" in caplog.text
+    assert "other users can write to" in caplog.text
     assert list((tmp_path / "triptych").iterdir()) == []
 
 
 def test_a_user_without_a_home_compiles_each_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def nowhere() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user without a home
     assert load_kernels.__wrapped__() is not None
-    assert "compiled anew at each start: Could not determine home" in caplog.text
+    assert "compiled anew at each start: could not determine the home" in caplog.text
 
 
 def test_the_compiled_library_is_private_and_reused(

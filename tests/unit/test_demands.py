@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from model_choice import chosen_runners
+from runners.config.base import GpuShare
 from runners.config.model import validate
 from runners.contracts.errors import ConfigError
 from runners.protocol.environment import visible_gpus
@@ -43,11 +44,11 @@ PERSISTENT = {"mode": "persistent", "replica_num": 3}
     ],
 )
 def test_gpus(fields: dict[str, Any], gpus: int) -> None:
-    assert validate(fields_of(fields)).gpus_asked == gpus
+    assert validate(fields_of(fields)).requested_gpus == gpus
 
 
 @pytest.mark.parametrize(
-    ("fields", "places"),
+    ("fields", "max_concurrency"),
     [
         ({"max_batch_size": 7}, 7),
         (SPLIT | {"max_batch_size": 7}, 7),
@@ -56,8 +57,8 @@ def test_gpus(fields: dict[str, Any], gpus: int) -> None:
         (SPLIT | {"task": "text-to-image", "max_batch_images": 3}, 12),
     ],
 )
-def test_places(fields: dict[str, Any], places: int) -> None:
-    assert validate(fields_of(fields)).places == places
+def test_max_concurrency(fields: dict[str, Any], max_concurrency: int) -> None:
+    assert validate(fields_of(fields)).max_concurrency == max_concurrency
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_models_keep_to_their_own_gpus_where_there_are_just_enough(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if set_here:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", set_here)
-    for share, visible in (((0, 2, 3), text), ((2, 1, 3), image)):
+    for share, visible in ((GpuShare(0, 2, 3), text), (GpuShare(2, 1, 3), image)):
         assert visible_gpus(share, there).get("CUDA_VISIBLE_DEVICES") == visible
     assert visible_gpus(None, there) == {}
 
@@ -93,21 +94,22 @@ def test_two_models_get_shares(tmp_path: Path) -> None:
     (painter / "model_index.json").write_text("{}")
     both = chosen_runners(str(split), str(painter), Settings())
     specs = [runner._group._spec for runner in (both.text, both.image)]  # type: ignore[union-attr]
-    assert [spec.gpu_share for spec in specs] == [(0, 4, 5), (4, 1, 5)]
+    shares = [spec.load_config().gpu_share for spec in specs]
+    assert shares == [(0, 4, 5), (4, 1, 5)]
     alone = chosen_runners(str(split), "", Settings())
-    assert alone.text._group._spec.gpu_share is None  # type: ignore[union-attr]
+    assert alone.text._group._spec.load_config().gpu_share is None  # type: ignore[union-attr]
 
 
 def test_a_model_over_several_machines_is_served_where_they_meet(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "setup_config.json").write_text(json.dumps(SPLIT | {"nnodes": 2}))
-    with pytest.raises(ConfigError, match="rdzv_endpoint is needed"):
+    with pytest.raises(ConfigError, match="rdzv_endpoint: is needed"):
         chosen_runners(str(tmp_path), "", Settings())
     assert chosen_runners(str(tmp_path), "", Settings(rdzv_endpoint="a:1")).text is not None
 
 
 def test_pictures_are_painted_on_one_machine() -> None:
-    with pytest.raises(ConfigError, match="nnodes must be 1 for pictures"):
+    with pytest.raises(ConfigError, match="nnodes: belongs to a text model on DeepSpeed"):
         validate(fields_of(SPLIT | NODES | {"task": "text-to-image"}))
 
 

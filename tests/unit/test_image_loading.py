@@ -37,7 +37,7 @@ def folder(whole: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path, options: dict[str, object] | None = None, *, on_cpu: bool = True) -> Any:
-    config, _ = load_setup_config(folder, name="odd")
+    config: Any = load_setup_config(folder, name="odd")[0]
     return load_pipeline(config, on_cpu=on_cpu, options=options)
 
 
@@ -105,7 +105,7 @@ def test_the_dtype_is_that_of_the_files_that_are_loaded(folder: Path) -> None:
 def test_a_device_that_does_not_exist_is_refused(folder: Path, device: str) -> None:
     config, _ = load_setup_config(folder, name="odd", overrides={"device_map": device})
     context = RankContext(
-        config=config, rank=0, world_size=1, num_threads=1, work_dir=folder, emit=lambda _: None
+        config=config, rank=0, num_threads=1, work_dir=folder, emit=lambda _: None
     )
     with pytest.raises(ConfigError, match=f"{device} does not exist, this machine has 0"):
         load_program(context)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from diffusers.models.attention_processor import SlicedAttnProcessor
 
 from runners.contracts.images import MAX_PIXELS, ImageRequest
-from runners.images import program as program_module
 from runners.protocol.channel import MAX_FRAME_BYTES
-from runners.protocol.messages import Failed, Painted
+from runners.protocol.messages import Events, Failed
 from tests.support.image_models import KINDS, PROMPTS, add_safety_checker, write_image_model
 from tests.support.imaging import Easels
 from tests.support.painting import difference, pixels_of, plain, wish
@@ -49,7 +48,9 @@ def test_every_family_paints_as_diffusers_does(kind: str, tmp_path: Path) -> Non
     assert info.architecture.lower().startswith(kind.replace("-", ""))
     assert info.scheduler in info.schedulers
     wishes = [wish(prompt, seed=7 + i, **SIZE) for i, prompt in enumerate(PROMPTS)]
-    named = replace(wishes[0], request_id="named", scheduler=info.scheduler, previews=1)
+    named = msgspec.structs.replace(
+        wishes[0], request_id="named", scheduler=info.scheduler, previews=1
+    )
     *pictures, again = easels.paint(*wishes, named)
     for each, picture in zip(wishes, pictures, strict=True):
         assert picture.std() > 1
@@ -87,7 +88,7 @@ def test_half_precision_is_widened_for_the_decoding_alone(tmp_path: Path) -> Non
 
 
 def fresh(request: ImageRequest, **fields: Any) -> ImageRequest:
-    return replace(request, request_id=wish().request_id, **fields)
+    return msgspec.structs.replace(request, request_id=wish().request_id, **fields)
 
 
 def test_a_preview_that_fails_is_left_out(folder: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_preview_that_fails_is_left_out(folder: Path) -> None:
 
 def test_what_waits_is_begun_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     easels = Easels(folder, max_batch_images=1)
-    monkeypatch.setattr(program_module, "IDLE_S", 3600.0)
+    monkeypatch.setattr("runners.rank.inbox.IDLE_S", 3600.0)
     easels.paint(wish(), wish(), wish())
 
 
@@ -121,8 +122,8 @@ def test_the_bound_on_steps_holds_for_requests_that_name_none(folder: Path) -> N
 def test_a_size_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
     easels = Easels(write_image_model("stable-diffusion-3", tmp_path / "tiny-sd3"))
     failed = easels.failure(wish(height=8, width=136))
-    assert (failed.kind, failed.param) == ("InvalidRequest", "width")
-    assert "width may be 128 pixels at most" in failed.message
+    assert (failed.error, failed.field) == ("InvalidRequest", "width")
+    assert "must be at most 128 pixels" in failed.reason
     assert easels.events == []
     [picture] = easels.paint(wish(height=8, width=128))
     assert picture.shape == (8, 128, 3)
@@ -131,8 +132,8 @@ def test_a_size_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
 def test_pixels_go_in_messages_of_their_own(easels: Easels) -> None:
     easels.messages.clear()
     easels.paint(*(wish(seed=i, previews=1) for i in range(3)))
-    told = [message.events for message in easels.messages if isinstance(message, Painted)]
-    with_pixels = [each for each in told if any(e.picture or e.preview for e in each)]
+    told: list[list[Any]] = [m.events for m in easels.messages if isinstance(m, Events)]
+    with_pixels = [each for each in told if any(e.image or e.preview for e in each)]
     assert [len(each) for each in with_pixels] == [1] * 6
     assert [len(each) for each in told if each not in with_pixels] == [3] * 4
     assert MAX_PIXELS * 3 < MAX_FRAME_BYTES
@@ -166,7 +167,7 @@ def test_memory_that_does_not_suffice_ends_the_picture_alone(
 ) -> None:
     easels = Easels(folder)
     mend = broken(*place(easels.pipeline), torch.OutOfMemoryError("too much"))
-    assert easels.failure(wish()).message.endswith("OutOfMemoryError")
+    assert easels.failure(wish()).reason.endswith("OutOfMemoryError")
     mend()
     easels.paint(wish())
 
@@ -204,8 +205,8 @@ def test_what_the_safety_checker_objects_to_is_withheld(
     assert not any(event.preview for event in easels.events)  # which nothing has checked
     if objects:
         assert isinstance(end, Failed)
-        assert end.kind == "PictureWithheld"
-        assert "safety checker" in end.message
+        assert end.error == "ContentFiltered"
+        assert "safety checker" in end.reason
     else:
         assert not isinstance(end, Failed)
         assert difference(end, plain(folder, request)) <= 1

@@ -88,7 +88,7 @@ def test_accelerates_archive(
     for note in (
         "requirements.txt is ignored: Triptych brings the packages it needs",
         "model-config.yaml: minWorkers is ignored: one group of ranks holds the model",
-        "setup_config.json: low_cpu_mem_usage is obsolete and ignored: weights are always",
+        "setup_config.json: low_cpu_mem_usage is ignored: weights are always",
     ):
         assert f"note: {note}" in said.err
     assert bentoml.models.get("bloom").info.metadata["source"] == str(bloom)
@@ -139,14 +139,12 @@ def test_miis_archive_of_the_repository(
         "task": "text-to-image",
         "model_version": "1.0",
         "dtype": "float32",
-        "tensor_parallel": 1,
         "num_inference_steps": 3,
         "guidance_scale": 4.0,
-        "mii": {},
     }
     said = capsys.readouterr().err
-    assert "mii.provider is obsolete and ignored: the model folder says" in said
-    assert "mii.ds_zero is obsolete and ignored" in said
+    assert "mii.provider is ignored: the model folder tells" in said
+    assert "mii.ds_zero is ignored" in said
     assert "unknown" not in said
 
 

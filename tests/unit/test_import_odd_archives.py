@@ -47,8 +47,8 @@ def folder(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("files", "said"),
     [
         ({"MAR-INF__MANIFEST_dot_json": None}, "has no MAR-INF/MANIFEST.json"),
-        ({"MAR-INF__MANIFEST_dot_json": "{"}, "can not be read as JSON"),
-        ({"MAR-INF__MANIFEST_dot_json": "{}"}, "model: value: Input should be a valid"),
+        ({"MAR-INF__MANIFEST_dot_json": "{"}, "cannot be read as JSON"),
+        ({"MAR-INF__MANIFEST_dot_json": "{}"}, "model: value: Input should be an object"),
         (
             {"MAR-INF__MANIFEST_dot_json": '{"model": {"modelName": "a/b", "handler": "x"}}'},
             "modelName: String should match pattern",
@@ -249,7 +249,7 @@ def test_the_folder_one_is_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(spoilt(folder, tmp_path / "bloom", setup_config_dot_json="{"))
-    assert "error: bloom/setup_config.json can not be read" in refused(capsys, store, ".")
+    assert "error: bloom/setup_config.json cannot be read" in refused(capsys, store, ".")
 
 
 def test_no_word_on_how_it_is_run(

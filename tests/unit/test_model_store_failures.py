@@ -34,7 +34,7 @@ def test_wrong_values_and_the_wrong_task_are_refused(
     for wrong, said in (
         (("--max-length", "0"), "max_length: Input should be greater than or equal to 1"),
         (("--tensor-parallel", "2"), "tensor_parallel: Input should be 1"),
-        (("--task", "text-to-image"), "the model is for text-generation, not for text-to-image"),
+        (("--task", "text-to-image"), "task: is text-to-image, but "),
         (("--setup-config", tmp_path / "none.json"), "none.json does not exist"),
         (("--revision", "main"), "is a folder here and has no revisions"),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import bentoml
 import pytest
@@ -31,6 +32,7 @@ def test_a_folder_is_served_from_the_store(
         f"{model.tag}  imported: LlamaForCausalLM, 152,000 parameters, float32"
     )
     assert out[1] == f"serve it with: TRIPTYCH_TEXT_MODEL={model.tag} bentoml serve ."
+    config: Any
     config, warnings = load_setup_config(Path(model.path), name="tiny")
     assert (config.engine, config.max_length, warnings) == ("accelerate", 9, [])
     assert config.model_dump()["max_memory"] == {0: "1GiB"}
@@ -108,7 +110,10 @@ def test_a_torchserve_folder_with_its_published_config(
     request = ImportRequest(
         str(folder), "served", {"engine": "deepspeed", "tensor_parallel": 2}, setup_config=other
     )
-    assert "unknown key device_map is ignored" in " ".join(run_import(request).notes)
+    assert "device_map is ignored: it is for engine accelerate, not deepspeed" in " ".join(
+        run_import(request).notes
+    )
+    config: Any
     config, _ = load_setup_config(Path(bentoml.models.get("served").path), name="served")
     assert (config.engine, config.world_size) == ("deepspeed", 2)
     assert (config.max_length, config.dtype) == (7, "bfloat16")

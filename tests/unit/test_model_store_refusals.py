@@ -254,8 +254,8 @@ def test_a_tokenizer_that_this_build_can_not_read(llama: Path, store: Path, tmp_
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "can not be read as JSON"),
-        (DEEP, "can not be read as JSON"),
+        ("{", "cannot be read as JSON"),
+        (DEEP, "cannot be read as JSON"),
         ('{"a": ' + "[" * 300 + "]" * 300 + "}", "is nested more than 100 levels deep"),
     ],
     ids=["cut", "endless", "deep"],

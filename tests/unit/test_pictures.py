@@ -10,10 +10,10 @@ from PIL import Image
 
 from api.http.image_files import Format, as_file
 from api.http.image_schemas import MAX_SIDE
-from runners.contracts.images import Picture
+from runners.contracts.images import RawImage
 
 
 @pytest.mark.parametrize("kind", get_args(Format))
 async def test_the_longest_side_fits_into_every_format(kind: Format) -> None:
-    picture = Picture(width=MAX_SIDE, height=8, data=bytes(MAX_SIDE * 8 * 3))
+    picture = RawImage(width=MAX_SIDE, height=8, data=bytes(MAX_SIDE * 8 * 3))
     assert Image.open(io.BytesIO(await as_file(picture, kind))).size == (MAX_SIDE, 8)

@@ -50,8 +50,8 @@ def test_misspelt_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIPTYCH_PORT", "80")
     monkeypatch.setenv("TRIPTYCH_WIBBLE", "1")
     assert unknown_variables() == (
-        "ignored, for there is no such variable: TRIPTYCH_MAX_QEUE (meant TRIPTYCH_MAX_QUEUE?), "
-        "TRIPTYCH_PORT (meant PORT?), TRIPTYCH_WIBBLE"
+        "unknown variables are ignored: TRIPTYCH_MAX_QEUE (did you mean TRIPTYCH_MAX_QUEUE?), "
+        "TRIPTYCH_PORT (did you mean PORT?), TRIPTYCH_WIBBLE"
     )
 
 

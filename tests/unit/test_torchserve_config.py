@@ -10,7 +10,7 @@ import pytest
 
 from runners.config.deepspeed import KEYS
 from runners.config.files import load_setup_config
-from runners.config.model import DeepSpeedConfig, MIIConfig
+from runners.config.model import DeepSpeedTextConfig, MIITextConfig
 from runners.contracts.errors import ConfigError, UnsafeModel
 from tests.support.torchserve import DS_CONFIG, MII_MODEL_CONFIG, edit, published
 
@@ -23,9 +23,9 @@ def folder(tmp_path: Path) -> Path:
     return published(tmp_path)
 
 
-def load(folder: Path, **overrides: object) -> DeepSpeedConfig:
+def load(folder: Path, **overrides: object) -> DeepSpeedTextConfig:
     config, _ = load_setup_config(folder, name="m", overrides=overrides)
-    assert isinstance(config, DeepSpeedConfig)
+    assert isinstance(config, DeepSpeedTextConfig)
     return config
 
 
@@ -39,8 +39,8 @@ def test_the_published_files_are_taken_as_they_are(folder: Path) -> None:
     assert (config.tensor_parallel, config.step_timeout) == (2, 120)
     assert (config.max_length, config.max_new_tokens) == (80, 50)
     assert config.deepspeed == DS_CONFIG
-    assert config.computed_in(on_cpu=True) == "auto"
-    assert config.computed_in(on_cpu=False) == "float16"
+    assert config.dtype_for(on_cpu=True) == "auto"
+    assert config.dtype_for(on_cpu=False) == "float16"
     assert [w.split(" is ignored: ")[0] for w in warnings(folder)] == [
         f"model-config.yaml: {key}"
         for key in ("minWorkers", "maxWorkers", "maxBatchDelay", "deviceType", "deviceIds")
@@ -95,7 +95,7 @@ def test_miis_example_for_text(folder: Path) -> None:
     (folder / "model-config.yaml").write_text(MII_MODEL_CONFIG)
     (folder / "checkpoints").rename(folder / "model")
     config, told = load_setup_config(folder, name="m")
-    assert isinstance(config, MIIConfig)
+    assert isinstance(config, MIITextConfig)
     assert (config.tensor_parallel, config.max_new_tokens, config.max_length) == (4, 256, None)
     assert (config.mii.max_length, config.step_timeout) == (4096, 1200)
     assert not any("unknown" in warning or "nproc" in warning for warning in told)
@@ -129,32 +129,32 @@ def change(*pairs: str) -> Any:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (change(DEEPSPEED, "deepspeed: {}\n"), "deepspeed: config is missing: the name of"),
-        (change(DEEPSPEED, "deepspeed:\n"), "deepspeed: config is missing: the name of"),
-        (change("config: ds-config.json", "config:"), "deepspeed: config is missing: the name of"),
-        (change(DEEPSPEED, ""), "deepspeed: config is missing"),
-        (change('"tp"', "custom", DEEPSPEED, "deepspeed:\n"), "deepspeed: config is missing"),
-        (change("ds-config.json", "[a]"), "deepspeed: config must be a file name or an object"),
-        (change(DEEPSPEED, "deepspeed:\n    - a\n"), "deepspeed must hold keys and values"),
+        (change(DEEPSPEED, "deepspeed: {}\n"), "deepspeed.config: is missing: the name of"),
+        (change(DEEPSPEED, "deepspeed:\n"), "deepspeed.config: is missing: the name of"),
+        (change("config: ds-config.json", "config:"), "deepspeed.config: is missing: the name of"),
+        (change(DEEPSPEED, ""), "deepspeed.config: is missing"),
+        (change('"tp"', "custom", DEEPSPEED, "deepspeed:\n"), "deepspeed.config: is missing"),
+        (change("ds-config.json", "[a]"), "deepspeed.config: must be a file name or an object"),
+        (change(DEEPSPEED, "deepspeed:\n    - a\n"), "deepspeed: must be a mapping"),
         (lambda f: (f / "ds-config.json").unlink(), "ds-config.json does not exist"),
-        (rewrite("ds-config.json", "{"), "ds-config.json can not be read as JSON: "),
-        (rewrite("ds-config.json", "[]"), "ds-config.json must hold a JSON object, not list"),
+        (rewrite("ds-config.json", "{"), "ds-config.json cannot be read as JSON: "),
+        (rewrite("ds-config.json", "[]"), "ds-config.json must contain a JSON object, not list"),
         (
             ds_config(tensor_parallel={"tp_size": 4}),
             "tensor_parallel (or torchrun's nproc-per-node) is 2, but ds-config.json's "
             "tensor_parallel.tp_size is 4: they must be equal",
         ),
         (change("nproc-per-node: 2", "nproc-per-node: 3"), "nproc-per-node) is 3, but ds-config"),
-        (ds_config(tensor_parallel={"tp_size": "2"}), "tp_size must be a whole number from 1"),
-        (ds_config(dtype="int8"), "dtype must be one of bfloat16, float16, float32"),
-        (change('"tp"', '"pp"'), "parallelType pp is not offered: only tp is"),
-        (change('parallelType: "tp"', "a: [b"), "model-config.yaml can not be read as YAML: "),
-        (rewrite("model-config.yaml", "a"), "model-config.yaml must hold keys and values"),
-        (rewrite("model-config.yaml", "a: " + "[" * 3000), "can not be read as YAML: "),
-        (rewrite("model-config.yaml", "a: &a {b: *a}"), "can not be read as YAML: an alias (*a)"),
-        (rewrite("model-config.yaml", f"a: 0x{'f' * 9999}"), "can not be read as YAML: "),
+        (ds_config(tensor_parallel={"tp_size": "2"}), "tp_size: must be an integer from 1"),
+        (ds_config(dtype="int8"), "dtype: must be one of bfloat16, float16, float32"),
+        (change('"tp"', '"pp"'), "parallelType: pp is not supported, only tp is"),
+        (change('parallelType: "tp"', "a: [b"), "model-config.yaml cannot be read as YAML: "),
+        (rewrite("model-config.yaml", "a"), "model-config.yaml must contain keys and values"),
+        (rewrite("model-config.yaml", "a: " + "[" * 3000), "cannot be read as YAML: "),
+        (rewrite("model-config.yaml", "a: &a {b: *a}"), "YAMLError: an alias (*a)"),
+        (rewrite("model-config.yaml", f"a: 0x{'f' * 9999}"), "cannot be read as YAML: "),
         (rewrite("model-config.yaml", "a: " + "[" * 150 + "]" * 150), "is nested more than 100"),
-        (change("handler:", "handler: 3\nx:"), "handler must hold keys and values"),
+        (change("handler:", "handler: 3\nx:"), "handler: must be a mapping"),
     ],
 )
 def test_mistakes_are_one_sentence(folder: Path, spoil: Any, said: str) -> None:
@@ -203,9 +203,9 @@ def test_an_engine_that_splits_nothing_may_take_over(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"tensor_parallel": 2}, "tensor_parallel must be an object"),
-        ({"dtype": ["fp16"]}, "dtype must be one of bfloat16, float16, float32"),
-        ({"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32"),
+        ({"tensor_parallel": 2}, "tensor_parallel: must be an object"),
+        ({"dtype": ["fp16"]}, "dtype: must be one of bfloat16, float16, float32"),
+        ({"dtype": "int8"}, "dtype: must be one of bfloat16, float16, float32"),
     ],
 )
 def test_what_no_deepspeed_config_may_hold_is_refused(

@@ -21,13 +21,13 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from runners.config.deepspeed import asks_for_kernels, for_init_inference
-from runners.config.model import DeepSpeedConfig
-from runners.contracts.errors import ConfigError, IncompleteModel
+from runners.config.model import DeepSpeedTextConfig
+from runners.contracts.errors import ConfigError, IncompleteModel, first_line
 from runners.contracts.runner import RunnerState
 from runners.engines.deepspeed.layers import plain_splits
 from runners.engines.deepspeed.shm import NAME, all_reduce, shared_memory
 from runners.hf.dtypes import choose_dtype
-from runners.hf.models import loading_of, stored_dtype
+from runners.hf.models import loading, stored_dtype
 from runners.rank.process_group import RankGroups, connect, meet
 from runners.rank.program import RankContext, RankProgram
 from runners.text.loading import text_program
@@ -40,8 +40,7 @@ logger = logging.getLogger("triptych.deepspeed")
 def load_program(context: RankContext) -> RankProgram:
     """The rank program of a text model on DeepSpeed. Raises: ConfigError."""
     config = context.config
-    if not isinstance(config, DeepSpeedConfig):
-        raise ConfigError(f"the DeepSpeed engine was given a config for {config.engine}")
+    assert isinstance(config, DeepSpeedTextConfig)  # noqa: S101 - `create_runner` chose this engine
     torch.set_num_threads(context.num_threads)
     groups = connect(config, meet(context))
     ranks = Ranks(groups.control)
@@ -52,13 +51,13 @@ def load_program(context: RankContext) -> RankProgram:
 
 
 def load_split(
-    config: DeepSpeedConfig, groups: RankGroups, ranks: Ranks, progress: Callable[[str], None]
+    config: DeepSpeedTextConfig, groups: RankGroups, ranks: Ranks, progress: Callable[[str], None]
 ) -> tuple[PreTrainedModel, Proof]:
     """This rank's share of the model, and the logits that all shares together have to give.
 
     Raises: ConfigError if no way of splitting is right; IncompleteModel.
     """
-    with loading_of(config.name):
+    with loading(config.name):
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
     _check_heads(own, config)
     progress(f"loading weights from {config.name}")
@@ -73,7 +72,7 @@ def load_split(
     return model.to(groups.device), proof  # type: ignore[arg-type]
 
 
-def _check_heads(own: PreTrainedConfig, config: DeepSpeedConfig) -> None:
+def _check_heads(own: PreTrainedConfig, config: DeepSpeedTextConfig) -> None:
     """Raises: ConfigError if the attention heads can not be dealt out evenly."""
     heads = getattr(own.get_text_config(), "num_attention_heads", None)
     if isinstance(heads, int) and heads % config.world_size:
@@ -87,7 +86,7 @@ def _check_heads(own: PreTrainedConfig, config: DeepSpeedConfig) -> None:
 class Splitting:
     """How one model becomes this rank's share of it."""
 
-    config: DeepSpeedConfig
+    config: DeepSpeedTextConfig
     own: PreTrainedConfig
     groups: RankGroups
 
@@ -109,11 +108,11 @@ class Splitting:
         it was never in its own memory. Raises: ConfigError, IncompleteModel."""
         config, on_cpu = self.config, self._on_cpu
         stored = stored_dtype(self.own, config.model_path)
-        with loading_of(config.name):
+        with loading(config.name):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.model_path,
                 config=self.own,
-                dtype=choose_dtype(config.computed_in(on_cpu=on_cpu), stored, on_cpu=on_cpu),
+                dtype=choose_dtype(config.dtype_for(on_cpu=on_cpu), stored, on_cpu=on_cpu),
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -121,7 +120,7 @@ class Splitting:
             )
         model, report = loaded
         if missing := report["missing_keys"]:
-            raise IncompleteModel.lacking(config.name, type(model), missing)
+            raise IncompleteModel.missing_weights(config.name, type(model), missing)
         return cast(PreTrainedModel, model)
 
     def split(self, model: PreTrainedModel, proof: Proof) -> PreTrainedModel:
@@ -165,8 +164,7 @@ class Splitting:
                 raise
             failure = error
         if not proof.agree(failure is None, failure):
-            said = str(failure).strip().split("\n")[0] if failure else "it failed on another rank"
-            return candidate, said or type(failure).__name__
+            return candidate, first_line(failure) if failure else "it failed on another rank"
         if not proof.of(candidate).batches():
             return candidate, "its logits are not those of the whole model"
         return candidate, None

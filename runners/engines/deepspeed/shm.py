@@ -7,7 +7,6 @@ start waits for ever, reads its number of ranks from a variable only DeepSpeed's
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 from collections.abc import Iterator
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runners.contracts.errors import ConfigError
-from runners.protocol.cache import NoCache, cache_folder
+from runners.contracts.errors import ConfigError, first_line
+from runners.protocol.cache import CacheUnavailable, building, cache_folder
 
 NAME = "deepspeed_shm_comm"
 SHARED = Path("/dev/shm")  # noqa: S108 - where shm_open puts them, of a user each
@@ -61,28 +60,24 @@ def all_reduce(tensor: torch.Tensor) -> None:
 
 
 def _build() -> None:
-    """Compile it, unless it was; takes minutes. Raises: ConfigError."""
+    """Compile the operator unless it is compiled; takes minutes. Raises: ConfigError."""
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    try:
-        base = cache_folder()
-    except NoCache as error:
-        raise ConfigError(f"shm_collectives needs a place for what is compiled: {error}") from None
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    made_with = f"torch{torch.__version__}-deepspeed{version('deepspeed')}-python{python}"
-    folder = base / made_with
-    folder.mkdir(mode=0o700, exist_ok=True)
+    versions = f"torch{torch.__version__}-deepspeed{version('deepspeed')}-python{python}"
+    try:
+        folder = cache_folder(versions)
+    except CacheUnavailable as error:
+        raise ConfigError(f"shm_collectives needs a cache folder: {error}") from None
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
     builder: Any = ShareMemCommBuilder()
-    with (folder / "ours.lock").open("w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)  # which the kernel lets go of, whatever becomes of us
-        (folder / NAME / "lock").unlink(missing_ok=True)
+    with building(folder):
         try:
             module = builder.load(verbose=False)
         except Exception as error:
             raise ConfigError(
-                f"shm_collectives can not be compiled here: {str(error).splitlines()[0]}; "
-                "it needs Linux and a C++ compiler such as g++"
+                f"shm_collectives cannot be compiled here: {first_line(error)}; it needs Linux and "
+                "a C++ compiler such as g++"
             ) from error
     if module.vector_kernel_level() < 1:
         raise ConfigError("shm_collectives needs a CPU with AVX2")

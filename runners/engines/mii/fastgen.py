@@ -12,12 +12,18 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from transformers import GenerationConfig
 
-from runners.config.model import MIIConfig
+from runners.config.mii import FASTGEN_BLOCK
+from runners.config.model import MIITextConfig
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
+from runners.engines.mii.defaults import mii_defaults
+from runners.hf.models import loading
+from runners.rank.process_group import connect, meet
 from runners.rank.program import RankContext
 from runners.text.engine import Runs
+from runners.text.loading import serve
 from runners.text.lockstep import Follower, Leader, Ranks
 from runners.text.paging.step import StepPlan
 from runners.text.program import TextProgram
@@ -124,20 +130,15 @@ class CountedEngine:
             self._model.idle()
 
 
-def load_fastgen(context: RankContext, config: MIIConfig) -> TextProgram | Follower:
+def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | Follower:
     """The program over MII's engine, on this rank's GPU. Raises: ConfigError."""
     import mii.modeling.models
-    from transformers import GenerationConfig
-
-    from runners.hf.models import loading_of
-    from runners.rank.process_group import connect, meet
-    from runners.text.loading import serve
 
     ranks = None
     if config.tensor_parallel > 1:
         ranks = Ranks(connect(config, meet(context)).control)
     context.progress(RunnerState.LOADING, "building FastGen's kernels and loading the weights")
-    with loading_of(config.name):
+    with loading(config.name):
         engine: Any = mii.modeling.models.load_model(mii_model_config(config))
     model = engine.model()
     block_size = int(model.kv_block_size if hasattr(model, "kv_block_size") else _block(model))
@@ -151,7 +152,7 @@ def load_fastgen(context: RankContext, config: MIIConfig) -> TextProgram | Follo
         parameters=sum(p.numel() for p in model.parameters()) * config.tensor_parallel,
         dtype=str(model.activation_dtype).rpartition(".")[2],
         devices=[f"cuda:{rank}" for rank in range(config.tensor_parallel)],
-        max_context=min(own.max_seq_length, config.mii.longest),
+        max_context=min(own.max_seq_length, config.mii.max_total_tokens),
         vocab_size=own.vocab_size,
         max_kv_tokens=blocks * block_size,
         has_chat_template=False,
@@ -164,20 +165,19 @@ def load_fastgen(context: RankContext, config: MIIConfig) -> TextProgram | Follo
     )
     file = config.model_path / "generation_config.json"
     generation = GenerationConfig.from_pretrained(config.model_path) if file.is_file() else None
-    return serve(context, counted, info, generation)
+    defaults = mii_defaults(config.mii.generate, generation)
+    return serve(context, counted, info, generation=generation, defaults=defaults)
 
 
-def mii_model_config(config: MIIConfig) -> Any:
+def mii_model_config(config: MIITextConfig) -> Any:
     """Our config as MII's `ModelConfig`."""
     from mii.config import ModelConfig
 
     return ModelConfig(**model_values(config))
 
 
-def model_values(config: MIIConfig) -> dict[str, Any]:
+def model_values(config: MIITextConfig) -> dict[str, Any]:
     """Our config as what MII's `ModelConfig` is made of."""
-    from runners.config.mii import FASTGEN_BLOCK
-
     section = config.mii
     manager = section.inference_engine_config.state_manager.model_dump() | {
         "max_ragged_batch_size": max(config.max_step_tokens, config.max_batch_size),

@@ -20,14 +20,14 @@ from runners.engines.mii.deployment.plan import (
     ReplicaPlan,
     read_plan,
 )
-from runners.protocol.process import die_with_parent, outlive_signals
+from runners.protocol.process import die_with_parent, ignore_signals
 
 
 def main() -> None:
     """Run the role until the deployment ends."""
     path, parent, role, *arguments = sys.argv[1:]
     die_with_parent(int(parent))
-    outlive_signals()
+    ignore_signals()
     try:
         _play(read_plan(Path(path)), role, *map(int, arguments))
     except ConfigError as error:

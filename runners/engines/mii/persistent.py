@@ -12,25 +12,26 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
+import msgspec
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
+from typing_extensions import override
 
-from runners.config.model import MIIConfig
+from runners.config.model import MIITextConfig
 from runners.contracts.errors import (
     ConfigError,
-    ContextLengthExceeded,
     EngineFailure,
     InvalidRequest,
     RunnerUnavailable,
 )
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import GenerationRequest, ModelInfo, TextDelta
+from runners.engines.mii.defaults import mii_defaults
 from runners.engines.mii.deployment.client import Deployment
 from runners.engines.mii.deployment.places import deployment_folder, free_port, listens
 from runners.engines.mii.deployment.plan import DeploymentPlan, fingerprint, plan_replicas
@@ -47,25 +48,21 @@ from runners.hf.models import (
     SamplingDefaults,
     context_length,
     load_tokenizer,
-    loading_of,
-    sampling_defaults,
+    loading,
     stored_dtype,
 )
 from runners.protocol.messages import (
     Abort,
     Accepted,
-    CallFailed,
-    Deltas,
     Detokenize,
+    Events,
     HostMessage,
     Submit,
-    Text,
     Tokenize,
-    Tokens,
-    failure,
+    request_failed,
 )
-from runners.rank.program import Occupancy, RankContext
-from runners.text.program import DEFAULT_NEW_TOKENS
+from runners.rank.program import Occupancy, RankContext, RankProgram
+from runners.text.requests import answer_call, token_limit
 from runners.text.tokenization import PromptTokenizer
 
 WATCH_S = 0.25
@@ -78,9 +75,9 @@ REFUSED = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logpr
 NEUTRAL = (None, 0.0, 1.0)
 
 
-def load_persistent(context: RankContext, config: MIIConfig) -> PersistentProgram:
+def load_persistent(context: RankContext, config: MIITextConfig) -> PersistentProgram:
     """Start or find the deployment, wait until it serves. Raises: ConfigError."""
-    with loading_of(config.name):
+    with loading(config.name):
         own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
     file = config.model_path / "generation_config.json"
     generation = GenerationConfig.from_pretrained(config.model_path) if file.is_file() else None
@@ -93,7 +90,7 @@ def load_persistent(context: RankContext, config: MIIConfig) -> PersistentProgra
     else:
         host, (plan, keeper) = "127.0.0.1", _start(context, config)
         port, replicas = plan.port, [replica.port for replica in plan.replicas]
-    defaults = sampling_defaults(generation)
+    defaults = mii_defaults(config.mii.generate, generation)
     stored = stored_dtype(own, config.model_path)
     info = ModelInfo(
         architecture=(own.architectures or [own.model_type])[0],
@@ -101,11 +98,11 @@ def load_persistent(context: RankContext, config: MIIConfig) -> PersistentProgra
         parameters=_parameters(config.model_path),
         dtype=str(stored or "unknown").removeprefix("torch."),
         devices=[f"{host}:{port}"],
-        max_context=min(context_length(own), config.mii.longest),
+        max_context=min(context_length(own), config.mii.max_total_tokens),
         vocab_size=own.get_text_config().vocab_size,
         max_kv_tokens=config.max_kv_tokens or context_length(own),
         has_chat_template=False,
-        default_temperature=defaults.temperature or None,
+        default_temperature=defaults.temperature,
     )
     return PersistentProgram(
         context,
@@ -119,7 +116,7 @@ def load_persistent(context: RankContext, config: MIIConfig) -> PersistentProgra
 
 
 def _start(
-    context: RankContext, config: MIIConfig
+    context: RankContext, config: MIITextConfig
 ) -> tuple[DeploymentPlan, subprocess.Popen[bytes] | None]:
     """The deployment that serves, and what keeps it if it goes with us. Raises: ConfigError."""
     name = config.mii.deployment_name or f"{config.name}-mii-deployment"
@@ -143,7 +140,7 @@ def _start(
     return plan, None if keep_alive else keeper
 
 
-def _refuse_another(running: DeploymentPlan, plan: DeploymentPlan, config: MIIConfig) -> None:
+def _refuse_another(running: DeploymentPlan, plan: DeploymentPlan, config: MIITextConfig) -> None:
     """Raises: ConfigError if what runs is not what a config describes."""
     other = running.differs(plan)
     for field in ("port_number", "restful_api_port"):
@@ -157,7 +154,7 @@ def _refuse_another(running: DeploymentPlan, plan: DeploymentPlan, config: MIICo
         )
 
 
-def plan_of(config: MIIConfig, name: str, threads: int) -> DeploymentPlan:
+def plan_of(config: MIITextConfig, name: str, threads: int) -> DeploymentPlan:
     """The deployment that a config describes, with ports found free where it says none."""
     section, ranks = config.mii, config.tensor_parallel
     replicas = plan_replicas(
@@ -183,13 +180,13 @@ def plan_of(config: MIIConfig, name: str, threads: int) -> DeploymentPlan:
     )
 
 
-class PersistentProgram:
-    """See `ranks.worker.RankProgram`: passes requests on, and watches the deployment."""
+class PersistentProgram(RankProgram):
+    """Passes requests on to the deployment, and watches it."""
 
     def __init__(
         self,
         context: RankContext,
-        config: MIIConfig,
+        config: MIITextConfig,
         info: ModelInfo,
         *,
         defaults: SamplingDefaults,
@@ -198,7 +195,8 @@ class PersistentProgram:
         replicas: Sequence[int],
     ) -> None:
         tokenizer = load_tokenizer(config.model_path)
-        self.info = replace(info, has_chat_template=bool(tokenizer.chat_template))
+        has_chat_template = bool(tokenizer.chat_template)
+        self._info = msgspec.structs.replace(info, has_chat_template=has_chat_template)
         self._config = config
         self._defaults = defaults
         self._emit = context.emit
@@ -214,10 +212,15 @@ class PersistentProgram:
         ).result()
         self._lost = self._spawn(self._deployment.lost(LOST_S))
 
+    @property
+    @override
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @override
     def receive(self, message: HostMessage) -> None:
-        """Take a message of the host; called by the reader thread."""
         match message:
-            case Submit(request):
+            case Submit(GenerationRequest() as request):
                 work = self._spawn(self._generate(request))
                 self._running[request.request_id] = work
                 work.add_done_callback(lambda _: self._running.pop(request.request_id, None))
@@ -225,25 +228,27 @@ class PersistentProgram:
                 if (task := self._running.pop(request_id, None)) is not None:
                     task.cancel()
             case Tokenize() | Detokenize():
-                self._spawn(asyncio.to_thread(self._answer, message))
+                self._spawn(self._answer(message))
             case _:
                 raise ValueError(f"unexpected {type(message).__name__}")
 
+    @override
     def step(self) -> None:
-        """Wait a moment; end this rank if the deployment is gone, so that both come back, or if
-        none of its replicas is up: it is ready again once they are."""
+        """Wait a moment. Ends this rank if the deployment is gone, so that both are restarted, or
+        if none of its replicas is up: the rank is ready again once one is."""
         time.sleep(WATCH_S)
         if self._keeper is not None and self._keeper.poll() is not None:
             raise RuntimeError("the deployment ended")
         if self._lost.done():
-            raise RuntimeError("the deployment can not be reached")
+            raise RuntimeError("the deployment cannot be reached")
         up = not self._replicas or any(map(listens, self._replicas))
         self._down = 0 if up else self._down + 1
         if self._down * WATCH_S > LOST_S:
             raise RuntimeError("no replica of the deployment is up")
 
+    @override
     def occupancy(self) -> Occupancy:
-        """What MII is asked at the moment; how full its KV is, it does not say."""
+        # MII does not report its KV.
         return Occupancy(running=len(self._running))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> Future[None]:
@@ -257,13 +262,13 @@ class PersistentProgram:
             self._emit(Accepted(request.request_id, len(ids)))
             call = self._deployment.stream(text, **kwargs)
             async for reply in call:
-                self._emit(Deltas([self._delta(request.request_id, reply.response[0])]))
+                self._emit(Events([self._delta(request.request_id, reply.response[0])]))
         except asyncio.CancelledError:
             raise
         except grpc.aio.AioRpcError as error:
-            self._emit(failure(request.request_id, _error(error)))
+            self._emit(request_failed(request.request_id, _error(error)))
         except Exception as error:  # one request's trouble must not end the rank
-            self._emit(failure(request.request_id, error))
+            self._emit(request_failed(request.request_id, error))
         finally:
             if call is not None:
                 call.cancel()
@@ -289,9 +294,9 @@ class PersistentProgram:
             if tokenizer.encode(candidate) == ids:
                 return ids, candidate
         raise InvalidRequest(
-            "these token ids are not what their text is tokenised to, and MII's deployments take "
-            "text only: use mii.mode pipeline",
-            param="prompt",
+            "these token ids are not those of their text, and MII's deployments take text only: "
+            "use mii.mode pipeline",
+            field="prompt",
         )
 
     def _kwargs(self, request: GenerationRequest, prompt_tokens: int) -> dict[str, Any]:
@@ -301,30 +306,23 @@ class PersistentProgram:
             value = getattr(params, name)
             if value not in NEUTRAL or (name == "logprobs" and value is not None):
                 raise InvalidRequest(
-                    f"{name} is not available from a persistent MII deployment", param=name
+                    "is not available from a persistent MII deployment", field=name
                 )
-        room = self.info.max_model_len - prompt_tokens
-        wanted = params.max_new_tokens
-        if wanted is None:
-            own = params.default_new_tokens or self._config.max_new_tokens
-            wanted = min(room, max(own or DEFAULT_NEW_TOKENS, params.min_new_tokens))
-        if room < 1 or wanted > room:
-            raise ContextLengthExceeded(
-                f"the prompt has {prompt_tokens} tokens and max_new_tokens is {wanted}, but the "
-                f"model's context holds {self.info.max_model_len}",
-                param="max_new_tokens" if room > 0 else "prompt",
-            )
-        if params.min_new_tokens > wanted:
-            raise InvalidRequest(
-                f"min_new_tokens ({params.min_new_tokens}) exceeds max_new_tokens ({wanted})",
-                param="min_new_tokens",
-            )
-        temperature = _or(params.temperature, defaults.temperature)
+        min_new_tokens = int(_or(params.min_new_tokens, defaults.min_new_tokens))
+        max_new_tokens = token_limit(
+            params,
+            prompt_tokens,
+            max_model_len=self.info.max_model_len,
+            min_new_tokens=min_new_tokens,
+            default_new_tokens=self._config.max_new_tokens,
+        )
+        temperature = _or(params.temperature, _or(defaults.temperature, 0.0))
+        ignore_eos = defaults.ignore_eos if params.ignore_eos is None else params.ignore_eos
         kwargs: dict[str, Any] = {
-            "max_length": prompt_tokens + wanted,
-            "max_new_tokens": wanted,
-            "min_new_tokens": params.min_new_tokens,
-            "ignore_eos": params.ignore_eos,
+            "max_length": prompt_tokens + max_new_tokens,
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
+            "ignore_eos": ignore_eos,
             "do_sample": temperature >= 1e-5,
         }
         if temperature >= 1e-5:
@@ -334,25 +332,13 @@ class PersistentProgram:
                 "top_k": int(_or(params.top_k, defaults.top_k)) or None,
                 "seed": None if params.seed is None else _signed(params.seed),
             }
-        if params.stop:
-            kwargs["stop"] = list(params.stop)
+        stop = defaults.stop if params.stop is None else params.stop
+        if stop:
+            kwargs["stop"] = list(stop)
         return kwargs
 
-    def _answer(self, call: Tokenize | Detokenize) -> None:
-        try:
-            if isinstance(call, Tokenize):
-                ids = self._tokenizer.encode(
-                    call.prompt, add_special_tokens=call.add_special_tokens
-                )
-                self._emit(Tokens(call.call_id, ids))
-            else:
-                text = self._tokenizer.decode(
-                    call.token_ids, skip_special_tokens=call.skip_special_tokens
-                )
-                self._emit(Text(call.call_id, text))
-        except Exception as error:  # as in _generate
-            failed = failure("", error)
-            self._emit(CallFailed(call.call_id, failed.kind, failed.message, failed.param))
+    async def _answer(self, call: Tokenize | Detokenize) -> None:
+        self._emit(await asyncio.to_thread(answer_call, self._tokenizer, call))
 
 
 async def _connected(host: str, port: int) -> Deployment:

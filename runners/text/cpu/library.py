@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from runners.protocol.cache import NoCache, cache_folder
+from runners.protocol.cache import CacheUnavailable, cache_folder
 
 logger = logging.getLogger("triptych.kernels")
 
@@ -126,7 +126,7 @@ def load_kernels() -> Kernels | None:
     try:
         try:
             return Kernels(_compiled(cache_folder()))
-        except NoCache as error:
+        except CacheUnavailable as error:
             logger.warning("the CPU kernels are compiled anew at each start: %s", error)
             with tempfile.TemporaryDirectory(prefix="triptych-") as own:
                 return Kernels(_compiled(Path(own)))

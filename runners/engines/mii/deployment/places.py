@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from runners.contracts.errors import ConfigError
+from runners.protocol.cache import CacheUnavailable, cache_folder, refuse_shared
 
 VARIABLE = "MII_CACHE_PATH"
 
@@ -20,14 +20,14 @@ def private_cache() -> Path:
     `MII_CACHE_PATH` if it is set, else one of ours, which the variable names from then on.
     Raises: ConfigError if others may write there.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(os.environ.setdefault(VARIABLE, str(home / "triptych" / "mii")))
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(
-            f"{VARIABLE}: what lies in {folder} is executed, but others than you may write there"
-        )
+    try:
+        if VARIABLE not in os.environ:
+            os.environ[VARIABLE] = str(cache_folder("mii"))
+        folder = Path(os.environ[VARIABLE])
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        refuse_shared(folder)
+    except CacheUnavailable as error:
+        raise ConfigError(f"{VARIABLE}: files there are executed: {error}") from None
     folder.chmod(0o700)
     return folder
 

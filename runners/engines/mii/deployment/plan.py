@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import msgspec
 
 from runners.contracts.errors import ConfigError
 from runners.engines.mii.deployment.places import free_port
+from runners.protocol.spec import write_private
 
 PLAN = "deployment.json"
 
@@ -75,11 +75,7 @@ class DeploymentPlan(msgspec.Struct, frozen=True):
         """Write it where only this user can read it, whole or not at all; returns the file."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = folder / PLAN
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
-            file.write(msgspec.json.encode(self))
-        temporary.replace(path)
+        write_private(path, self)
         return path
 
 

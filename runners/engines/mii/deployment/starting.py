@@ -17,7 +17,7 @@ from pathlib import Path
 from runners.contracts.errors import ConfigError
 from runners.engines.mii.deployment.places import listens, refuse_taken
 from runners.engines.mii.deployment.plan import FAILURE, PLAN, DeploymentPlan, read_plan
-from runners.protocol.process import PRIVATE_VARIABLES, PROJECT_ROOT
+from runners.protocol.process import child_environment
 
 LOG = "deployment.log"
 """Beside the plan: what the processes of a deployment print that outlives its maker."""
@@ -50,8 +50,6 @@ def start(plan: DeploymentPlan, folder: Path, *, outlives: bool) -> subprocess.P
 
 
 def _keeper(path: Path, lock: int, *, outlives: bool) -> subprocess.Popen[bytes]:
-    search = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.environ.get("PYTHONPATH")]))
-    env = {k: v for k, v in os.environ.items() if k not in PRIVATE_VARIABLES}
     command = [sys.executable, "-m", "runners.engines.mii.deployment.supervisor", str(path)]
     with contextlib.ExitStack() as files:
         # Whoever reads our output would wait for its end.
@@ -61,7 +59,7 @@ def _keeper(path: Path, lock: int, *, outlives: bool) -> subprocess.Popen[bytes]
             stdin=subprocess.DEVNULL if outlives else subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env=env | {"PYTHONPATH": search},
+            env=child_environment(),
             start_new_session=True,
             pass_fds=[lock],
         )

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from runners.engines.mii.deployment.places import listens
 from runners.engines.mii.deployment.plan import FATAL, DeploymentPlan, environment, read_plan
-from runners.protocol.process import die_with_parent, outlive_signals
+from runners.protocol.environment import usable_cores
+from runners.protocol.process import die_with_parent, ignore_signals
 
 GATEWAY_EXIT_S = 5.0
 MAX_PAUSE_S = 10.0
@@ -90,8 +91,7 @@ class Part:
 def parts(plan: DeploymentPlan) -> tuple[Part, list[Part], Part | None]:
     """The balancer, the replicas, and the gateway if there is one."""
     ranks = sum(len(replica.gpu_indices) for replica in plan.replicas)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = plan.settings.get("num_threads") or max(1, (cores or 1) // ranks)
+    threads = plan.settings.get("num_threads") or max(1, usable_cores() // ranks)
     replicas = [
         Part(
             f"replica {i}",
@@ -165,7 +165,7 @@ def main() -> None:
             asyncio.run(_until_terminated(path))
         return
     die_with_parent(int(parent))
-    outlive_signals()
+    ignore_signals()
     asyncio.run(_until_eof(path))
 
 

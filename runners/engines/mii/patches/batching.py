@@ -71,7 +71,7 @@ class Mended:
     ) -> ExactRequest:
         """A request, refused if it can not be served. Raises: ValueError, InvalidRequest."""
         if not len(input_tokens):
-            raise InvalidRequest("the prompt has no tokens", param="prompt")
+            raise InvalidRequest("has no tokens", field="prompt")
         params, seed = _params(kwargs, len(input_tokens), self.max_length)
         prompt = input_tokens.tolist()
         if len(prompt) > self._most_tokens:

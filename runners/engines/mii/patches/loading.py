@@ -7,7 +7,6 @@ the DeepSpeed engine does.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +20,13 @@ from mii.config import ModelConfig
 from torch._C._distributed_c10d import Store
 from transformers import PreTrainedModel
 
+from runners.config.base import TextConfig
 from runners.config.mii import FASTGEN_BLOCK
-from runners.config.model import AccelerateConfig, BaseRunnerConfig, DeepSpeedConfig
+from runners.config.model import AccelerateTextConfig, DeepSpeedTextConfig, MIITextConfig
+from runners.engines import accelerate
+from runners.engines.deepspeed.load import load_split
 from runners.engines.mii.patches.stand_in import StandInEngine
+from runners.protocol.cache import building, cache_folder
 from runners.rank.process_group import connect
 from runners.text.loading import batch
 from runners.text.lockstep import Ranks
@@ -66,7 +69,7 @@ def load_stand_in(model_config: ModelConfig) -> StandInEngine:
 
 
 def load_model_on_cpu(
-    config: BaseRunnerConfig,
+    config: TextConfig,
     progress: Callable[[str], None] = lambda _: None,
     store: Store | None = None,
 ) -> tuple[PreTrainedModel, Proof | None, Ranks | None]:
@@ -75,30 +78,24 @@ def load_model_on_cpu(
     `store`: where ranks meet, if not where the environment says. Raises: ConfigError.
     """
     if config.tensor_parallel == 1:
-        from runners.engines import accelerate as accelerate_runner
-
-        placed = AccelerateConfig(**_common(config), device_map="cpu")
-        return accelerate_runner.load_model(placed, Path(tempfile.gettempdir())), None, None
-    from runners.engines.deepspeed import load as deepspeed_runner
-
-    # Which of the two launchers there are started this process decides what is set.
+        placed = AccelerateTextConfig(**_common(config), device_map="cpu")
+        return accelerate.load_model(placed, Path(tempfile.gettempdir())), None, None
+    # Our launcher sets it, that of `mii.serve` does not.
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
-    split = DeepSpeedConfig(
-        **_common(config), engine="deepspeed", tensor_parallel=config.tensor_parallel
-    )
+    split = DeepSpeedTextConfig(**_common(config), tensor_parallel=config.tensor_parallel)
     groups = connect(config, store)
     ranks = Ranks(groups.control)
-    model, proof = deepspeed_runner.load_split(split, groups, ranks, progress)
+    model, proof = load_split(split, groups, ranks, progress)
     return model, proof, ranks
 
 
-def runner_config(model_config: ModelConfig) -> BaseRunnerConfig:
-    """What MII's config says, in ours."""
+def runner_config(model_config: ModelConfig) -> MIITextConfig:
+    """MII's config as ours."""
     manager = model_config.inference_engine_config.state_manager
     memory = manager.memory_config
     allocated = str(getattr(memory.mode, "value", memory.mode)) == "allocate"
     path = local_folder(model_config.model_name_or_path)
-    return BaseRunnerConfig(
+    return MIITextConfig(
         name=path.name,
         model_path=path,
         tensor_parallel=model_config.tensor_parallel,
@@ -119,21 +116,17 @@ def local_folder(name: str) -> Path:
 
 @contextmanager
 def building_kernels() -> Iterator[None]:
-    """torch builds extensions under a lock file, which a killed build leaves behind for everybody
-    to wait on for ever. In a folder of ours such a file is stale while we hold a lock that ends
-    with its process. A folder that somebody else chose is theirs to look after."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "triptych"
-    folder = default / "extensions"
+    """Hold the lock of the folder in which FastGen's kernels are built.
+
+    A folder that the operator chose is left alone.
+    """
+    folder = cache_folder("extensions")
     if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / ".triptych.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in folder.glob("**/lock"):
-            stale.unlink(missing_ok=True)
+    with building(folder):
         yield
 
 
-def _common(config: BaseRunnerConfig) -> Mapping[str, Any]:
+def _common(config: TextConfig) -> Mapping[str, Any]:
     return {name: getattr(config, name) for name in (*COMMON, "name", "model_path")}

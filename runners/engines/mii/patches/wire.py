@@ -11,8 +11,10 @@ from mii.constants import LB_MAX_WORKER_THREADS
 from mii.grpc_related.modelresponse_server import ModelResponse
 from mii.grpc_related.proto import modelresponse_pb2, modelresponse_pb2_grpc
 from mii.grpc_related.task_methods import TASK_METHODS_DICT
+from pydantic import ValidationError
 
 from runners.contracts.errors import RequestError, TriptychError
+from runners.contracts.validation import problems_of
 from runners.engines.mii.deployment.proto import SERVER_OPTIONS, bind, with_tokens
 from runners.engines.mii.patches.requests import NONE
 
@@ -83,18 +85,13 @@ def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
         return grpc.StatusCode.INVALID_ARGUMENT, error.message
     if isinstance(error, TriptychError):
         return grpc.StatusCode.INTERNAL, error.message
+    if isinstance(error, ValidationError):
+        problem = problems_of(error)[0]
+        message = f"{problem.field or 'request'}: {problem.requirement}"
+        return grpc.StatusCode.INVALID_ARGUMENT, message
     if isinstance(error, ValueError):
-        return grpc.StatusCode.INVALID_ARGUMENT, _first_problem(error)
+        return grpc.StatusCode.INVALID_ARGUMENT, "the request is not valid"
     return grpc.StatusCode.INTERNAL, f"the engine failed: {type(error).__name__}"
-
-
-def _first_problem(error: ValueError) -> str:
-    """A pydantic error as a sentence without the value, which may be a client's text."""
-    problems: list[Any] = getattr(error, "errors", list)()
-    if not problems:
-        return "the request is not valid"
-    field = ".".join(map(str, problems[0]["loc"])) or "request"
-    return f"{field}: {problems[0]['msg']}"
 
 
 def _reply(result: tuple[Any, ...]) -> Any:

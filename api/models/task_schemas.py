@@ -1,8 +1,12 @@
-"""Bodies and answers of `/tasks/{task}`; where `transformers.pipeline` has a name, it is that."""
+"""Bodies and answers of the pipeline tasks, for `/tasks/{task}` and TorchServe's `/predictions`.
+
+Where `transformers.pipeline` has a name, it is used.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 
@@ -134,9 +138,9 @@ class ConversationalBody(TaskBody, SamplingFields):
         said, answered = self.past_user_inputs, self.generated_responses
         if len(said) != len(answered):
             raise InvalidRequest(
-                f"past_user_inputs has {len(said)} texts, generated_responses {len(answered)}: "
-                "each needs its answer",
-                param="generated_responses",
+                f"has {len(answered)} texts, but past_user_inputs has {len(said)}: each needs its "
+                "answer",
+                field="generated_responses",
             )
         turns = [
             ChatMessage(role=role, content=content)
@@ -235,7 +239,7 @@ def fill_mask(request_id: str, model: str, found: list[list[Finding]]) -> FillMa
     outputs = [
         [
             FilledToken(
-                mask=f.place,
+                mask=f.mask,
                 score=f.score,
                 token=f.token_id or 0,
                 token_str=f.text or "",
@@ -286,3 +290,26 @@ def question_answering(
         for f in found[0]
     ]
     return QuestionAnsweringAnswer(request_id=request_id, model=model, outputs=outputs)
+
+
+class Pipeline(NamedTuple):
+    """The body of a task's request, and how its findings become an answer."""
+
+    body: type[PipelineBody | QuestionAnsweringBody]
+    answer: type[TaskAnswer]
+    to_answer: Callable[[str, str, list[list[Finding]]], TaskAnswer]
+
+
+PIPELINES = {
+    "fill-mask": Pipeline(FillMaskBody, FillMaskAnswer, fill_mask),
+    "token-classification": Pipeline(
+        TokenClassificationBody, TokenClassificationAnswer, token_classification
+    ),
+    "question-answering": Pipeline(
+        QuestionAnsweringBody, QuestionAnsweringAnswer, question_answering
+    ),
+    "text-classification": Pipeline(
+        TextClassificationBody, TextClassificationAnswer, text_classification
+    ),
+}
+"""The pipeline tasks by name."""

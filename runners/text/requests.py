@@ -1,0 +1,61 @@
+"""From a request to its tokens and limits, the same for Triptych's scheduler and for MII's."""
+
+from __future__ import annotations
+
+from runners.contracts.errors import ContextLengthExceeded, InvalidRequest
+from runners.contracts.text import SamplingParams
+from runners.protocol.messages import Detokenize, RankMessage, Text, Tokenize, Tokens, call_failed
+from runners.text.tokenization import PromptTokenizer
+
+DEFAULT_NEW_TOKENS = 256
+
+
+def token_limit(
+    params: SamplingParams,
+    prompt_tokens: int,
+    *,
+    max_model_len: int,
+    min_new_tokens: int,
+    max_prompt_tokens: int | None = None,
+    default_new_tokens: int | None = None,
+) -> int:
+    """How many tokens a request generates at most.
+
+    `max_model_len` bounds prompt plus output, `max_prompt_tokens` the prompt; `min_new_tokens` is
+    the request's own or the default; `default_new_tokens` applies to a request without a limit.
+    Raises: ContextLengthExceeded, InvalidRequest.
+    """
+    longest = min(max_prompt_tokens or max_model_len, max_model_len - 1)
+    if prompt_tokens > longest:
+        raise ContextLengthExceeded(
+            f"has {prompt_tokens} tokens; at most {longest} are allowed", field="prompt"
+        )
+    room = max_model_len - prompt_tokens
+    limit = params.max_new_tokens
+    if limit is None:
+        default = params.default_new_tokens or default_new_tokens or DEFAULT_NEW_TOKENS
+        limit = min(room, max(default, min_new_tokens))
+    if limit > room:
+        raise ContextLengthExceeded(
+            f"is {limit}, but at most {room} tokens fit: the prompt has {prompt_tokens} tokens and "
+            f"the model's context {max_model_len}",
+            field="max_new_tokens",
+        )
+    if min_new_tokens > limit:
+        raise InvalidRequest(
+            f"is {min_new_tokens}, more than the {limit} tokens that may be generated",
+            field="min_new_tokens",
+        )
+    return limit
+
+
+def answer_call(tokenizer: PromptTokenizer, call: Tokenize | Detokenize) -> RankMessage:
+    """The answer to a call of the host; an error is answered too."""
+    try:
+        if isinstance(call, Tokenize):
+            ids = tokenizer.encode(call.prompt, add_special_tokens=call.add_special_tokens)
+            return Tokens(call.call_id, ids)
+        text = tokenizer.decode(call.token_ids, skip_special_tokens=call.skip_special_tokens)
+        return Text(call.call_id, text)
+    except Exception as error:  # whatever a tokenizer raises must not end the rank
+        return call_failed(call.call_id, error)
