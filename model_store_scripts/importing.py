@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from model_store_scripts import layout
 from model_store_scripts.copying import copy_files, total_bytes
-from model_store_scripts.safetensors_header import summarise
 from model_store_scripts.safety import refuse_unsafe_configs, refuse_unsafe_names
 from model_store_scripts.setup_files import Given, read_given
 from model_store_scripts.sources import FolderSource, Source
@@ -20,6 +19,7 @@ from runners.config.model import validate
 from runners.config.reading import read_json
 from runners.config.torchserve import MODEL_CONFIG
 from runners.contracts.errors import ConfigError, ModelNotFound
+from runners.hf.weights import count_parameters, main_dtype
 
 if TYPE_CHECKING:
     from model_store_scripts.store import StoredModel
@@ -213,13 +213,12 @@ def _files(looked: _Looked, converted: Path) -> dict[str, Path]:
 
 
 def _describe(request: ImportRequest, looked: _Looked, files: Mapping[str, Path]) -> dict[str, Any]:
-    headers = layout.read_headers(files)
-    parameters, dtype = summarise(headers.values())
+    parameters = count_parameters(layout.read_headers(files).values())
     revision = looked.source.revision
     return {
         "architecture": _architecture(looked.source.root),
-        "parameters": parameters,
-        "dtype": dtype,
+        "parameters": parameters.total(),
+        "dtype": main_dtype(parameters),
         "task": looked.setup_config["task"],
         "engine": looked.setup_config["engine"],
         "source": request.origin or request.source,

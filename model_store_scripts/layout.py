@@ -9,11 +9,11 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
-from model_store_scripts.safetensors_header import Header, read_header
 from runners.config.files import task_of
 from runners.config.model import SETUP_CONFIG
 from runners.config.reading import read_json
 from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
+from runners.hf.weights import Header, read_header
 
 CARRIED = (
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"),
@@ -164,9 +164,9 @@ def choose_weights(
 
 
 def read_headers(files: Mapping[str, Path]) -> dict[str, Header]:
-    """The headers of the safetensors among `files`, held against their sizes and their indexes.
+    """The headers of the safetensors among `files`, compared with the indexes among them.
 
-    Raises: IncompleteModel that names the file that is cut off, damaged or lacks a tensor.
+    Raises: IncompleteModel that names the file that is truncated, damaged or lacks a tensor.
     """
     headers = {n: read_header(p, n) for n, p in files.items() if n.endswith(".safetensors")}
     for index in (n for n in files if n.endswith(".index.json")):

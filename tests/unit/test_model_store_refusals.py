@@ -78,13 +78,18 @@ def resize(name: str, by: int) -> Spoil:
     return spoil
 
 
-def header(content: bytes) -> Spoil:
-    return write("model.safetensors", struct.pack("<Q", len(content)) + content)
+def header(content: bytes, *, length: int | None = None) -> Spoil:
+    """A safetensors file with this header, which may declare another length than it has."""
+    declared = struct.pack("<Q", len(content) if length is None else length)
+    return write("model.safetensors", declared + content)
 
 
 CODE = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 ALIEN = json.dumps({"x": {"dtype": "F32"}}).encode()
+NOT_COMPLETE = (
+    "model.safetensors is not a complete safetensors file: Error while deserializing header:"
+)
 DEEP = '{"a": ' + "[" * 100_000
 
 
@@ -137,17 +142,19 @@ def test_names_that_a_hub_may_claim(name: str) -> None:
         (both(remove("model.safetensors"), write("training_args.bin")), "model.safetensors is m"),
         (remove("tokenizer.json"), "tokenizer.json is missing: the model has no tokenizer"),
         (both(remove("tokenizer.json"), write("vocab.json", "{}")), "has no tokenizer"),
-        (resize("model.safetensors", -1), "model.safetensors is cut off: "),
-        (resize("model.safetensors", 1), "model.safetensors is longer than it should be: "),
-        (write("model.safetensors", struct.pack("<Q", 99) + b"{}"), "cut off within its header"),
-        (write("model.safetensors"), "model.safetensors is not a safetensors file"),
+        (resize("model.safetensors", -1), f"{NOT_COMPLETE} incomplete metadata, file not fully"),
+        (resize("model.safetensors", 1), f"{NOT_COMPLETE} incomplete metadata, file not fully"),
+        (header(b"{}", length=99), f"{NOT_COMPLETE} invalid header length"),
+        (write("model.safetensors"), f"{NOT_COMPLETE} header too small"),
         (write("model.safetensors", POINTER), "model.safetensors is a Git LFS pointer"),
         (write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
-        (header(b"no json"), "model.safetensors has a damaged safetensors header"),
-        (header(ALIEN), "model.safetensors has a damaged safetensors header"),
-        (header(DEEP.encode()), "model.safetensors has a damaged safetensors header"),
-        (header(tensor(10**12, "abc")), "model.safetensors has a damaged safetensors header"),
-        (header(tensor(*[10**18] * 300)), "model.safetensors has a damaged safetensors header"),
+        (header(b"no json"), f"{NOT_COMPLETE} invalid JSON in header"),
+        (header(ALIEN), f"{NOT_COMPLETE} invalid JSON in header: missing field"),
+        (header(DEEP.encode()), f"{NOT_COMPLETE} invalid JSON in header: recursion limit"),
+        (header(tensor(10**12, "abc")), f"{NOT_COMPLETE} invalid JSON in header: invalid type"),
+        (header(tensor(*[10**18] * 300)), f"{NOT_COMPLETE} overflow computing buffer size"),
+        (header(tensor(2**63, 2)), f"{NOT_COMPLETE} overflow computing buffer size"),
+        (header(b"{}", length=2**40), f"{NOT_COMPLETE} header too large"),
         (link("merges.txt", "gone.txt"), "merges.txt is a link that leads nowhere"),
         (link("merges.txt", "merges.txt"), "merges.txt is a link that leads nowhere"),
     ],
@@ -164,7 +171,7 @@ SHARD = "model-00002-of-00003.safetensors"
     ("spoil", "kind", "said"),
     [
         (remove(SHARD), IncompleteModel, f"{SHARD} is missing, which {INDEX} names"),
-        (resize(SHARD, -3), IncompleteModel, f"{SHARD} is cut off"),
+        (resize(SHARD, -3), IncompleteModel, f"{SHARD} is not a complete safetensors file"),
         (edit(INDEX, weight_map=[]), IncompleteModel, f"{INDEX} has no weight_map"),
         (edit(INDEX, weight_map={"a": 1}), IncompleteModel, f"{INDEX} has no weight_map"),
         (edit(INDEX, weight_map={"a": SHARD}), IncompleteModel, f"{SHARD} lacks a, named in"),
@@ -199,7 +206,7 @@ def test_shards(
         (
             resize("vae/diffusion_pytorch_model.safetensors", -2),
             IncompleteModel,
-            "vae/diffusion_pytorch_model.safetensors is cut off",
+            "vae/diffusion_pytorch_model.safetensors is not a complete safetensors file",
         ),
         (remove("tokenizer/merges.txt"), IncompleteModel, "tokenizer/tokenizer.json is missing"),
         (
