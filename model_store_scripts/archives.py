@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
-from model_store_scripts.safety import is_code, refuse_unsafe_path
+from model_store_scripts.safety import refuse_unsafe_path
 from model_store_scripts.sources import refuse_leaving
 from model_store_scripts.unpacking import is_archive, unpack
 from runners.config.files import MODEL_FOLDER, MODEL_HEADS, setup_files
@@ -26,6 +26,7 @@ from runners.config.reading import read_json
 from runners.config.torchserve import MODEL_CONFIG
 from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
 from runners.contracts.validation import problems_of
+from runners.hf.safety import is_code
 
 MAR_INF = "MAR-INF"
 MANIFEST = f"{MAR_INF}/MANIFEST.json"
@@ -138,7 +139,7 @@ def _look(name: str, folder: Path, model_path: Path | None, places: Mapping[Path
     manifest = _manifest(name, folder)
     found = sorted(os.listdir(folder))
     for each in found:
-        refuse_unsafe_path(each, of=name)
+        refuse_unsafe_path(each, container=name)
     set_aside = {MAR_INF, MODEL_ZIP, *filter(is_code, found)}
     if manifest.requirements_file:
         set_aside.add(manifest.requirements_file)
@@ -208,5 +209,5 @@ def _manifest(name: str, folder: Path) -> Manifest:
         problems = [f"{p.field or 'value'}: {p.requirement}" for p in problems_of(error)]
         raise ConfigError(f"{name}: {MANIFEST}: model: {'; '.join(problems)}") from None
     for text in (manifest.model_name, manifest.model_version, manifest.config_file):
-        refuse_unsafe_path(text, of=name)  # they are printed, or lead to a file
+        refuse_unsafe_path(text, container=name)  # they are printed, or lead to a file
     return manifest

@@ -82,7 +82,7 @@ class _Room:
         self._members += 1
         if self._members > MAX_MEMBERS:
             raise UnsafeModel(f"{self.name} has more than {MAX_MEMBERS:,} members: no model has")
-        refuse_unsafe_path(member, of=self.name)
+        refuse_unsafe_path(member, container=self.name)
         path = PurePosixPath(member)
         if not path.parts and not folder:
             raise UnsafeModel(f"{self.name} has a file without a name")

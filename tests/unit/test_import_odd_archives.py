@@ -203,7 +203,7 @@ def test_an_architecture_is_a_class(
     edit_json(copy(llama, tmp_path / "m") / "config.json", architectures=architectures)
     made = spoilt(folder, tmp_path / "bloom")
     zip_of(tmp_path / "m", made / "model.zip")
-    said = "config.json has architectures that are no list of class names"
+    said = "config.json has architectures that are not a list of class names"
     assert said in refused(capsys, store, made)
 
 
