@@ -74,10 +74,10 @@ def test_the_demo_text_model(tmp_path: Path) -> None:
             [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
-        made, _, imported_torch = done.stdout.splitlines()
-        assert made.startswith("demo-text:")
-        assert text in made
+        summary, _, imported_torch = done.stdout.splitlines()
+        assert summary.startswith("demo-text:")
+        assert text in summary
         assert imported_torch == torch
-    folder = tmp_path / "models" / made.split()[0].replace(":", "/") / "model"
+    folder = tmp_path / "models" / summary.split()[0].replace(":", "/") / "model"
     assert tf.AutoTokenizer.from_pretrained(folder).chat_template
     assert tf.AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0

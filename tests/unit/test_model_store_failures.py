@@ -1,4 +1,4 @@
-"""Imports that fail: wrong values, bad usage, and breaking off with nothing left behind."""
+"""Imports that fail: wrong values, bad usage, and interruptions that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def cli(*argv: str | Path) -> int:
 def test_wrong_values_and_the_wrong_task_are_refused(
     llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for wrong, said in (
+    for wrong, message in (
         (("--max-length", "0"), "max_length: Input should be greater than or equal to 1"),
         (("--tensor-parallel", "2"), "tensor_parallel: Input should be 1"),
         (("--task", "text-to-image"), "task: is text-to-image, but "),
         (("--setup-config", tmp_path / "none.json"), "none.json does not exist"),
-        (("--revision", "main"), "is a folder here and has no revisions"),
+        (("--revision", "main"), "is a local folder and has no revisions"),
     ):
         assert cli(llama, "--name", "tiny", *wrong) == 1
         err = capsys.readouterr().err
         assert err.startswith("error: ")
-        assert said in err
+        assert message in err
         assert err.count("\n") == 1
     assert is_empty(store)
 
@@ -73,7 +73,7 @@ def test_a_bad_name_is_refused_without_the_command_too(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "full")])
-def test_a_copy_that_breaks_off_leaves_nothing(
+def test_an_interrupted_copy_leaves_nothing(
     error: Any,
     llama: Path,
     store: Path,
@@ -110,14 +110,14 @@ def test_the_store_has_all_or_nothing(
     monkeypatch.setattr(os, "rename", fail)
     monkeypatch.setattr("shutil.copytree", fail)
     assert cli(llama, "--name", "tiny") == (130 if error is KeyboardInterrupt else 1)
-    said = "interrupted" if error is KeyboardInterrupt else "error: the model store refuses tiny:"
-    assert capsys.readouterr().err.startswith(said)
+    message = (
+        "interrupted" if error is KeyboardInterrupt else "error: the model store refuses tiny:"
+    )
+    assert capsys.readouterr().err.startswith(message)
     assert is_empty(store)
 
 
-def test_a_store_on_a_disk_of_its_own(
-    llama: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_on_another_disk(llama: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def other_disk(*_: object) -> None:
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
@@ -127,16 +127,16 @@ def test_a_store_on_a_disk_of_its_own(
     assert not any((store.parent / "tmp").iterdir())
 
 
-def test_a_full_disk_is_seen_before_copying(
+def test_a_full_disk_is_noticed_before_copying(
     llama: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(ConfigError, match="has room for 1,000"):
+    with pytest.raises(ConfigError, match="has only 1,000"):
         run_import(ImportRequest(str(llama), "tiny"))
     assert is_empty(store)
 
 
-def test_a_killed_import_is_swept_up_by_the_next(llama: Path, tmp_path: Path) -> None:
+def test_the_next_import_deletes_what_a_killed_one_left(llama: Path, tmp_path: Path) -> None:
     big = copy(llama, tmp_path / "big")
     size = 1 << 32  # long enough to be interrupted on a busy machine; never written in full
     tensor = {"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}

@@ -1,4 +1,4 @@
-"""Importing from the hub: the real client against a double of the hub's protocol."""
+"""Importing from the hub: the real client against a fake hub."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
-class Here:
-    """One machine: its model store, its hub cache, and the hub it can reach."""
+class Machine:
+    """One machine: its model store, its hub cache, and the hub that it uses."""
 
     def __init__(self, folder: Path, hub: Hub) -> None:
         self.home = folder / "home"
@@ -45,7 +45,7 @@ class Here:
         )
 
     def refuses(self, *argv: str, **env: str) -> str:
-        """Run, be refused in one sentence without a trace in the store, and return the sentence."""
+        """The one sentence that refuses an import, which leaves no trace in the store."""
         done = self.run(*argv, "--name", "refused", **env)
         assert (done.returncode, done.stdout) == (1, ""), done.stderr
         assert done.stderr.startswith("error: ")
@@ -56,22 +56,22 @@ class Here:
 
 
 @pytest.fixture
-def here(tmp_path: Path, hub: Hub) -> Here:
-    return Here(tmp_path, hub)
+def machine(tmp_path: Path, hub: Hub) -> Machine:
+    return Machine(tmp_path, hub)
 
 
-def test_a_hub_model(llama: Path, here: Here, hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_model(llama: Path, machine: Machine, hub: Hub, tmp_path: Path) -> None:
     folder = copy(llama, tmp_path / "remote")
     for name in (".gitattributes", "model.onnx", "pytorch_model.bin", "original/params.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
     hub.repositories["porto/lume"] = Repository(folder)
-    done = here.run("porto/lume", "--name", "lume")
+    done = machine.run("porto/lume", "--name", "lume")
     assert done.returncode == 0, done.stderr
     assert done.stderr == "note: left out: model.onnx, original/params.json, pytorch_model.bin\n"
     tag = done.stdout.split()[0]
     assert done.stdout.endswith(f"serve it with: TRIPTYCH_TEXT_MODEL={tag} bentoml serve .\n")
-    item = here.home / "models" / tag.replace(":", "/")
+    item = machine.home / "models" / tag.replace(":", "/")
     assert json.loads((item / "setup_config.json").read_text())["revision"] == MAIN
     assert f"revision: {MAIN}" in (item / "model.yaml").read_text()
     weights = item / "model" / "model.safetensors"
@@ -79,91 +79,93 @@ def test_a_hub_model(llama: Path, here: Here, hub: Hub, tmp_path: Path) -> None:
     assert not weights.is_symlink()
     assert sorted(hub.downloads()) == sorted(p.name for p in llama.iterdir())
 
-    hub.seen.clear()
-    again = here.run("porto/lume", "--name", "lume", "--revision", MAIN)
+    hub.requests.clear()
+    again = machine.run("porto/lume", "--name", "lume", "--revision", MAIN)
     assert again.stdout.startswith(f"{tag}  already in the store, unchanged")
     assert hub.downloads() == []
-    offline = here.run("porto/lume", "--name", "lume", HF_HUB_OFFLINE="1")
+    offline = machine.run("porto/lume", "--name", "lume", HF_HUB_OFFLINE="1")
     assert offline.stdout.startswith(f"{tag}  already in the store, unchanged")
 
-    (folder / "model.onnx").write_text("a commit that is not about what we take")
+    (folder / "model.onnx").write_text("a commit that changes no imported file")
     hub.repositories["porto/lume"].commit = "1" * 40
-    next_commit = here.run("porto/lume", "--name", "lume")
+    next_commit = machine.run("porto/lume", "--name", "lume")
     assert next_commit.stdout.startswith(f"{tag}  already in the store, unchanged")
 
 
-def test_a_pipeline_on_the_hub(here: Here, hub: Hub, tmp_path: Path) -> None:
+def test_a_pipeline_on_the_hub(machine: Machine, hub: Hub, tmp_path: Path) -> None:
     folder = write_pipeline(tmp_path / "pipeline")
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_text("")
     (folder / "big.ckpt").write_text("")
-    hub.repositories["porto/painter"] = Repository(folder)
-    done = here.run("porto/painter", "--name", "painter")
+    hub.repositories["porto/image"] = Repository(folder)
+    done = machine.run("porto/image", "--name", "image")
     assert done.returncode == 0, done.stderr
-    assert "TRIPTYCH_IMAGE_MODEL=painter:" in done.stdout
+    assert "TRIPTYCH_IMAGE_MODEL=image:" in done.stdout
     assert not {"big.ckpt", "unet/diffusion_pytorch_model.fp16.safetensors"} & {*hub.downloads()}
 
 
-def test_what_a_hub_model_may_not_have(here: Here, hub: Hub, llama: Path, tmp_path: Path) -> None:
+def test_unsafe_hub_models(machine: Machine, hub: Hub, llama: Path, tmp_path: Path) -> None:
     remote = hub.repositories
     remote["porto/code"] = Repository(llama, listing={"modeling.py": llama / "config.json"})
-    assert here.refuses("porto/code").startswith("modeling.py is code")
+    assert machine.refuses("porto/code").startswith("modeling.py is code")
     remote["porto/up"] = Repository(llama, listing={"../../up.json": llama / "config.json"})
-    assert "is not a file name" in here.refuses("porto/up")
+    assert "is not a file name" in machine.refuses("porto/up")
     remote["porto/auto"] = Repository(copy(llama, tmp_path / "auto"))
     edit_json(tmp_path / "auto" / "tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"})
-    assert here.refuses("porto/auto").startswith("tokenizer_config.json has auto_map")
+    assert machine.refuses("porto/auto").startswith("tokenizer_config.json has auto_map")
     remote["porto/pickle"] = Repository(pickled(copy(llama, tmp_path / "pickle")))
-    assert here.refuses("porto/pickle").startswith("pytorch_model.bin is a pickle")
+    assert machine.refuses("porto/pickle").startswith("pytorch_model.bin is a pickle")
     assert not [n for n in hub.downloads() if n.endswith((".safetensors", ".bin", ".py"))]
-    assert here.run("porto/pickle", "--name", "p", "--convert-checkpoints").returncode == 0
+    assert machine.run("porto/pickle", "--name", "p", "--convert-checkpoints").returncode == 0
 
 
-def test_missing_gated_and_broken(here: Here, hub: Hub, llama: Path, tmp_path: Path) -> None:
+def test_missing_gated_and_broken(machine: Machine, hub: Hub, llama: Path, tmp_path: Path) -> None:
     hub.repositories["porto/gated"] = Repository(llama, gated=True)
     hub.repositories["porto/broken"] = Repository(llama, broken=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "README.md").write_text("soon")
     hub.repositories["porto/empty"] = Repository(tmp_path / "empty")
 
-    nowhere = f"is neither a folder here nor a model on {hub.url} (a private one needs HF_TOKEN)"
-    assert here.refuses("porto/none") == f"porto/none {nowhere}"
-    assert here.refuses("porto/none", HF_TOKEN="hf_wrong") == f"porto/none {nowhere}"
-    assert here.refuses("porto/a--b") == f"porto/a--b {nowhere}"
-    said = here.refuses("porto/gated", "--revision", "v9")
-    assert said == "porto/gated has no revision v9"
-    ask = f"porto/gated is gated: ask for access at {hub.url}/porto/gated; "
-    assert here.refuses("porto/gated") == ask + "then set HF_TOKEN"
-    said = here.refuses("porto/gated", HF_TOKEN="hf_wrong")
-    assert said == ask + "HF_TOKEN's account has no access"
-    assert here.run("porto/gated", "--name", "g", HF_TOKEN="hf_right").returncode == 0
-    here.home = tmp_path / "other"
-    here.env["BENTOML_HOME"] = str(here.home)
-    assert here.refuses("porto/empty").startswith("porto/empty holds no model to serve")
-    assert "503" in here.refuses("porto/broken")
+    nowhere = f"is neither a local folder nor a model on {hub.url} (a private model needs HF_TOKEN)"
+    assert machine.refuses("porto/none") == f"porto/none {nowhere}"
+    assert machine.refuses("porto/none", HF_TOKEN="hf_wrong") == f"porto/none {nowhere}"
+    assert machine.refuses("porto/a--b") == f"porto/a--b {nowhere}"
+    message = machine.refuses("porto/gated", "--revision", "v9")
+    assert message == "porto/gated has no revision v9"
+    ask = f"porto/gated is gated: request access at {hub.url}/porto/gated; "
+    assert machine.refuses("porto/gated") == ask + "then set HF_TOKEN"
+    message = machine.refuses("porto/gated", HF_TOKEN="hf_wrong")
+    assert message == ask + "HF_TOKEN's account has no access"
+    assert machine.run("porto/gated", "--name", "g", HF_TOKEN="hf_right").returncode == 0
+    machine.home = tmp_path / "other"
+    machine.env["BENTOML_HOME"] = str(machine.home)
+    assert machine.refuses("porto/empty").startswith("porto/empty has no model to serve")
+    assert "503" in machine.refuses("porto/broken")
 
 
-def test_no_hub_in_reach(here: Here, hub: Hub) -> None:
-    said = here.refuses("porto/lume", HF_ENDPOINT="http://127.0.0.1:9")
-    assert said.startswith("http://127.0.0.1:9 can not be reached (")
-    said = here.refuses("porto/lume", HF_HUB_OFFLINE="1")
-    assert said == "porto/lume is not wholly in the cache, and HF_HUB_OFFLINE is set"
+def test_an_unreachable_hub(machine: Machine, hub: Hub) -> None:
+    message = machine.refuses("porto/lume", HF_ENDPOINT="http://127.0.0.1:9")
+    assert message.startswith("http://127.0.0.1:9 cannot be reached (")
+    message = machine.refuses("porto/lume", HF_HUB_OFFLINE="1")
+    assert message == "porto/lume is not completely in the cache, and HF_HUB_OFFLINE is set"
 
 
-def test_a_download_that_is_not_what_was_promised(here: Here, hub: Hub, llama: Path) -> None:
+def test_a_download_that_does_not_match_its_checksum(
+    machine: Machine, hub: Hub, llama: Path
+) -> None:
     hub.repositories["porto/lume"] = Repository(llama)
     hub.damaged.add("model.safetensors")
-    said = here.refuses("porto/lume")
-    assert said.startswith("model.safetensors is not what its source promises: delete ")
+    message = machine.refuses("porto/lume")
+    assert message.startswith("model.safetensors does not match its checksum: delete ")
     hub.damaged.clear()
-    Path(said.split("delete ")[1].removesuffix(", import again")).unlink()
-    assert here.run("porto/lume", "--name", "lume").returncode == 0
+    Path(message.split("delete ")[1].removesuffix(", import again")).unlink()
+    assert machine.run("porto/lume", "--name", "lume").returncode == 0
 
 
 def test_the_revision_of_a_published_config(
-    here: Here, hub: Hub, llama: Path, tmp_path: Path
+    machine: Machine, hub: Hub, llama: Path, tmp_path: Path
 ) -> None:
     hub.repositories["porto/lume"] = Repository(llama)
     edit_json(tmp_path / "setup.json", revision="v9")
-    taken = ("porto/lume", "--setup-config", str(tmp_path / "setup.json"))
-    assert here.refuses(*taken) == "porto/lume has no revision v9"
-    assert here.run(*taken, "--name", "x", "--revision", "main").returncode == 0
+    arguments = ("porto/lume", "--setup-config", str(tmp_path / "setup.json"))
+    assert machine.refuses(*arguments) == "porto/lume has no revision v9"
+    assert machine.run(*arguments, "--name", "x", "--revision", "main").returncode == 0
