@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,11 +80,3 @@ def test_an_index_that_cannot_be_written(
     folder = weights(tmp_path / "m", "a.bin")
     assert main([str(folder), "--output", str(tmp_path / "no" / "checkpoints.json")]) == 1
     assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_the_command_writes_checkpoints_json_where_it_is_run(tmp_path: Path) -> None:
-    weights(tmp_path / "m", "a.bin")
-    root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-m", "model_store_scripts.create_checkpoints_json", "m"]
-    subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": root}, check=True)
-    assert json.loads((tmp_path / "checkpoints.json").read_text())["checkpoints"] == ["a.bin"]

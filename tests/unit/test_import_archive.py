@@ -6,10 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +24,6 @@ from tests.support.archives import (
 from tests.support.image_models import write_image_model
 from tests.support.importing import cli, refusal, stored_model
 from tests.support.model_store import copy, edit_json, pickled, store_at, write_pipeline
-from tests.support.processes import wait_until
-from tests.support.server import ROOT, environment
 from tests.support.torchserve import DS_CONFIG
 
 NO_ARCHIVE = ("--archive-format", "no-archive")
@@ -243,35 +237,3 @@ def test_no_archive_at_all(store: Path, tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as stop:
         cli(tmp_path / "text.mar", "--max-unpacked-size", "huge")
     assert stop.value.code == 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_import_leaves_nothing(number: int, tmp_path: Path) -> None:
-    size = 1 << 32  # long enough to be interrupted on a busy machine; never written in full
-    with zipfile.ZipFile(tmp_path / "big.mar", "w") as packed:
-        info = zipfile.ZipInfo("model.safetensors")
-        info.file_size = info.compress_size = size
-        info.CRC = info.header_offset = 0
-        assert packed.fp is not None
-        packed.fp.write(info.FileHeader(zip64=True))
-        packed.start_dir = packed.fp.seek(size, os.SEEK_CUR)
-        packed.filelist.append(info)
-        packed._didModify = True  # type: ignore[attr-defined]
-    home = tmp_path / "home"
-    command = [
-        sys.executable,
-        "-m",
-        "model_store_scripts.import_archive",
-        str(tmp_path / "big.mar"),
-    ]
-    with (tmp_path / "err").open("w") as err:
-        running = subprocess.Popen(command, cwd=ROOT, env=environment(home), stderr=err)
-    try:
-        begun = "tmp/triptych-import-*/archive/model.safetensors"
-        wait_until(lambda: any(home.glob(begun)), 60, "something was written")
-        running.send_signal(number)
-        assert running.wait(30) == 130
-    finally:
-        running.kill()
-    assert (tmp_path / "err").read_text() == "interrupted: nothing was imported\n"
-    assert not any((home / "tmp").iterdir())

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import bentoml
 import pytest
-import transformers as tf
 
 from model_store_scripts.make_demo_models import DEMOS, Demo, make, source_digest
 from tests.support.models import write_model
@@ -61,23 +57,3 @@ def test_imported_once_and_again_when_the_sources_change(store: Path, tmp_path: 
     assert len(writes) == 3
     assert first.metadata["source"] == "demo_models.text"
     assert not [p for p in writes if p.exists()]
-
-
-def test_the_demo_text_model(tmp_path: Path) -> None:
-    script = (
-        "import sys; from model_store_scripts.make_demo_models import main; "
-        "code = main(['--text']); print('torch' in sys.modules); sys.exit(code)"
-    )
-    env = os.environ | {"BENTOML_HOME": str(tmp_path)}
-    for text, torch in (("imported", "True"), ("already in the store, unchanged", "False")):
-        done = subprocess.run(
-            [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-        summary, _, imported_torch = done.stdout.splitlines()
-        assert summary.startswith("demo-text:")
-        assert text in summary
-        assert imported_torch == torch
-    folder = tmp_path / "models" / summary.split()[0].replace(":", "/") / "model"
-    assert tf.AutoTokenizer.from_pretrained(folder).chat_template
-    assert tf.AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0

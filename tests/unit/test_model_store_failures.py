@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import signal
-import struct
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +15,7 @@ from model_store_scripts import copying, import_model
 from model_store_scripts.importing import ImportRequest
 from model_store_scripts.importing import import_model as run_import
 from runners.contracts.errors import ConfigError
-from tests.support.model_store import copy, is_empty
+from tests.support.model_store import is_empty
 
 
 def cli(*argv: str | Path) -> int:
@@ -134,32 +128,3 @@ def test_a_full_disk_is_noticed_before_copying(
     with pytest.raises(ConfigError, match="has only 1,000"):
         run_import(ImportRequest(str(llama), "tiny"))
     assert is_empty(store)
-
-
-def test_the_next_import_deletes_what_a_killed_one_left(llama: Path, tmp_path: Path) -> None:
-    big = copy(llama, tmp_path / "big")
-    size = 1 << 32  # long enough to be interrupted on a busy machine; never written in full
-    tensor = {"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
-    header = json.dumps(tensor).encode()
-    with (big / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.truncate(8 + len(header) + size)
-    home = tmp_path / "home"
-    command = [sys.executable, "-m", "model_store_scripts.import_model", str(big), "--name", "big"]
-    env = os.environ | {"BENTOML_HOME": str(home)}
-    for sent, code, left in ((signal.SIGTERM, 130, False), (signal.SIGKILL, -9, True)):
-        process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 30
-        while not any((home / "tmp").glob("*/item/model/model.safetensors")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(sent)
-        _, err = process.communicate(timeout=30)
-        assert process.returncode == code, err
-        assert any((home / "tmp").iterdir()) is left
-        assert not any((home / "models").iterdir())
-    tiny = [*command[:3], str(llama), "--name", "tiny"]
-    done = subprocess.run(tiny, env=env, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    assert not any((home / "tmp").iterdir())

@@ -60,8 +60,8 @@ def machine(tmp_path: Path, hub: Hub) -> Machine:
     return Machine(tmp_path, hub)
 
 
-def test_a_hub_model(llama: Path, machine: Machine, hub: Hub, tmp_path: Path) -> None:
-    folder = copy(llama, tmp_path / "remote")
+def test_a_hub_model(text_model: Path, machine: Machine, hub: Hub, tmp_path: Path) -> None:
+    folder = copy(text_model, tmp_path / "remote")
     for name in (".gitattributes", "model.onnx", "pytorch_model.bin", "original/params.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
@@ -75,9 +75,9 @@ def test_a_hub_model(llama: Path, machine: Machine, hub: Hub, tmp_path: Path) ->
     assert json.loads((item / "setup_config.json").read_text())["revision"] == MAIN
     assert f"revision: {MAIN}" in (item / "model.yaml").read_text()
     weights = item / "model" / "model.safetensors"
-    assert weights.read_bytes() == (llama / "model.safetensors").read_bytes()
+    assert weights.read_bytes() == (text_model / "model.safetensors").read_bytes()
     assert not weights.is_symlink()
-    assert sorted(hub.downloads()) == sorted(p.name for p in llama.iterdir())
+    assert sorted(hub.downloads()) == sorted(p.name for p in text_model.iterdir())
 
     hub.requests.clear()
     again = machine.run("porto/lume", "--name", "lume", "--revision", MAIN)
@@ -103,24 +103,30 @@ def test_a_pipeline_on_the_hub(machine: Machine, hub: Hub, tmp_path: Path) -> No
     assert not {"big.ckpt", "unet/diffusion_pytorch_model.fp16.safetensors"} & {*hub.downloads()}
 
 
-def test_unsafe_hub_models(machine: Machine, hub: Hub, llama: Path, tmp_path: Path) -> None:
+def test_unsafe_hub_models(machine: Machine, hub: Hub, text_model: Path, tmp_path: Path) -> None:
     remote = hub.repositories
-    remote["porto/code"] = Repository(llama, listing={"modeling.py": llama / "config.json"})
+    remote["porto/code"] = Repository(
+        text_model, listing={"modeling.py": text_model / "config.json"}
+    )
     assert machine.refuses("porto/code").startswith("modeling.py is code")
-    remote["porto/up"] = Repository(llama, listing={"../../up.json": llama / "config.json"})
+    remote["porto/up"] = Repository(
+        text_model, listing={"../../up.json": text_model / "config.json"}
+    )
     assert "is not a file name" in machine.refuses("porto/up")
-    remote["porto/auto"] = Repository(copy(llama, tmp_path / "auto"))
+    remote["porto/auto"] = Repository(copy(text_model, tmp_path / "auto"))
     edit_json(tmp_path / "auto" / "tokenizer_config.json", auto_map={"AutoTokenizer": "x.Y"})
     assert machine.refuses("porto/auto").startswith("tokenizer_config.json has auto_map")
-    remote["porto/pickle"] = Repository(pickled(copy(llama, tmp_path / "pickle")))
+    remote["porto/pickle"] = Repository(pickled(copy(text_model, tmp_path / "pickle")))
     assert machine.refuses("porto/pickle").startswith("pytorch_model.bin is a pickle")
     assert not [n for n in hub.downloads() if n.endswith((".safetensors", ".bin", ".py"))]
     assert machine.run("porto/pickle", "--name", "p", "--convert-checkpoints").returncode == 0
 
 
-def test_missing_gated_and_broken(machine: Machine, hub: Hub, llama: Path, tmp_path: Path) -> None:
-    hub.repositories["porto/gated"] = Repository(llama, gated=True)
-    hub.repositories["porto/broken"] = Repository(llama, broken=True)
+def test_missing_gated_and_broken(
+    machine: Machine, hub: Hub, text_model: Path, tmp_path: Path
+) -> None:
+    hub.repositories["porto/gated"] = Repository(text_model, gated=True)
+    hub.repositories["porto/broken"] = Repository(text_model, broken=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "README.md").write_text("soon")
     hub.repositories["porto/empty"] = Repository(tmp_path / "empty")
@@ -150,9 +156,9 @@ def test_an_unreachable_hub(machine: Machine, hub: Hub) -> None:
 
 
 def test_a_download_that_does_not_match_its_checksum(
-    machine: Machine, hub: Hub, llama: Path
+    machine: Machine, hub: Hub, text_model: Path
 ) -> None:
-    hub.repositories["porto/lume"] = Repository(llama)
+    hub.repositories["porto/lume"] = Repository(text_model)
     hub.damaged.add("model.safetensors")
     message = machine.refuses("porto/lume")
     assert message.startswith("model.safetensors does not match its checksum: delete ")
@@ -162,9 +168,9 @@ def test_a_download_that_does_not_match_its_checksum(
 
 
 def test_the_revision_of_a_published_config(
-    machine: Machine, hub: Hub, llama: Path, tmp_path: Path
+    machine: Machine, hub: Hub, text_model: Path, tmp_path: Path
 ) -> None:
-    hub.repositories["porto/lume"] = Repository(llama)
+    hub.repositories["porto/lume"] = Repository(text_model)
     edit_json(tmp_path / "setup.json", revision="v9")
     arguments = ("porto/lume", "--setup-config", str(tmp_path / "setup.json"))
     assert machine.refuses(*arguments) == "porto/lume has no revision v9"
