@@ -1,4 +1,4 @@
-"""A model on the Hugging Face hub as a source, fetched through the hub client's own cache.
+"""A model on the Hugging Face hub as a source, fetched through the hub client's cache.
 
 `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `HF_HUB_CACHE` are read by the client.
 """

@@ -32,7 +32,7 @@ def refuse_unsafe_names(names: Collection[str]) -> None:
 def refuse_unsafe_path(name: str, *, container: str = "") -> None:
     """Refuse a name that leads elsewhere or that a file system or a terminal may mishandle.
 
-    `container` is what holds the file, for the error. Raises: UnsafeModel.
+    `container` is the archive that has the name, for the error. Raises: UnsafeModel.
     """
     path = PurePosixPath(name)
     if (

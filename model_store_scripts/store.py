@@ -86,7 +86,7 @@ def save(
     labels: Mapping[str, str],
     metadata: Mapping[str, Any],
 ) -> str:
-    """Move a folder that holds `model/` into the store as a new version; returns its tag.
+    """Move a folder that contains `model/` into the store as a new version; returns its tag.
 
     Raises: ConfigError if the store refuses it. The store then has none of it.
     """

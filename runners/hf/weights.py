@@ -55,9 +55,9 @@ class Header:
 
 
 def read_header(path: Path, name: str | None = None) -> Header:
-    """Read a file's header; the library holds it against the file's size and reads no weights.
+    """Read a file's header, which must match the file's size; no weights are read.
 
-    `name` is what errors call the file; its own name by default.
+    `name` is what errors call the file; its file name by default.
 
     Raises: IncompleteModel (truncated, padded or damaged), OSError (unreadable).
     """
