@@ -11,11 +11,11 @@ import bentoml
 from bentoml.exceptions import BentoMLException
 
 from model_choice import chosen_configs, frozen_tag
-from model_store_scripts.safetensors_header import read_header
 from runners.config.base import BaseRunnerConfig
 from runners.config.model import MIITextConfig
 from runners.contracts.errors import ConfigError
 from runners.contracts.tasks import IMAGE_TASK
+from runners.hf.weights import read_header
 from settings import PREFIX, Settings, variable
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""Filling the BentoML model store: from a folder, from the hub, with the demo models."""
+"""Commands that fill the BentoML model store: from a folder, the hub, a TorchServe archive."""

@@ -1,4 +1,4 @@
-"""What the commands that import a model share: their options, and how they tell what happened."""
+"""What the import commands share: options for the configuration, and the report to the user."""
 
 from __future__ import annotations
 
@@ -22,53 +22,55 @@ FIELDS = (
 
 
 def report(run: Callable[[], ImportedModel]) -> int:
-    """Import, and tell the user how it went; returns the exit code."""
-    # A polite kill unwinds like Ctrl-C, so that no staging folder stays behind.
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    """Run an import and print its outcome; returns the exit code."""
+    # SIGTERM unwinds as Ctrl-C does, so that the staging folder is deleted.
+    previous = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         imported = run()
     except (ConfigError, OSError) as error:
-        say(f"error: {error}", file=sys.stderr)
+        advice = getattr(error, "__notes__", [])
+        print_line(": ".join([f"error: {error}", *advice]), file=sys.stderr)
         return 1
     except MemoryError:
-        print("error: this machine has too little memory for that", file=sys.stderr)
+        print("error: this machine has too little memory for this model", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was imported", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
     for note in imported.notes:
-        say(f"note: {note}", file=sys.stderr)
+        print_line(f"note: {note}", file=sys.stderr)
     for line in _outcome(imported):
-        say(line)
+        print_line(line)
     return 0
 
 
 def _outcome(imported: ImportedModel) -> tuple[str, str]:
-    """The tag, and the command that serves it."""
-    about = imported.metadata
-    how = "imported" if imported.new else "already in the store, unchanged"
+    """The tag with a summary, and the command that serves the model."""
+    metadata = imported.metadata
+    outcome = "imported" if imported.new else "already in the store, unchanged"
     variable = "TRIPTYCH_IMAGE_MODEL" if imported.task == "text-to-image" else "TRIPTYCH_TEXT_MODEL"
     return (
-        f"{imported.tag}  {how}: {about['architecture']}, {about['parameters']:,} parameters, "
-        f"{about['dtype']}, {about['total_bytes']:,} bytes, for {about['engine']}",
+        f"{imported.tag}  {outcome}: {metadata['architecture']}, "
+        f"{metadata['parameters']:,} parameters, {metadata['dtype']}, "
+        f"{metadata['total_bytes']:,} bytes, for {metadata['engine']}",
         f"serve it with: {variable}={imported.tag} bentoml serve .",
     )
 
 
-def say(line: str, *, file: TextIO | None = None) -> None:
-    """Print one line, without what a terminal would obey or take for another line."""
-    seen = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.expandtabs())
-    print("".join(seen), file=file or sys.stdout)
+def print_line(line: str, *, file: TextIO | None = None) -> None:
+    """Print one line; terminal controls and line breaks in it are replaced."""
+    printable = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line.expandtabs())
+    print("".join(printable), file=file or sys.stdout)
 
 
 def add_fields(parser: argparse.ArgumentParser) -> None:
-    """Options for how the model is run, whatever it comes in."""
+    """Add the options for fields of `setup_config.json`, and for the conversion of pickles."""
     add = parser.add_argument
-    add("--engine", choices=get_args(Engine), help="what runs it (default: accelerate)")
-    add("--task", choices=get_args(Task), help="what it does (default: what the files say)")
-    add("--dtype", choices=get_args(Dtype), help="type to run it in (default: auto)")
+    add("--engine", choices=get_args(Engine), help="the engine (default: accelerate)")
+    add("--task", choices=get_args(Task), help="the task (default: as the model's files say)")
+    add("--dtype", choices=get_args(Dtype), help="the type to compute in (default: auto)")
     strategies = ", ".join(DEVICE_STRATEGIES)
     add(
         "--device-map",
@@ -76,20 +78,20 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
         help=f"{strategies}, a device, or JSON of module to device",
     )
     add("--max-memory", type=_json_object, help='JSON such as {"0": "10GiB", "cpu": "30GiB"}')
-    add("--offload-folder", help="where weights go that fit nowhere else")
-    add("--max-length", type=int, help="longest prompt in tokens")
-    add("--max-batch-size", type=int, help="sequences generated together")
-    add("--tensor-parallel", type=int, help="over how many ranks to split it")
-    add("--gpus", type=int, help="GPUs that a deployment asks for (default: as many as it uses)")
+    add("--offload-folder", help="folder for weights that fit on no device and not in memory")
+    add("--max-length", type=int, help="maximum prompt length in tokens")
+    add("--max-batch-size", type=int, help="maximum number of sequences in a batch")
+    add("--tensor-parallel", type=int, help="number of ranks to split the model over")
+    add("--gpus", type=int, help="GPUs that a deployment requests (default: as many as it uses)")
     add("--convert-checkpoints", action="store_true", help="convert .bin and .pt to safetensors")
 
 
 def overrides(args: argparse.Namespace) -> dict[str, object]:
-    """What these options say; None where they say nothing."""
+    """The fields that these options set; None for those that are not given."""
     return {field: getattr(args, field) for field in FIELDS}
 
 
-def name(value: str) -> str:
+def model_name(value: str) -> str:
     """The type of an option that names a model in the store."""
     try:
         check_name(value)

@@ -1,4 +1,7 @@
-"""Pickled PyTorch checkpoints to safetensors, without running what a pickle may carry."""
+"""Converts pickled PyTorch checkpoints to safetensors without running code in them.
+
+Called by `importing`, which imports this module only for pickles: it imports torch.
+"""
 
 from __future__ import annotations
 
@@ -16,92 +19,94 @@ from model_store_scripts.layout import Pickles
 from model_store_scripts.progress import progress_bar
 from runners.contracts.errors import ConfigError, UnsafeModel, reraise_as
 
-# Under what name training frameworks keep the weights in a checkpoint that holds more.
 WRAPPERS = ("state_dict", "model_state_dict", "module", "model")
+"""Keys of the weights in checkpoints that contain more than weights."""
 
 
-def convert(pickles: list[Pickles], root: Path, target: Path) -> list[str]:
-    """Write each part's weights into `target` as safetensors; returns the names of the new files.
+def convert(checkpoints: list[Pickles], root: Path, target: Path) -> list[str]:
+    """Write the weights into `target` as safetensors; returns the names of the new files.
 
-    Tensors that share memory in the checkpoint are each written in full: safetensors holds no
-    aliases, and which of them a model ties again is not for a converter to guess.
+    Tensors that share memory in the checkpoint are each written in full: safetensors has no
+    aliases, and loading ties those that the model's configuration ties.
 
     Raises: UnsafeModel (a pickle with more than data in it), ConfigError (not a checkpoint).
     """
-    written = []
-    count = sum(len(p.files) for p in pickles)
+    names = []
+    count = sum(len(p.files) for p in checkpoints)
     with progress_bar(count, "file", "converting") as bar:
-        for part in pickles:
+        for checkpoint in checkpoints:
             weight_map: dict[str, str] = {}
             size = 0
-            for number, name in enumerate(part.files, start=1):
+            for number, name in enumerate(checkpoint.files, start=1):
                 tensors = _load(root / name, name)
-                new = _new_name(part, number)
-                _save(tensors, target / new, name)
-                weight_map |= dict.fromkeys(tensors, Path(new).name)
+                new_name = _new_name(checkpoint, number)
+                _save(tensors, target / new_name, name)
+                weight_map |= dict.fromkeys(tensors, Path(new_name).name)
                 size += sum(t.numel() * t.element_size() for t in tensors.values())
-                written.append(new)
+                names.append(new_name)
                 bar.update()
-            if len(part.files) > 1:
-                written.append(_write_index(part, target, weight_map, size))
-    return written
+            if len(checkpoint.files) > 1:
+                names.append(_write_index(checkpoint, target, weight_map, size))
+    return names
 
 
-def _new_name(part: Pickles, number: int) -> str:
-    count = len(part.files)
+def _new_name(checkpoint: Pickles, number: int) -> str:
+    count = len(checkpoint.files)
     shard = f"-{number:05}-of-{count:05}" if count > 1 else ""
-    return part.part.path(f"{part.part.weights}{shard}.safetensors")
+    return checkpoint.part.path(f"{checkpoint.part.weights}{shard}.safetensors")
 
 
 def _load(path: Path, name: str) -> dict[str, torch.Tensor]:
-    with reraise_as(ConfigError, f"{name} can not be read as a checkpoint"):
-        loaded = _unpickled(path, name)
-    return _tensors(loaded, name)
+    with reraise_as(ConfigError, f"{name} cannot be read as a checkpoint"):
+        content = _unpickle(path, name)
+    return _tensors(content, name)
 
 
-def _unpickled(path: Path, name: str) -> Any:
-    mapped = zipfile.is_zipfile(path)  # which those from before torch 1.6 are not
+def _unpickle(path: Path, name: str) -> Any:
+    can_map = zipfile.is_zipfile(path)  # files from before torch 1.6 are not zip files
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch warns of, it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            warnings.simplefilter("ignore")  # torch refuses what it warns about
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except pickle.UnpicklingError:
-        raise UnsafeModel(f"{name} holds more than weights, or is no checkpoint: refused") from None
+        raise UnsafeModel(
+            f"{name} contains more than weights, or is not a checkpoint: refused"
+        ) from None
     except RuntimeError as error:
         if "TorchScript" in str(error):
             raise UnsafeModel(f"{name} is TorchScript, which is code") from None
         raise
 
 
-def _tensors(loaded: Any, name: str) -> dict[str, torch.Tensor]:
-    if isinstance(loaded, dict):
-        loaded = next((loaded[w] for w in WRAPPERS if isinstance(loaded.get(w), dict)), loaded)
-    if not isinstance(loaded, dict) or not loaded:
+def _tensors(content: Any, name: str) -> dict[str, torch.Tensor]:
+    if isinstance(content, dict):
+        content = next((content[w] for w in WRAPPERS if isinstance(content.get(w), dict)), content)
+    if not isinstance(content, dict) or not content:
         raise ConfigError(f"{name} is not a checkpoint of named tensors")
-    for key, value in loaded.items():
-        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
-        if not isinstance(key, str) or not plain:
+    for key, value in content.items():
+        is_dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not isinstance(key, str) or not is_dense:
             raise ConfigError(f"{name} is not a checkpoint of named tensors: see {key!r}")
-    return loaded
+    return content
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, name: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    seen: set[int] = set()
+    addresses: set[int] = set()
     for key, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        tensors[key] = tensor.detach().clone() if memory in seen else tensor.detach()
+        address = tensor.untyped_storage().data_ptr()
+        tensors[key] = tensor.detach().clone() if address in addresses else tensor.detach()
         tensors[key] = tensors[key].contiguous()
-        seen.add(memory)
+        addresses.add(address)
     try:
-        # transformers looks for this entry to know what wrote the file.
+        # transformers reads the framework from this entry.
         save_file(tensors, path, metadata={"format": "pt"})
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"{name} can not be written as safetensors: {error}") from None
+        raise ConfigError(f"{name} cannot be written as safetensors: {error}") from None
 
 
-def _write_index(part: Pickles, target: Path, weight_map: dict[str, str], size: int) -> str:
-    name = part.part.path(f"{part.part.weights}.safetensors.index.json")
+def _write_index(checkpoint: Pickles, target: Path, weight_map: dict[str, str], size: int) -> str:
+    name = checkpoint.part.path(f"{checkpoint.part.weights}.safetensors.index.json")
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (target / name).write_text(json.dumps(index, indent=2) + "\n")
     return name

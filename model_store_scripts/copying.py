@@ -1,4 +1,4 @@
-"""Copying a model's files, hashing them on the way."""
+"""Copying a model's files and hashing them in one pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from model_store_scripts.progress import progress_bar
 from runners.contracts.errors import ConfigError, IncompleteModel
 
-CHUNK = 4 * 1024 * 1024
+CHUNK_BYTES = 4 * 1024 * 1024
 
 
 def total_bytes(files: Mapping[str, Path]) -> int:
@@ -23,42 +23,41 @@ def copy_files(
     files: Mapping[str, Path],
     target: Path | None,
     *,
-    checksums: Mapping[str, str] | None = None,
+    checksums: Mapping[str, str],
 ) -> str:
-    """Copy files (name to where it lies) into `target`, or only read them if that is None.
+    """Copy files (name to path) into `target`, or only read them if that is None.
 
-    A name's checksum, where there is one, must come out. Shows a progress bar on a terminal.
+    A file for which `checksums` has a sha256 must match it. Shows a progress bar on a terminal.
     Returns the fingerprint: one hash over all names and contents.
 
-    Raises: ConfigError (no room, unreadable), IncompleteModel (a checksum that does not fit).
+    Raises: ConfigError (no room, unreadable), IncompleteModel (a checksum that does not match).
     """
     size = total_bytes(files)
     if target:
         target.mkdir(parents=True, exist_ok=True)
         _refuse_full_disk(target, size)
     fingerprint = hashlib.sha256()
-    what = "copying" if target else "comparing"
-    with progress_bar(size, "B", what) as bar:
+    with progress_bar(size, "B", "copying" if target else "comparing") as bar:
         for name, path in sorted(files.items()):
             try:
                 digest = _copy(path, target / name if target else None, bar)
             except OSError as error:
-                raise ConfigError(f"{name} can not be copied: {error.strerror}") from None
-            promised = (checksums or {}).get(name, digest)
-            if digest != promised:
+                raise ConfigError(f"{name} cannot be copied: {error.strerror}") from None
+            if digest != checksums.get(name, digest):
                 raise IncompleteModel(
-                    f"{name} is not what its source promises: delete {path.resolve()}, import again"
+                    f"{name} does not match its checksum: delete {path.resolve()}, import again"
                 )
             fingerprint.update(f"{name}\0{digest}\n".encode())
     return f"sha256:{fingerprint.hexdigest()}"
 
 
 def _copy(path: Path, target: Path | None, bar: Any) -> str:
+    """The sha256 of a file that is copied, or only read."""
     digest = hashlib.sha256()
     if target:
         target.parent.mkdir(parents=True, exist_ok=True)
     with path.open("rb") as source, (target or Path("/dev/null")).open("wb") as out:
-        while chunk := source.read(CHUNK):
+        while chunk := source.read(CHUNK_BYTES):
             digest.update(chunk)
             out.write(chunk)
             bar.update(len(chunk))
@@ -68,4 +67,6 @@ def _copy(path: Path, target: Path | None, bar: Any) -> str:
 def _refuse_full_disk(target: Path, size: int) -> None:
     free = shutil.disk_usage(target).free
     if size > free:
-        raise ConfigError(f"the model takes {size:,} bytes, {target} has room for {free:,}")
+        raise ConfigError(
+            f"the model needs {size:,} bytes, but the disk of the model store has only {free:,}"
+        )

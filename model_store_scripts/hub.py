@@ -1,6 +1,6 @@
-"""A model of the Hugging Face hub as a source, fetched through the hub client's own cache.
+"""A model on the Hugging Face hub as a source, fetched through the hub client's cache.
 
-`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `HF_HUB_CACHE` are the client's and work as ever.
+`HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_OFFLINE` and `HF_HUB_CACHE` are read by the client.
 """
 
 from __future__ import annotations
@@ -24,52 +24,47 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import logging as hub_logging
+from typing_extensions import override
 
 from model_store_scripts.progress import ProgressBar
+from model_store_scripts.sources import Source
 from runners.config.files import MODEL_HEADS
 from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether the hub could have a model of this name."""
-    return bool(_HUB_ID.fullmatch(source))
-
-
-class HubSource:
-    """A hub repository at one commit. Only its listing and its head file are fetched at first.
+class HubSource(Source):
+    """A hub repository at one commit. The constructor fetches only the listing and the head file.
 
     Raises: ModelNotFound (no such model or revision), IncompleteModel (no model in it), ConfigError
     (gated, offline, unreachable).
     """
 
-    ignored: tuple[str, ...] = ()
+    ignored = ()
 
     def __init__(self, repo_id: str, revision: str | None = None) -> None:
-        # The client's advice (unauthenticated requests, and so on) would drown our one sentence.
+        # The client's advice, such as to sign in, would hide the one sentence of an error.
         hub_logging.set_verbosity(logging.ERROR)
         self._repo_id = repo_id
-        with _one_sentence(repo_id, revision):
+        with _config_errors(repo_id, revision):
             self.root = Path(_download(repo_id, revision, MODEL_HEADS))
         self.revision = self.root.name
         self.names = self._listing()
         if self.names.isdisjoint(MODEL_HEADS):
             raise IncompleteModel(
-                f"{repo_id} holds no model to serve: it has neither config.json (text) "
+                f"{repo_id} has no model to serve: it has neither config.json (text) "
                 "nor model_index.json (image)"
             )
 
+    @override
     def fetch(self, names: Iterable[str]) -> None:
-        """Download files, with a progress bar on a terminal. Raises: as the constructor."""
-        with _one_sentence(self._repo_id, self.revision):
+        with _config_errors(self._repo_id, self.revision):
             _download(self._repo_id, self.revision, names)
 
-    @property
+    @override
     def checksums(self) -> Mapping[str, str]:
-        """The hub's sha256 of the large files fetched: what the cache names their content by."""
+        # The cache names a large file by the hub's sha256 of it.
         blobs = {n: (self.root / n).resolve().name for n in self.names if (self.root / n).exists()}
         return {name: blob for name, blob in blobs.items() if _SHA256.fullmatch(blob)}
 
@@ -92,34 +87,36 @@ def _download(repo_id: str, revision: str | None, names: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def _one_sentence(repo_id: str, revision: str | None) -> Iterator[None]:
+def _config_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn the client's errors into ConfigErrors."""
     hub = constants.ENDPOINT
     at = f" at {revision}" if revision else ""
     try:
         yield
     except GatedRepoError:
-        todo = "HF_TOKEN's account has no access" if get_token() else "then set HF_TOKEN"
+        advice = "HF_TOKEN's account has no access" if get_token() else "then set HF_TOKEN"
         raise ConfigError(
-            f"{repo_id} is gated: ask for access at {hub}/{repo_id}; {todo}"
+            f"{repo_id} is gated: request access at {hub}/{repo_id}; {advice}"
         ) from None
     except RevisionNotFoundError:
         raise ModelNotFound(f"{repo_id} has no revision {revision}") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise ModelNotFound(
-            f"{repo_id} is neither a folder here nor a model on {hub} "
-            "(a private one needs HF_TOKEN)"
+            f"{repo_id} is neither a local folder nor a model on {hub} "
+            "(a private model needs HF_TOKEN)"
         ) from None
     except LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise ConfigError(
-                f"{repo_id}{at} is not wholly in the cache, and HF_HUB_OFFLINE is set"
+                f"{repo_id}{at} is not completely in the cache, and HF_HUB_OFFLINE is set"
             ) from None
-        raise ConfigError(f"{hub} can not be reached ({_reason(error)})") from None
+        raise ConfigError(f"{hub} cannot be reached ({_reason(error)})") from None
     except HfHubHTTPError as error:
-        raise ConfigError(f"{hub} answers {error.response.status_code} for {repo_id}{at}") from None
+        status = error.response.status_code
+        raise ConfigError(f"{hub} answered {status} for {repo_id}{at}") from None
     except (httpx2.HTTPError, OSError) as error:
         raise ConfigError(
-            f"{repo_id}{at} can not be fetched from {hub}: {_reason(error)}"
+            f"{repo_id}{at} cannot be downloaded from {hub}: {_reason(error)}"
         ) from None
 
 

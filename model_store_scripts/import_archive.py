@@ -1,7 +1,7 @@
-"""`python -m model_store_scripts.import_archive FILE`: fill the BentoML store from TorchServe's.
+"""`python -m model_store_scripts.import_archive FILE`: import an archive of TorchServe's.
 
-FILE is what torch-model-archiver made: a `.mar`, a `.tar.gz`, or the folder that
-`--archive-format no-archive` leaves. Nothing in it is run; its handler is shown.
+FILE is what torch-model-archiver wrote: a `.mar`, a `.tar.gz`, or the folder of
+`--archive-format no-archive`. No code in it is run; its handler is shown.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from typing import Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from model_store_scripts.archives import Archive, open_archive
-from model_store_scripts.command import add_fields, name, overrides, report, say
+from model_store_scripts.command import add_fields, model_name, overrides, print_line, report
 from model_store_scripts.importing import ImportedModel, ImportRequest, check_name, import_model
-from model_store_scripts.layout import PICKLES
 from runners.contracts.errors import ConfigError, IncompleteModel
 
 EPILOG = """\
-setup_config.json, or model-config.yaml with its ds-config.json, say how the model is run, as they
-did for TorchServe. The weights are those in model.zip, or beside these files, or where
-handler.model_path says within the archive; if the archive has none, say with --model-path where
-they lie. Weights must be safetensors; models that bring code are refused. The archive's handler is
-never run. Importing the same again changes nothing.
+setup_config.json, or model-config.yaml with its ds-config.json, say how to run the model, as for
+TorchServe. The weights are those in model.zip, or next to these files, or where handler.model_path
+points in the archive; if the archive has none, give their folder with --model-path. Weights must be
+safetensors; models with code are refused. The archive's handler is never run. Importing the same
+archive again changes nothing.
 """
 
 
 SHOWN_LINES = 200
-"""Of a handler; the published ones have up to 164."""
+"""Of a handler; the published ones have at most 164."""
 SHOWN_BYTES = 64 * 1024
 
 
@@ -47,97 +46,97 @@ def _import(args: argparse.Namespace) -> ImportedModel:
     with open_archive(
         args.archive, model_path=args.model_path, max_bytes=args.max_unpacked_size
     ) as archive:
+        request = _request(args, archive)
         try:
-            imported = import_model(_request(args, archive))
-        except ConfigError as error:
-            raise type(error)(error.message + _hint(archive, error)) from None
-        for line in (*_mapped(archive, imported.setup_config), *_handler(archive)):
-            say(line)
-        notes = [archive.named(note) for note in imported.notes]
-        return replace(imported, notes=(*archive.notes, *notes))
-
-
-def _hint(archive: Archive, error: ConfigError) -> str:
-    """What to do about an archive without weights."""
-    weights = {".safetensors", *PICKLES}
-    has_some = archive.model_path or any(p.suffix in weights for p in archive.folder.rglob("*"))
-    missing = isinstance(error, IncompleteModel) and not has_some
-    return ": say with --model-path where the weights lie" if missing else ""
+            imported = import_model(request)
+        except IncompleteModel as error:
+            if not archive.has_weights():
+                error.add_note("give the folder of the weights with --model-path")
+            raise
+        for line in (*_configuration(archive, imported.setup_config), *_handler(archive)):
+            print_line(line)
+        return replace(imported, notes=(*archive.notes, *imported.notes))
 
 
 def _request(args: argparse.Namespace, archive: Archive) -> ImportRequest:
     manifest = archive.manifest
-    called = args.name or manifest.model_name.lower()
+    name = args.name or manifest.model_name.lower()
     try:
-        check_name(called)
+        check_name(name)
     except ConfigError as error:
-        raise ConfigError(f"{error.message}: give one with --name") from None
+        error.add_note("choose another with --name")
+        raise
     return ImportRequest(
-        source=str(archive.folder),
-        name=called,
+        source=str(archive.files.path),
+        name=name,
         overrides=overrides(args) | {"model_version": manifest.model_version},
         convert_checkpoints=args.convert_checkpoints,
+        source_name=archive.files.name,
         origin=str(args.archive),
-        model_path=archive.model_path,
+        model=archive.model,
         model_config=manifest.config_file,
-        set_aside=archive.set_aside,
+        excluded=archive.excluded,
     )
 
 
-def _mapped(archive: Archive, setup_config: Mapping[str, Any]) -> list[str]:
+def _configuration(archive: Archive, setup_config: Mapping[str, Any]) -> list[str]:
     manifest = archive.manifest
     return [
-        f"{archive.name} holds {manifest.model_name}, version {manifest.model_version}",
-        "its configuration, as the model's setup_config.json has it from now on:",
+        f"{archive.files.name} contains {manifest.model_name}, version {manifest.model_version}",
+        "its configuration, written to the model's setup_config.json:",
         *(f"    {key}: {json.dumps(value)}" for key, value in setup_config.items()),
     ]
 
 
 def _handler(archive: Archive) -> list[str]:
     manifest = archive.manifest
-    if archive.handler is None and manifest.is_torchserves:
-        return [f"its handler, {manifest.handler}, is TorchServe's own; Triptych does that work"]
+    if archive.handler is None and manifest.names_builtin_handler:
+        return [f"its handler, {manifest.handler}, is part of TorchServe; Triptych replaces it"]
     if archive.handler is None:
-        return [f"its handler, {manifest.handler_file}, is not in it; Triptych does its work"]
-    head = f"its handler, {manifest.handler_file}, was not run; Triptych does its work"
+        return [f"its handler, {manifest.handler_file}, is not in it; Triptych replaces it"]
+    summary = f"its handler, {manifest.handler_file}, was not run; Triptych replaces it"
     with archive.handler.open("rb") as file:
-        content, cut = file.read(SHOWN_BYTES), bool(file.read(1))
+        content, is_longer = file.read(SHOWN_BYTES), bool(file.read(1))
     if not content:
-        return [f"{head} (it is empty)"]
+        return [f"{summary} (it is empty)"]
     try:
-        text = getincrementaldecoder("utf-8")().decode(content, final=not cut)
+        text = getincrementaldecoder("utf-8")().decode(content, final=not is_longer)
     except UnicodeDecodeError:
-        return [f"{head} (it is no text)"]
+        return [f"{summary} (it is not text)"]
     lines = text.splitlines()
-    shown = [f"{head}. It reads:", *(f"    | {line}" for line in lines[:SHOWN_LINES])]
-    if cut:
-        return [*shown, "    ... and more"]
+    output = [f"{summary}. Its source:", *(f"    | {line}" for line in lines[:SHOWN_LINES])]
+    if is_longer:
+        return [*output, "    ... and more"]
     rest = len(lines) - SHOWN_LINES
-    return [*shown, f"    ... and {rest} more lines"] if rest > 0 else shown
+    return [*output, f"    ... and {rest} more lines"] if rest > 0 else output
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m model_store_scripts.import_archive",
-        description="Import what torch-model-archiver made into the BentoML model store.",
+        description="Import an archive of torch-model-archiver into the BentoML model store.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("archive", type=Path, metavar="FILE", help="a .mar, a .tar.gz, or a no-archive folder")
-    add("--name", type=name, help="the model's name in the store (default: the archive's)")
+    add(
+        "--name",
+        type=model_name,
+        help="the model's name in the store (default: the archive's, in lower case)",
+    )
     add(
         "--model-path",
         type=Path,
         metavar="FOLDER",
-        help="where the model lies, if the archive has none",
+        help="the model's folder, if it is not in the archive",
     )
     add(
         "--max-unpacked-size",
         type=_size,
         metavar="SIZE",
-        help="how large it may be unpacked, such as 300GB (default: 20 times its size)",
+        help="maximum unpacked size, such as 300GB (default: 20 times the archive's size)",
     )
     add_fields(parser)
     return parser

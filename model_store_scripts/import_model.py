@@ -1,4 +1,4 @@
-"""`python -m model_store_scripts.import_model SOURCE --name NAME`: fill the BentoML store."""
+"""`python -m model_store_scripts.import_model SOURCE --name NAME`: import a model."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from model_store_scripts.command import add_fields, name, overrides, report
+from model_store_scripts.command import add_fields, model_name, overrides, report
 from model_store_scripts.importing import ImportRequest, import_model
 
 EPILOG = """\
-SOURCE is a folder or the id of a hub model; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE work as with
-the hub's own tools. A folder is a Hugging Face model or as TorchServe has it: setup_config.json, or
-model-config.yaml and ds-config.json, beside model/ or the folder that handler.model_path names.
-Weights must be safetensors; models that bring code are refused. Importing the same again changes
-nothing.
+SOURCE is a folder or the id of a hub model; HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE have the same
+effect as with the hub's own tools. A folder is a Hugging Face model, or has setup_config.json or
+model-config.yaml and ds-config.json, as for TorchServe, next to model/ or to the folder that
+handler.model_path names. Weights must be safetensors; models with code are refused. Importing the
+same model again changes nothing.
 """
 
 
@@ -46,14 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a folder or a hub id")
-    add("--name", type=name, required=True, help="the model's name in the store")
+    add("--name", type=model_name, required=True, help="the model's name in the store")
     add("--revision", help="branch, tag or commit of a hub model")
     add(
         "--setup-config",
         type=Path,
         metavar="FILE",
-        help="a published setup_config.json, or a model-config.yaml with its ds-config.json beside "
-        "it, to take over in place of SOURCE's own",
+        help="a published setup_config.json, or a model-config.yaml with its ds-config.json in the "
+        "same folder, to use instead of SOURCE's",
     )
     add_fields(parser)
     return parser

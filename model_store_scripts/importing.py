@@ -1,25 +1,28 @@
-"""Bringing a model into the BentoML store: look, refuse or take, copy, describe."""
+"""Importing a model into the BentoML model store: inspect it, refuse or copy it, describe it.
+
+Called by the import commands.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_store_scripts import layout
 from model_store_scripts.copying import copy_files, total_bytes
-from model_store_scripts.safetensors_header import summarise
 from model_store_scripts.safety import refuse_unsafe_configs, refuse_unsafe_names
-from model_store_scripts.setup_files import Given, read_given
-from model_store_scripts.sources import FolderSource, Source
+from model_store_scripts.setup_files import SetupFiles, read_setup_files
+from model_store_scripts.sources import FolderSource, NamedFolder, Source, is_hub_id
 from runners.config.files import MODEL_FOLDER, MODEL_HEADS, task_of
 from runners.config.model import validate
 from runners.config.reading import read_json
 from runners.config.torchserve import MODEL_CONFIG
 from runners.contracts.errors import ConfigError, ModelNotFound
+from runners.hf.weights import count_parameters, main_dtype
 
 if TYPE_CHECKING:
     from model_store_scripts.store import StoredModel
@@ -27,138 +30,141 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """What to import, and how the store shall have it."""
+    """What to import, and under which name and configuration."""
 
     source: str
     """A folder, or the id of a hub model."""
     name: str
     """The model's name in the store."""
     overrides: Mapping[str, object] = field(default_factory=dict)
-    """Fields of `setup_config.json` that win over the source's own."""
+    """Fields of `setup_config.json` that take precedence over the source's."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     setup_config: Path | None = None
-    """A published `setup_config.json` or `model-config.yaml` to take over in place of the source's
-    own."""
+    """A published `setup_config.json` or `model-config.yaml` to use instead of the source's."""
     convert_checkpoints: bool = False
     """Whether pickled weights are converted; else they are refused."""
+    source_name: str | None = None
+    """What messages call the source; its path by default."""
     origin: str | None = None
-    """What is written down as where the model came from, if not `source`."""
+    """What the metadata call the source; `source` by default."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """More to write down about the model; differing, it makes a new version too."""
+    """Additional metadata; a difference in them makes a new version."""
     force: bool = False
-    """Whether to make a new version even if the store has the very same model."""
-    model_path: Path | None = None
-    """Where the model lies, if not in the folder that says how it is run."""
+    """Whether to make a new version even if the store has the same model."""
+    model: NamedFolder | None = None
+    """The model's folder, if it is not in the source."""
     model_config: str = MODEL_CONFIG
-    """What TorchServe's `model-config.yaml` is called in that folder."""
-    set_aside: frozenset[str] = frozenset()
-    """What lies at the top of that folder, is no part of a model and is not spoken of here."""
+    """The name of TorchServe's `model-config.yaml` in the source."""
+    excluded: frozenset[str] = frozenset()
+    """Names at the top of the source that are no part of a model, and of which no note speaks."""
 
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A model in the store, and what is worth saying about how it got there."""
+    """A model in the store, and what the user should know about its import."""
 
     tag: str
     task: str
     new: bool
-    """False if the store had the very same model under this name already."""
+    """False if the store had the same model under this name already."""
     metadata: Mapping[str, Any]
     notes: tuple[str, ...]
     setup_config: Mapping[str, Any] = field(default_factory=dict)
-    """How it is run."""
 
 
 @dataclass(frozen=True)
-class _Looked:
-    """A source that was looked through and found fit to import."""
+class _Inspection:
+    """A source whose files have passed all checks."""
 
     source: Source
     setup_config: dict[str, Any]
-    small: list[str]
-    weights: layout.Chosen
+    auxiliary: list[str]
+    weights: layout.WeightFiles
     notes: list[str]
 
 
 def import_model(request: ImportRequest) -> ImportedModel:
-    """Import a model into the BentoML store; the same one twice under a name is taken once.
+    """Import a model into the BentoML store, unless it has the same one under this name.
 
-    Raises: ConfigError and its kin, one sentence each; the store is then as it was.
+    Raises: ConfigError and its subclasses; the store is then unchanged.
     """
     check_name(request.name)
-    looked = _look(request)
-    # From here on the store is needed; until here a refusal came without the cost of its import.
+    inspection = _inspect(request)
+    # bentoml takes a second to import, which a refused model does not have to wait for.
     from model_store_scripts import store
 
     with store.staging() as stage:
-        files = _files(looked, stage / "converted")
-        metadata = _describe(request, looked, files) | {"total_bytes": total_bytes(files)}
-        stored = None if request.force else _find(request, looked, files, metadata)
+        files = _files(inspection, stage / "converted")
+        metadata = _describe(request, inspection, files) | {"total_bytes": total_bytes(files)}
+        candidates = [] if request.force else store.stored_models(request.name)
+        stored = _find_same(candidates, request, inspection, files, metadata)
         if stored:
             store.make_latest(stored.tag)
-            return _result(stored.tag, looked, stored.metadata, new=False)
+            return _result(stored.tag, inspection, stored.metadata, new=False)
         item = stage / "item"
         metadata["fingerprint"] = copy_files(
-            files, item / MODEL_FOLDER, checksums=looked.source.checksums
+            files, item / MODEL_FOLDER, checksums=inspection.source.checksums()
         )
         tag = store.save(
             request.name,
             item,
-            setup_config=looked.setup_config,
+            setup_config=inspection.setup_config,
             labels={key: metadata[key] for key in ("task", "engine")},
             metadata=metadata,
         )
-        return _result(tag, looked, metadata, new=True)
+        return _result(tag, inspection, metadata, new=True)
 
 
 def check_name(name: str) -> None:
-    """Raises: ConfigError if the store can not hold a model of this name."""
+    """Raises: ConfigError if a model in the store cannot have this name."""
     if len(name) > 63 or not re.fullmatch("[a-z0-9]([-._a-z0-9]*[a-z0-9])?", name):
         raise ConfigError(
-            f"{name!r} is not a model name: up to 63 of a-z, 0-9, '-', '_' and '.', "
-            "a letter or digit first and last"
+            f"{name!r} is not a model name: at most 63 characters of a-z, 0-9, '-', '_' and '.', "
+            "the first and the last a letter or digit"
         )
 
 
-def _look(request: ImportRequest) -> _Looked:
-    """Everything that can be refused before a byte is copied or a weight downloaded."""
-    folder = Path(request.source).expanduser()
-    given = read_given(
+def _inspect(request: ImportRequest) -> _Inspection:
+    """Check everything that can be checked before a byte is copied or a weight downloaded."""
+    path = Path(request.source).expanduser()
+    folder = NamedFolder(path, request.source_name or str(path))
+    setup = read_setup_files(
         folder,
         file=request.setup_config,
         engine=request.overrides.get("engine"),
-        model_path=request.model_path,
+        model=request.model,
         model_config=request.model_config,
     )
-    source = _open(request, folder, given)
+    source = _open(request, folder, setup)
     refuse_unsafe_names(source.names)
     heads = [name for name in MODEL_HEADS if name in source.names]
     source.fetch(heads)
     refuse_unsafe_configs(source.root, heads)
     parts = layout.parts_of(source.root)
-    read = {name for name in source.names if source.root / name in given.files}
-    small = layout.small_files(parts, source.names - read)
-    source.fetch([*small, *layout.indexes(parts, source.names)])
-    layout.refuse_pointers(source.root, small)
-    refuse_unsafe_configs(source.root, small)
+    setup_names = {name for name in source.names if source.root / name in setup.files}
+    auxiliary = layout.auxiliary_files(parts, source.names - setup_names)
+    source.fetch([*auxiliary, *layout.indexes(parts, source.names)])
+    layout.refuse_pointers(source.root, auxiliary)
+    refuse_unsafe_configs(source.root, auxiliary)
     layout.refuse_incomplete(parts, source.names)
-    setup_config, warnings = _setup_config(request, source, given)
+    setup_config, warnings = _setup_config(request, source, setup)
     weights = layout.choose_weights(
         source.root, parts, source.names, convert=request.convert_checkpoints
     )
     pickles = [name for part in weights.pickles for name in part.files]
-    others = sorted(source.names - {*small, *weights.files, *pickles, *read})
-    notes = warnings + given.notes + _left_out([*_beside(request, folder, source, given), *others])
+    others = sorted(source.names - {*auxiliary, *weights.files, *pickles, *setup_names})
+    left_out = _left_out([*_siblings(request, folder.path, source, setup), *others])
     source.fetch([*weights.files, *pickles])
     layout.refuse_pointers(source.root, [*weights.files, *pickles])
-    return _Looked(source, setup_config, small, weights, notes)
+    notes = warnings + setup.notes + left_out
+    return _Inspection(source, setup_config, auxiliary, weights, notes)
 
 
-def _beside(request: ImportRequest, folder: Path, source: Source, given: Given) -> list[str]:
-    """What lies beside the model, and was not read."""
-    names = sorted(os.listdir(folder)) if request.model_path else source.ignored
-    return [n for n in names if n not in request.set_aside and folder / n not in given.files]
+def _siblings(request: ImportRequest, folder: Path, source: Source, setup: SetupFiles) -> list[str]:
+    """The files and folders next to the model's folder, without those that were read."""
+    names = sorted(os.listdir(folder)) if request.model else source.ignored
+    return [n for n in names if n not in request.excluded and folder / n not in setup.files]
 
 
 def _left_out(names: list[str]) -> list[str]:
@@ -167,61 +173,67 @@ def _left_out(names: list[str]) -> list[str]:
     return [f"left out: {', '.join(names[:5])}{more}"] if names else []
 
 
-def _open(request: ImportRequest, folder: Path, given: Given) -> Source:
-    if given.root:
+def _open(request: ImportRequest, folder: NamedFolder, setup: SetupFiles) -> Source:
+    if setup.root:
         if request.revision:
-            raise ConfigError(f"{request.source} is a folder here and has no revisions")
-        return FolderSource(request.model_path or folder, given.root, request.set_aside)
-    from model_store_scripts.hub import HubSource, is_hub_id
-
-    if folder.exists() or not is_hub_id(request.source):
+            raise ConfigError(f"{request.source} is a local folder and has no revisions")
+        return FolderSource(request.model or folder, setup.root, request.excluded)
+    if folder.path.exists() or not is_hub_id(request.source):
         raise ModelNotFound(f"{request.source} is neither a folder nor the id of a hub model")
-    revision = request.revision or given.setup.values.get("revision")
+    revision = request.revision or setup.fields.values.get("revision")
     if revision is not None and not isinstance(revision, str):
-        raise ConfigError(f"{request.setup_config}: revision must be a text")
+        raise ConfigError(f"{request.setup_config}: revision must be a string")
+    # The hub's client takes half a second to import; a folder does not need it.
+    from model_store_scripts.hub import HubSource
+
     return HubSource(request.source, revision)
 
 
 def _setup_config(
-    request: ImportRequest, source: Source, given: Given
+    request: ImportRequest, source: Source, setup: SetupFiles
 ) -> tuple[dict[str, Any], list[str]]:
+    """The content of the stored `setup_config.json`, and the warnings about the source's."""
     overrides = {k: v for k, v in request.overrides.items() if v is not None}
-    setup = given.setup.with_task(source.root, task=overrides.get("task"))
-    values = setup.values | overrides
+    fields = setup.fields.with_task(
+        source.root, task=overrides.get("task"), name=request.source_name or request.source
+    )
+    values = fields.values | overrides
     if source.revision:
         values["revision"] = source.revision
     derived = {"name": request.name, "model_path": source.root}
-    config = validate(values | derived, source=setup.source)
+    config = validate(values | derived, source=fields.source)
     task = task_of(source.root)
-    conversing = (task, config.task) == ("text-generation", "conversational")
-    if config.task != task and not conversing:
+    is_conversation = (task, config.task) == ("text-generation", "conversational")
+    if config.task != task and not is_conversation:
         raise ConfigError(f"the model is for {task}, not for {config.task}")
-    chosen = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "model_path"})
-    return {"engine": config.engine, "task": task} | chosen, setup.warnings
+    dump = config.model_dump(mode="json", exclude_unset=True, exclude={"name", "model_path"})
+    return {"engine": config.engine, "task": task} | dump, fields.warnings
 
 
-def _files(looked: _Looked, converted: Path) -> dict[str, Path]:
-    """What goes into the store: name to where the file lies now."""
-    root = looked.source.root
-    files = {name: root / name for name in [*looked.small, *looked.weights.files]}
-    if looked.weights.pickles:
+def _files(inspection: _Inspection, converted: Path) -> dict[str, Path]:
+    """The files to store: name to path. Pickles are converted into the folder `converted`."""
+    root = inspection.source.root
+    files = {name: root / name for name in [*inspection.auxiliary, *inspection.weights.files]}
+    if inspection.weights.pickles:
+        # torch takes seconds to import; other models do not need it.
         from model_store_scripts.convert import convert
 
-        new = convert(looked.weights.pickles, root, converted)
-        files |= {name: converted / name for name in new}
+        names = convert(inspection.weights.pickles, root, converted)
+        files |= {name: converted / name for name in names}
     return files
 
 
-def _describe(request: ImportRequest, looked: _Looked, files: Mapping[str, Path]) -> dict[str, Any]:
-    headers = layout.read_headers(files)
-    parameters, dtype = summarise(headers.values())
-    revision = looked.source.revision
+def _describe(
+    request: ImportRequest, inspection: _Inspection, files: Mapping[str, Path]
+) -> dict[str, Any]:
+    parameters = count_parameters(layout.read_headers(files).values())
+    revision = inspection.source.revision
     return {
-        "architecture": _architecture(looked.source.root),
-        "parameters": parameters,
-        "dtype": dtype,
-        "task": looked.setup_config["task"],
-        "engine": looked.setup_config["engine"],
+        "architecture": _architecture(inspection.source.root),
+        "parameters": parameters.total(),
+        "dtype": main_dtype(parameters),
+        "task": inspection.setup_config["task"],
+        "engine": inspection.setup_config["engine"],
         "source": request.origin or request.source,
         **({"revision": revision} if revision else {}),
         **request.metadata,
@@ -235,31 +247,35 @@ def _architecture(root: Path) -> str:
     return str((config.get("architectures") or ["unknown"])[0])
 
 
-def _find(
-    request: ImportRequest, looked: _Looked, files: Mapping[str, Path], metadata: Mapping[str, Any]
+def _find_same(
+    stored_models: Iterable[StoredModel],
+    request: ImportRequest,
+    inspection: _Inspection,
+    files: Mapping[str, Path],
+    metadata: Mapping[str, Any],
 ) -> StoredModel | None:
-    """The very same model, if the store has it under this name."""
-    from model_store_scripts.store import stored_models
-
-    wanted = {**request.metadata, "total_bytes": metadata["total_bytes"]}
-    alike = [
+    """The latest stored model with the same configuration, metadata and files."""
+    compared = {**request.metadata, "total_bytes": metadata["total_bytes"]}
+    candidates = [
         stored
-        for stored in stored_models(request.name)
-        if wanted.items() <= stored.metadata.items()
-        and _but_revision(stored.setup_config) == _but_revision(looked.setup_config)
+        for stored in stored_models
+        if compared.items() <= stored.metadata.items()
+        and _without_revision(stored.setup_config) == _without_revision(inspection.setup_config)
     ]
-    if not alike:
+    if not candidates:
         return None
-    fingerprint = copy_files(files, None, checksums=looked.source.checksums)
-    return next((s for s in reversed(alike) if s.metadata["fingerprint"] == fingerprint), None)
+    fingerprint = copy_files(files, None, checksums=inspection.source.checksums())
+    return next((s for s in reversed(candidates) if s.metadata["fingerprint"] == fingerprint), None)
 
 
-def _but_revision(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A commit that changed no file of the model changes nothing."""
+def _without_revision(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration to compare: a commit that changed no file of the model makes no version."""
     return {key: value for key, value in config.items() if key != "revision"}
 
 
-def _result(tag: str, looked: _Looked, metadata: Mapping[str, Any], *, new: bool) -> ImportedModel:
-    setup_config = looked.setup_config
-    notes = tuple(looked.notes)
+def _result(
+    tag: str, inspection: _Inspection, metadata: Mapping[str, Any], *, new: bool
+) -> ImportedModel:
+    setup_config = inspection.setup_config
+    notes = tuple(inspection.notes)
     return ImportedModel(tag, setup_config["task"], new, metadata, notes, setup_config)

@@ -1,4 +1,4 @@
-"""Which files of a model folder make up the model, and whether they are all there."""
+"""Which files of a model folder make up the model, and whether all of them are there."""
 
 from __future__ import annotations
 
@@ -9,49 +9,56 @@ from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
-from model_store_scripts.safetensors_header import Header, read_header
 from runners.config.files import task_of
 from runners.config.model import SETUP_CONFIG
 from runners.config.reading import read_json
 from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
+from runners.hf.weights import Header, read_header
 
-CARRIED = (
+AUXILIARY = (
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"),
     *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
-NOT_CARRIED = (SETUP_CONFIG, "*.index.json", "adapter_config.json", "trainer_state.json")
+NOT_AUXILIARY = (SETUP_CONFIG, "*.index.json", "adapter_config.json", "trainer_state.json")
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
-# What a training run leaves beside its weights.
-NO_WEIGHTS = ("training_args*", "optimizer*", "scheduler*", "rng_state*", "scaler*", "trainer_*")
+TRAINING_STATE = (
+    "training_args*",
+    "optimizer*",
+    "scheduler*",
+    "rng_state*",
+    "scaler*",
+    "trainer_*",
+)
+"""Files that a training run leaves next to its weights."""
 
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
-# transformers reads these through a package that Triptych does not bring.
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
+"""transformers reads these with the sentencepiece package, which Triptych does not depend on."""
 
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.[a-z]+")
 
 
 @dataclass(frozen=True)
 class Part:
-    """One folder of a model: the whole of a text model, or one component of a pipeline."""
+    """One folder of a model: a whole text model, or one component of a pipeline."""
 
     folder: str
     config: tuple[str, ...] = ()
     weights: str = ""
-    """What a weight file is called before `.safetensors`; empty for a part without weights."""
+    """The name of a weight file without `.safetensors`; empty for a part without weights."""
     tokenizer: bool = False
 
     def path(self, name: str) -> str:
-        """A file of this part by its name in the whole model."""
+        """The name in the whole model of a file of this part."""
         return f"{self.folder}/{name}" if self.folder else name
 
     def files(self, names: Collection[str]) -> list[str]:
-        """The names of this part's own files, folders below it aside."""
-        start = f"{self.folder}/" if self.folder else ""
+        """The files directly in this part's folder, by their names in it."""
+        prefix = f"{self.folder}/" if self.folder else ""
         return sorted(
-            n.removeprefix(start)
+            n.removeprefix(prefix)
             for n in names
-            if n.startswith(start) and n.count("/") == start.count("/")
+            if n.startswith(prefix) and n.count("/") == prefix.count("/")
         )
 
 
@@ -64,7 +71,7 @@ class Pickles:
 
 
 @dataclass
-class Chosen:
+class WeightFiles:
     """The weights of a model: safetensors (with their indexes), and pickles to convert."""
 
     files: list[str] = field(default_factory=list)
@@ -72,52 +79,52 @@ class Chosen:
 
 
 def parts_of(root: Path) -> list[Part]:
-    """The parts the folder's head file asks for. Raises: ConfigError (unreadable head)."""
+    """The parts that the folder's head file names. Raises: ConfigError (unreadable head)."""
     if task_of(root) != "text-to-image":
         return [Part("", config=("config.json",), weights="model", tokenizer=True)]
     parts = [Part("", config=("model_index.json",))]
-    for name, value in read_json(root / "model_index.json").items():
+    for name, value in read_json(root / "model_index.json", "model_index.json").items():
         if isinstance(value, list) and value != [None, None]:
             parts.append(_component(name, *map(str, value)))
     return parts
 
 
-def _component(name: str, library: str, kind: str) -> Part:
+def _component(name: str, library: str, class_name: str) -> Part:
     if PurePosixPath(name).name != name:
         raise UnsafeModel(f"model_index.json has a component called {name!r}")
-    if "Scheduler" in kind:
+    if "Scheduler" in class_name:
         return Part(name, config=("scheduler_config.json",))
-    if "Tokenizer" in kind:
+    if "Tokenizer" in class_name:
         return Part(name, tokenizer=True)
-    if kind.endswith(("Processor", "FeatureExtractor")):
+    if class_name.endswith(("Processor", "FeatureExtractor")):
         return Part(name, config=("preprocessor_config.json", "processor_config.json"))
     weights = "diffusion_pytorch_model" if library == "diffusers" else "model"
     return Part(name, config=("config.json",), weights=weights)
 
 
-def small_files(parts: list[Part], names: Collection[str]) -> list[str]:
-    """Configurations, tokenizers, templates and licences: what goes along as it is."""
-    small = []
+def auxiliary_files(parts: list[Part], names: Collection[str]) -> list[str]:
+    """Configurations, tokenizers, templates and licences, which are copied as they are."""
+    files = []
     for part in parts:
-        small += [
+        files += [
             part.path(name)
             for name in part.files(names)
-            if _matches(name, CARRIED) and not _matches(name, NOT_CARRIED)
+            if _matches(name, AUXILIARY) and not _matches(name, NOT_AUXILIARY)
         ]
         templates = part.path("additional_chat_templates/")
-        small += [n for n in names if n.startswith(templates) and n.endswith(".jinja")]
-    return sorted(small)
+        files += [n for n in names if n.startswith(templates) and n.endswith(".jinja")]
+    return sorted(files)
 
 
 def indexes(parts: list[Part], names: Collection[str]) -> list[str]:
-    """The shard indexes, which say what weight files there are."""
+    """The shard indexes, which list the weight files."""
     return [p.path(n) for p in parts for n in p.files(names) if n.endswith(".index.json")]
 
 
 def refuse_incomplete(parts: list[Part], names: Collection[str]) -> None:
-    """Every part has its configuration and, where it needs one, a tokenizer.
+    """Refuse a part without its configuration or, where it needs one, without a tokenizer.
 
-    Raises: IncompleteModel that names what is missing.
+    Raises: IncompleteModel that names the missing file.
     """
     for part in parts:
         if part.config and not any(part.path(c) in names for c in part.config):
@@ -129,55 +136,56 @@ def refuse_incomplete(parts: list[Part], names: Collection[str]) -> None:
 
 
 def _refuse_without_tokenizer(part: Part, names: Collection[str]) -> None:
-    wanted = part.path("tokenizer.json")
-    found = next((part.path(n) for n in SENTENCEPIECE if part.path(n) in names), None)
-    if found is None:
-        raise IncompleteModel(f"{wanted} is missing: the model has no tokenizer")
+    missing = part.path("tokenizer.json")
+    other = next((part.path(n) for n in SENTENCEPIECE if part.path(n) in names), None)
+    if other is None:
+        raise IncompleteModel(f"{missing} is missing: the model has no tokenizer")
     if find_spec("sentencepiece") is None:
         raise IncompleteModel(
-            f"{wanted} is missing: {found} alone needs the sentencepiece package, which is not "
+            f"{missing} is missing: {other} alone needs the sentencepiece package, which is not "
             "part of this build"
         )
 
 
 def choose_weights(
     root: Path, parts: list[Part], names: Collection[str], *, convert: bool
-) -> Chosen:
-    """The weight files of every part, safetensors before pickles.
+) -> WeightFiles:
+    """The weight files of every part: safetensors if there are any, else pickles.
 
     Raises: IncompleteModel that names a missing file; UnsafeModel for pickled weights unless
-    `convert`; ConfigError if it can not be told which pickles are the weights.
+    `convert`; ConfigError if it is unclear which pickles are the weights.
     """
-    chosen = Chosen()
+    weights = WeightFiles()
     for part in parts:
         if not part.weights:
             continue
         single = part.path(f"{part.weights}.safetensors")
         index = f"{single}.index.json"
         if single in names:
-            chosen.files.append(single)
+            weights.files.append(single)
         elif index in names:
-            chosen.files += [index, *_shards(root, index, names, {".safetensors"})]
+            weights.files += [index, *_shards(root, index, names, {".safetensors"})]
         else:
-            chosen.pickles.append(_pickles(root, part, names, convert=convert))
-    return chosen
+            weights.pickles.append(_pickles(root, part, names, convert=convert))
+    return weights
 
 
 def read_headers(files: Mapping[str, Path]) -> dict[str, Header]:
-    """The headers of the safetensors among `files`, held against their sizes and their indexes.
+    """The headers of the safetensors among `files`, compared with the indexes among them.
 
-    Raises: IncompleteModel that names the file that is cut off, damaged or lacks a tensor.
+    Raises: IncompleteModel that names the file that is truncated, damaged or lacks a tensor.
     """
     headers = {n: read_header(p, n) for n, p in files.items() if n.endswith(".safetensors")}
     for index in (n for n in files if n.endswith(".index.json")):
         for tensor, shard in _weight_map(files[index], index).items():
-            if tensor not in headers[_beside(index, shard)].tensors:
-                raise IncompleteModel(f"{_beside(index, shard)} lacks {tensor}, named in {index}")
+            name = _sibling(index, shard)
+            if tensor not in headers[name].tensors:
+                raise IncompleteModel(f"{name} lacks {tensor}, which {index} lists")
     return headers
 
 
 def refuse_pointers(root: Path, files: list[str]) -> None:
-    """No file is a Git LFS pointer instead of its content. Raises: IncompleteModel."""
+    """Refuse a Git LFS pointer in place of a file. Raises: IncompleteModel."""
     for name in files:
         path = root / name
         if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
@@ -189,28 +197,29 @@ def refuse_pointers(root: Path, files: list[str]) -> None:
 def _pickles(root: Path, part: Part, names: Collection[str], *, convert: bool) -> Pickles:
     stem = "pytorch_model" if part.weights == "model" else part.weights
     index = part.path(f"{stem}.bin.index.json")
-    found = [
+    candidates = [
         part.path(name)
         for name in part.files(names)
-        if PurePosixPath(name).suffix in PICKLES and not _matches(name, NO_WEIGHTS)
+        if PurePosixPath(name).suffix in PICKLES and not _matches(name, TRAINING_STATE)
     ]
-    if not found:
+    if not candidates:
         raise IncompleteModel(f"{part.path(part.weights)}.safetensors is missing")
     if not convert:
         raise UnsafeModel(
-            f"{found[0]} is a pickle, which can carry code, and there are no safetensors: "
+            f"{candidates[0]} is a pickle, which can carry code, and there are no safetensors: "
             "--convert-checkpoints converts it without running any"
         )
     if index in names:
         return Pickles(part, tuple(_shards(root, index, names, PICKLES)))
-    if part.path(f"{stem}.bin") in found:
+    if part.path(f"{stem}.bin") in candidates:
         return Pickles(part, (part.path(f"{stem}.bin"),))
-    if len(found) == 1 or _whole_set(found):
-        return Pickles(part, tuple(found))
-    raise ConfigError(f"which of {', '.join(found)} are the weights? {stem}.bin is not there")
+    if len(candidates) == 1 or _is_complete_set(candidates):
+        return Pickles(part, tuple(candidates))
+    raise ConfigError(f"which of {', '.join(candidates)} are the weights? There is no {stem}.bin")
 
 
-def _whole_set(files: list[str]) -> bool:
+def _is_complete_set(files: list[str]) -> bool:
+    """Whether sorted names are those of all shards of one checkpoint."""
     numbers = [m.groups() for m in map(_SHARD.fullmatch, files) if m]
     count = len(files)
     return numbers == [(f"{i + 1:05}", f"{count:05}") for i in range(count)]
@@ -220,22 +229,23 @@ def _shards(
     root: Path, index: str, names: Collection[str], suffixes: Collection[str]
 ) -> Iterator[str]:
     for shard in sorted(set(_weight_map(root / index, index).values())):
-        name = _beside(index, shard)
+        name = _sibling(index, shard)
         if PurePosixPath(name).suffix not in suffixes:
-            raise UnsafeModel(f"{index} names {name}, which is not a {min(suffixes)} file")
+            raise UnsafeModel(f"{index} lists {name}, which is not a {min(suffixes)} file")
         if name not in names:
-            raise IncompleteModel(f"{name} is missing, which {index} names")
+            raise IncompleteModel(f"{name} is missing, which {index} lists")
         yield name
 
 
 def _weight_map(path: Path, index: str) -> dict[str, str]:
-    shards = read_json(path).get("weight_map")
+    shards = read_json(path, index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise IncompleteModel(f"{index} has no weight_map of tensor to file")
     return shards
 
 
-def _beside(index: str, shard: str) -> str:
+def _sibling(index: str, shard: str) -> str:
+    """The name in the whole model of a file that an index lists."""
     return (PurePosixPath(index).parent / shard).as_posix()
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from model_store_scripts.command import say
+from model_store_scripts.command import print_line
 from model_store_scripts.store import stored_models
 
 
 def main() -> None:
     """Print one line per model, oldest first."""
     for model in stored_models():
-        about = model.metadata
-        say(
-            f"{model.tag}  {about['task']}, {about['architecture']}, "
-            f"{about['parameters']:,} parameters, {about['dtype']}, for {about['engine']}, "
-            f"from {about['source']}"
+        metadata = model.metadata
+        print_line(
+            f"{model.tag}  {metadata['task']}, {metadata['architecture']}, "
+            f"{metadata['parameters']:,} parameters, {metadata['dtype']}, "
+            f"for {metadata['engine']}, from {metadata['source']}"
         )
 
 

@@ -1,4 +1,4 @@
-"""`python -m model_store_scripts.make_demo_models`: the demo models, into the BentoML store."""
+"""`python -m model_store_scripts.make_demo_models`: import the demo models into the model store."""
 
 from __future__ import annotations
 
@@ -12,44 +12,55 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import demo_models
 from model_store_scripts.command import report
 from model_store_scripts.importing import ImportedModel, ImportRequest, import_model
 from model_store_scripts.store import make_latest, stored_models
 
-HERE = Path(__file__).parent
 SETUP = {"gpus": 0}
-"""Fields of `setup_config.json`: small as they are, no deployment needs a GPU for them."""
+"""Fields of `setup_config.json`: no deployment needs a GPU for models as small as these."""
+
+_PACKAGES = Path(demo_models.__file__).parent
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A model that Triptych brings along."""
+    """A demo model of this project."""
 
-    kind: str
+    modality: str
+    """`text` or `image`: its option on the command line."""
     name: str
-    package: str
-    recipe: tuple[str, ...]
+    folder: Path
+    """The package that writes it."""
+    sources: tuple[str, ...]
     """Files and folders of the package; while they stay the same, so does the model."""
     write: Callable[[Path], object]
     """Writes the model folder."""
 
 
 def _write_text(target: Path) -> object:
-    # Imports torch, which a second run has no use for.
+    # Imports torch, which takes seconds; a second run does not need it.
     from demo_models.text.build import write_demo_text_model
 
     return write_demo_text_model(target)
 
 
 def _write_image(target: Path) -> object:
+    # As above, and diffusers.
     from demo_models.image.build import write_demo_image_model
 
     return write_demo_image_model(target)
 
 
 DEMOS = (
-    Demo("text", "demo-text", "demo_text", ("build.py", "weights"), _write_text),
-    Demo("image", "demo-image", "demo_image", ("build.py", "parts.py", "weights"), _write_image),
+    Demo("text", "demo-text", _PACKAGES / "text", ("build.py", "weights"), _write_text),
+    Demo(
+        "image",
+        "demo-image",
+        _PACKAGES / "image",
+        ("build.py", "components.py", "weights"),
+        _write_image,
+    ),
 )
 
 
@@ -57,15 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m model_store_scripts.make_demo_models",
-        description="Make the demo models and import them into the BentoML model store; those that "
-        "are there already are left as they are.",
+        description="Write the demo models and import them into the BentoML model store, unless "
+        "they are there already.",
     )
     for demo in DEMOS:
         parser.add_argument(
-            f"--{demo.kind}",
-            dest="kinds",
+            f"--{demo.modality}",
+            dest="modalities",
             action="append_const",
-            const=demo.kind,
+            const=demo.modality,
             help=f"only this one, as {demo.name} (default: all)",
         )
     parser.add_argument("--force", action="store_true", help="make a new version in any case")
@@ -73,14 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     codes = [
         report(partial(make, demo, force=args.force))
         for demo in DEMOS
-        if not args.kinds or demo.kind in args.kinds
+        if not args.modalities or demo.modality in args.modalities
     ]
     return max(codes)
 
 
 def make(demo: Demo, *, force: bool = False) -> ImportedModel:
-    """Make a demo model and import it, unless the store has it. Raises: ConfigError."""
-    recipe = _recipe(demo)
+    """Write a demo model and import it, unless the store has it. Raises: ConfigError."""
+    recipe = source_digest(demo)
     for stored in () if force else reversed(stored_models(demo.name)):
         if stored.metadata.get("recipe") == recipe:
             make_latest(stored.tag)
@@ -94,19 +105,23 @@ def make(demo: Demo, *, force: bool = False) -> ImportedModel:
                 name=demo.name,
                 overrides=SETUP,
                 force=force,
-                origin=f"{__package__}.{demo.package}",
+                origin=f"demo_models.{demo.modality}",
                 metadata={"recipe": recipe},
             )
         )
 
 
-def _recipe(demo: Demo) -> str:
-    package = HERE / demo.package
-    paths = [package / name for name in demo.recipe]
-    files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+def source_digest(demo: Demo) -> str:
+    """A hash over `SETUP` and the names and contents of the demo's sources."""
+    paths = [demo.folder / name for name in demo.sources]
+    files = [
+        file
+        for path in paths
+        for file in (filter(Path.is_file, sorted(path.rglob("*"))) if path.is_dir() else [path])
+    ]
     digest = hashlib.sha256(json.dumps(SETUP).encode())
     for file in files:
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0")
+        digest.update(file.relative_to(demo.folder).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Progress bars, on terminals only."""
+"""Progress bars, shown on terminals only."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 
 class ProgressBar(tqdm):  # type: ignore[misc]
-    """A tqdm bar that stays silent where nobody watches."""
+    """A tqdm bar that prints nothing unless it writes to a terminal."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        # None asks tqdm to look whether there is a terminal.
+        # None makes tqdm check for a terminal.
         super().__init__(*args, **{"disable": None} | options)
 
 
-def progress_bar(total: int, unit: str, what: str) -> ProgressBar:
+def progress_bar(total: int, unit: str, description: str) -> ProgressBar:
     """A bar, as a context manager with `update(count)`."""
-    return ProgressBar(total=total, unit=unit, unit_scale=unit == "B", desc=what)
+    return ProgressBar(total=total, unit=unit, unit_scale=unit == "B", desc=description)

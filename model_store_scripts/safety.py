@@ -1,64 +1,56 @@
-"""What a model may not bring along: code, or a way to have code fetched or run."""
+"""What an import refuses: names that lead elsewhere, and configurations that load code.
+
+The rules about code itself, which the ranks apply too, are in `runners.hf.safety`.
+"""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runners.config.reading import read_json
 from runners.contracts.errors import UnsafeModel
+from runners.hf.safety import is_class_name, refuse_code, refuse_foreign_components
 
-CODE = frozenset({".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib"})
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_pipeline")
-# Where a pipeline's component may come from. diffusers would import any module named here.
-LIBRARIES = frozenset({"diffusers", "transformers", "stable_diffusion"})
 
-MAX_NAME = 1024
-"""Bytes of a name with its folders, of which there are few."""
+MAX_NAME_BYTES = 1024
+"""Of a file's name with its folders."""
+MAX_PART_BYTES = 200
+"""Of a file or folder in such a name."""
 MAX_PARTS = 32
-
-_CLASS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
 def refuse_unsafe_names(names: Collection[str]) -> None:
-    """No code, and no name that a file system or a terminal could trip over.
-
-    Raises: UnsafeModel that names the file.
-    """
+    """Raises: UnsafeModel that names a file which is code or has an unsafe name."""
     for name in sorted(names):
         refuse_unsafe_path(name)
-        if is_code(name):
-            raise UnsafeModel(f"{name} is code: Triptych serves models that need none of their own")
+    refuse_code(names)
 
 
-def is_code(name: str) -> bool:
-    """Whether a file is called as code is."""
-    return PurePosixPath(name).suffix.lower() in CODE
+def refuse_unsafe_path(name: str, *, container: str = "") -> None:
+    """Refuse a name that leads elsewhere or that a file system or a terminal may mishandle.
 
-
-def refuse_unsafe_path(name: str, *, of: str = "") -> None:
-    """No name that leads elsewhere or that a file system or a terminal could trip over.
-
-    `of`: what it is a name in. Raises: UnsafeModel that names both.
+    `container` is the archive that has the name, for the error. Raises: UnsafeModel.
     """
     path = PurePosixPath(name)
     if (
         not name.isprintable()
-        or len(name.encode("utf-8", "surrogateescape")) > MAX_NAME
+        or _byte_count(name) > MAX_NAME_BYTES
         or len(path.parts) > MAX_PARTS
         or "\\" in name
         or path.is_absolute()
         or ".." in path.parts
-        or any(len(part.encode("utf-8", "surrogateescape")) > 200 for part in path.parts)
+        or any(_byte_count(part) > MAX_PART_BYTES for part in path.parts)
     ):
-        where, called = of and f"{of}: ", name if len(name) <= 200 else f"{name[:50]}..."
-        raise UnsafeModel(f"{where}{called!r} is not a file name a model can have")
+        prefix = f"{container}: " if container else ""
+        shortened = name if len(name) <= MAX_PART_BYTES else f"{name[:50]}..."
+        raise UnsafeModel(f"{prefix}{shortened!r} is not a file name a model can have")
 
 
 def refuse_unsafe_configs(root: Path, names: Iterable[str]) -> None:
-    """No JSON configuration that points at code. Raises: UnsafeModel that names file and key."""
+    """Refuse JSON configurations that point at code. Raises: UnsafeModel (names file and key)."""
     for name in sorted(names):
         if name.endswith(("config.json", "model_index.json")):
             content = read_json(root / name)
@@ -71,7 +63,7 @@ def refuse_unsafe_configs(root: Path, names: Iterable[str]) -> None:
 
 
 def refuse_code_keys(content: Mapping[str, Any], name: str) -> None:
-    """No key, at any depth, that makes a library load code from the model. Raises: UnsafeModel."""
+    """Raises: UnsafeModel if a key, at any depth, makes a library load code from the model."""
     for key, value in _items(content):
         if key in CODE_KEYS and value:
             raise UnsafeModel(f"{name} has {key}, which would load code from the model")
@@ -80,35 +72,29 @@ def refuse_code_keys(content: Mapping[str, Any], name: str) -> None:
 
 
 def _items(content: object) -> Iterator[tuple[str, Any]]:
-    waiting = [content]
-    while waiting:
-        value = waiting.pop()
+    """The keys and values of all objects in JSON content, however deep."""
+    pending = [content]
+    while pending:
+        value = pending.pop()
         if isinstance(value, dict):
             yield from value.items()
-            waiting.extend(value.values())
+            pending.extend(value.values())
         elif isinstance(value, list):
-            waiting.extend(value)
+            pending.extend(value)
 
 
-def _is_class_name(value: object) -> bool:
-    return isinstance(value, str) and _CLASS_NAME.fullmatch(value) is not None
+def _byte_count(name: str) -> int:
+    return len(name.encode("utf-8", "surrogateescape"))
 
 
 def _refuse_odd_architectures(content: Mapping[str, Any], name: str) -> None:
-    given = content.get("architectures")
-    if given is not None and not (isinstance(given, list) and all(map(_is_class_name, given))):
-        raise UnsafeModel(f"{name} has architectures that are no list of class names")
+    names = content.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(map(is_class_name, names))):
+        raise UnsafeModel(f"{name} has architectures that are not a list of class names")
 
 
 def _refuse_custom_pipeline(content: Mapping[str, Any], name: str) -> None:
     pipeline = content.get("_class_name")
-    if not _is_class_name(pipeline):
+    if not is_class_name(pipeline):
         raise UnsafeModel(f"{name} names a custom pipeline class ({pipeline!r})")
-    for component, value in content.items():
-        if isinstance(value, list) and value != [None, None]:
-            library, class_name = value if len(value) == 2 else (None, None)
-            if library not in LIBRARIES or not _is_class_name(class_name):
-                raise UnsafeModel(
-                    f"{name} takes {component} from {value!r}, which is neither diffusers nor "
-                    "transformers"
-                )
+    refuse_foreign_components(content, name)

@@ -1,4 +1,4 @@
-"""What comes with a model about how to run it: `setup_config.json`, `model-config.yaml`."""
+"""The files of a source that say how the model is run: `setup_config.json`, `model-config.yaml`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model_store_scripts.safety import refuse_code_keys
-from model_store_scripts.sources import refuse_leaving
+from model_store_scripts.sources import NamedFolder, refuse_leaving
 from runners.config.files import SetupValues, find_model, read_setup, setup_files
 from runners.config.reading import read_object
 from runners.config.torchserve import MODEL_CONFIG
@@ -15,59 +15,60 @@ from runners.contracts.errors import ModelNotFound
 
 
 @dataclass(frozen=True)
-class Given:
-    """Fields of a RunnerConfig, with what was read for them."""
+class SetupFiles:
+    """Fields of a RunnerConfig, and the files that they were read from."""
 
-    setup: SetupValues
+    fields: SetupValues
     notes: list[str]
-    """About where the model lies."""
+    """About the model's folder."""
     files: frozenset[Path]
-    """What they were read from: part of the stored `setup_config.json`, not of the model."""
+    """Part of the stored `setup_config.json`, not of the model."""
     root: Path | None
-    """Where in the folder the model lies; None for what is no folder."""
+    """The model's folder in the source; None if the source is not a folder."""
 
 
-def read_given(
-    source: Path,
+def read_setup_files(
+    source: NamedFolder,
     *,
     file: Path | None,
     engine: object,
-    model_path: Path | None = None,
+    model: NamedFolder | None = None,
     model_config: str = MODEL_CONFIG,
-) -> Given:
-    """What `file` says, else what lies in the source if that is a folder.
+) -> SetupFiles:
+    """Read `file`, else the files in the source if that is a folder.
 
-    `model_path`: where the model lies, if not in the source. `model_config`: what TorchServe's file
-    is called there. `engine` wins over the files' own, if it is not None.
+    `model`: the model's folder, if it is not in the source. `model_config`: the name of
+    TorchServe's file in the source. `engine` takes precedence over the files', if it is not None.
 
-    Raises: ModelNotFound (no such file), IncompleteModel (no model in the folder), UnsafeModel (it
-    names what lies outside of it, or asks for code), ConfigError.
+    Raises: ModelNotFound (no such file), IncompleteModel (no model in the folder), UnsafeModel (a
+    path that leads out of the source, or a request for code), ConfigError.
     """
     if file and not file.is_file():
         raise ModelNotFound(f"{file} does not exist")
-    is_folder = source.is_dir()
-    seen: set[Path] = set()
+    is_folder = source.path.is_dir()
+    paths: set[Path] = set()
 
     def read(path: Path) -> dict[str, Any]:
-        # A file that the user chose may lie anywhere.
+        # A file that the user chose may be anywhere.
         if not file:
             refuse_leaving(path, source)
-        content = read_object(path)
+        content = read_object(path, source.name_of(path))
         refuse_code_keys(content, path.name)
-        seen.add(path)
+        paths.add(path)
         return content
 
-    files = [file] if file else setup_files(source, model_config) if is_folder else []
-    setup = read_setup(files, engine=engine, read=read)
-    values, notes = setup.values, list[str]()
-    named = values.pop("model_path", None)
+    files = [file] if file else setup_files(source.path, model_config) if is_folder else []
+    fields = read_setup(files, engine=engine, read=read)
+    values, notes = fields.values, list[str]()
+    model_path = values.pop("model_path", None)
     if not file and Path(str(values.get("offload_folder", ""))).is_absolute():
         del values["offload_folder"]
-        notes.append(
-            "offload_folder is ignored: an absolute one is taken by --offload-folder alone"
-        )
+        notes.append("offload_folder is ignored: only --offload-folder may name an absolute path")
     root = None
     if is_folder:
-        root, more = find_model(model_path or source, None if file or model_path else named)
-        notes = notes + more
-    return Given(setup, notes, frozenset(seen), root)
+        folder = model or source
+        root, path_notes = find_model(
+            folder.path, None if file or model else model_path, name_of=folder.name_of
+        )
+        notes += path_notes
+    return SetupFiles(fields, notes, frozenset(paths), root)

@@ -1,13 +1,12 @@
-"""The BentoML model store: what is in it, and adding a model at one stroke.
+"""The BentoML model store: the models in it, and adding one atomically.
 
-A model is gathered in a folder beside the store and moved in whole: the store never shows half a
-model, however the import ends, and large weights are written once.
+A model is gathered in a folder next to the store and moved in whole: the store never shows half a
+model, however the import ends, and large weights are written once. Called by the import commands.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -22,14 +21,14 @@ from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.models import ModelStore
 from bentoml._internal.tag import Tag
 from bentoml.exceptions import BentoMLException
+from filelock import FileLock
+from typing_extensions import override
 
 from runners.config.model import SETUP_CONFIG
 from runners.contracts.errors import ConfigError
 
-# BentoML reports each saved model's size to its makers unless told not to; "True", not "1".
-os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
-
-_STAGING = "triptych-import-"
+_STAGING_PREFIX = "triptych-import-"
+_LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class StoredModel:
 
 
 def stored_models(name: str | None = None) -> list[StoredModel]:
-    """The models in the store that Triptych imported, oldest first; all, or one name's."""
+    """The models in the store that Triptych imported, oldest first: all, or those of one name."""
     try:
         models = bentoml.models.list(name)
     except BentoMLException:  # no model of this name
@@ -57,17 +56,25 @@ def stored_models(name: str | None = None) -> list[StoredModel]:
 
 @contextlib.contextmanager
 def staging() -> Iterator[Path]:
-    """An empty folder on the store's disk, gone at the end. Clears what killed imports left."""
-    beside = Path(BentoMLContainer.tmp_bento_store_dir.get())
-    for old in beside.glob(f"{_STAGING}*"):
-        with _locked(old) as free:
-            if free:
-                shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=beside))
+    """An empty folder on the store's disk, deleted at the end.
+
+    It is locked while in use, so that folders of killed imports, whose locks ended with them, can
+    be told from those in use; they are deleted here.
+    """
+    parent = Path(BentoMLContainer.tmp_bento_store_dir.get())
+    for folder in parent.glob(f"{_STAGING_PREFIX}*"):
+        _delete_unless_locked(folder)
+    folder = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=parent))
     try:
-        with _locked(folder):
+        with FileLock(folder / _LOCK):
             yield folder
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _delete_unless_locked(folder: Path) -> None:
+    # Timeout is an OSError; others mean that the folder is another user's.
+    with contextlib.suppress(OSError), FileLock(folder / _LOCK, blocking=False):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -79,10 +86,12 @@ def save(
     labels: Mapping[str, str],
     metadata: Mapping[str, Any],
 ) -> str:
-    """Move a folder that holds `model/` into the store as a new version; returns its tag.
+    """Move a folder that contains `model/` into the store as a new version; returns its tag.
 
-    Raises: ConfigError if the store refuses it. Whatever happens, the store has all or nothing.
+    Raises: ConfigError if the store refuses it. The store then has none of it.
     """
+    # BentoML sends the size of each saved model to its makers unless this is set; "True", not "1".
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
     (folder / SETUP_CONFIG).write_text(json.dumps(setup_config, indent=2) + "\n")
     tag = Tag.from_str(name).make_new_version()
     store = _MovingStore(BentoMLContainer.model_store_dir.get(), folder)
@@ -103,51 +112,33 @@ def save(
 
 
 def make_latest(tag: str) -> None:
-    """Let the bare name mean this version, as if it had been imported just now."""
+    """Make the name without a version mean this version, as if it had just been imported."""
     parsed = Tag.from_str(tag)
     latest = Path(BentoMLContainer.model_store_dir.get(), parsed.latest_path())
     latest.write_text(str(parsed.version))
 
 
 class _MovingStore(ModelStore):
-    """A store that takes an item's big files by renaming their folder instead of copying them.
+    """A store that takes an item's large files by renaming their folder instead of copying them.
 
-    BentoML writes an item into a temporary folder and copies that into the store. It gets to copy
-    `model.yaml` only, and copies it into the folder that has the rest.
+    BentoML writes an item into a temporary folder and copies that into the store. Here it copies
+    only `model.yaml`, into the folder that has the rest.
     """
 
     def __init__(self, path: str, folder: Path) -> None:
         super().__init__(path)
         self._folder = folder
 
+    @override
     @contextlib.contextmanager
     def register(self, tag: str | Tag) -> Iterator[str]:
         with super().register(tag) as item:
             yield str(self._folder)
             try:
                 os.rename(self._folder, item)
-            except OSError:  # the store's models lie on a disk of their own
+            except OSError:  # the store's models are on another disk
                 shutil.copytree(self._folder, item, dirs_exist_ok=True)
 
 
 def _setup_config(item: str) -> Path:
     return Path(item, SETUP_CONFIG)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock, if nobody else does; a killed process holds none."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)

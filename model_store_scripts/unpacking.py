@@ -1,8 +1,8 @@
-"""Unpacking zip and tar.gz archives that nobody vouches for.
+"""Unpacking of untrusted zip and tar.gz archives.
 
-A file is written only where nothing was yet, below one folder, from a member that is a plain file
-with a plain name; what it weighs is held against a bound before a byte of it is written. Whoever
-calls owns the folder and removes it, however this ends.
+A file is written only where there was none, below one folder, from a member that is a regular file
+with a plain name; its size is checked against a bound before a byte of it is written. The caller
+owns the folder and deletes it in any case.
 """
 
 from __future__ import annotations
@@ -22,49 +22,51 @@ from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel, 
 MAX_MEMBERS = 10_000
 """As many as a model folder may have files."""
 MAX_RATIO = 20
-"""Weights hardly compress, and the text of a tokenizer tenfold at most."""
-SMALL = 64 * 1024 * 1024
-"""What any archive may unpack to, in bytes, however small it is."""
-CHUNK = 1024 * 1024
+"""Weights hardly compress, and the text of a tokenizer at most tenfold."""
+MIN_BOUND = 64 * 1024 * 1024
+"""The size in bytes that every archive may unpack to, however small it is."""
+CHUNK_BYTES = 1024 * 1024
 
 GZIP = b"\x1f\x8b"
 ZIP = b"PK"
 
 ENCRYPTED = 0x1 | 0x40 | 0x2000
-"""Of a zip member's flags (APPNOTE.TXT, 4.4.4): encrypted, strongly, and its directory too."""
+"""Flags of a zip member (APPNOTE.TXT, 4.4.4): encrypted, strongly, the directory encrypted too."""
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is a zip or a gzip, whole or not, by how it begins."""
-    return _begins(path, GZIP) or _begins(path, ZIP)
+    """Whether a file starts as a zip or gzip file does; it may be truncated."""
+    return _starts_with(path, GZIP) or _starts_with(path, ZIP)
 
 
 def unpack(archive: Path, target: Path, *, name: str, max_bytes: int | None = None) -> None:
-    """Unpack a zip or a tar.gz into `target`, a folder that is not there yet.
+    """Unpack a zip or a tar.gz into `target`, a folder that must not exist yet.
 
-    `name` is what messages call the archive. `max_bytes`: to how much it may unpack. Default:
-    `MAX_RATIO` times its own size, at least `SMALL`. The disk's free room bounds it in any case.
+    `name` is what messages call the archive. `max_bytes` is the maximum unpacked size; by default
+    `MAX_RATIO` times the archive's size, at least `MIN_BOUND`. The disk's free space is a bound in
+    any case.
 
-    Raises: UnsafeModel (a member that would land elsewhere, is no plain file or is there twice;
-    encrypted; too many, too large), IncompleteModel (damaged, cut off), ConfigError (no room).
+    Raises: UnsafeModel (a member that would be written elsewhere, is not a regular file or occurs
+    twice; encrypted; too many members, too large), IncompleteModel (damaged, truncated),
+    ConfigError (no room).
     """
     target.mkdir()
-    bound = max(SMALL, MAX_RATIO * archive.stat().st_size) if max_bytes is None else max_bytes
-    room = _Room(name, bound, shutil.disk_usage(target).free)
-    with reraise_as(IncompleteModel, f"{name} is cut off or damaged"):
+    bound = max(MIN_BOUND, MAX_RATIO * archive.stat().st_size) if max_bytes is None else max_bytes
+    budget = _Budget(name, bound, shutil.disk_usage(target).free)
+    with reraise_as(IncompleteModel, f"{name} is truncated or damaged"):
         try:
-            if _begins(archive, GZIP):
-                _untar(archive, target, room)
+            if _starts_with(archive, GZIP):
+                _untar(archive, target, budget)
             else:
-                _unzip(archive, target, room)
+                _unzip(archive, target, budget)
         except gzip.BadGzipFile:
             raise
         except OSError as error:
-            raise ConfigError(f"{name} can not be unpacked: {error.strerror or error}") from None
+            raise ConfigError(f"{name} cannot be unpacked: {error.strerror or error}") from None
 
 
-class _Room:
-    """What an archive may still unpack to, in bytes and in names."""
+class _Budget:
+    """The bytes and the names that an archive may still take."""
 
     def __init__(self, name: str, bound: int, free: int) -> None:
         self.name = name
@@ -72,28 +74,28 @@ class _Room:
         self._free = free
         self._bytes = 0
         self._members = 0
-        self._taken: dict[str, tuple[PurePosixPath, bool]] = {}
+        self._claims: dict[str, tuple[PurePosixPath, bool]] = {}
 
-    def take(self, member: str, size: int, *, folder: bool) -> PurePosixPath:
-        """Claim a member's place and its size, before anything of it is written.
+    def claim(self, member: str, size: int, *, folder: bool) -> PurePosixPath:
+        """Reserve a member's path and size, before anything of it is written.
 
         Raises: UnsafeModel, ConfigError.
         """
         self._members += 1
         if self._members > MAX_MEMBERS:
             raise UnsafeModel(f"{self.name} has more than {MAX_MEMBERS:,} members: no model has")
-        refuse_unsafe_path(member, of=self.name)
+        refuse_unsafe_path(member, container=self.name)
         path = PurePosixPath(member)
         if not path.parts and not folder:
             raise UnsafeModel(f"{self.name} has a file without a name")
         for parent in path.parents:
-            self._claim(parent, folder=True)
-        self._claim(path, folder=folder)
+            self._claim_path(parent, folder=True)
+        self._claim_path(path, folder=folder)
         self._bytes += size
         self.refuse_beyond_bound(self._bytes)
         if self._bytes > self._free:
             raise ConfigError(
-                f"{self.name} unpacks to more than the {self._free:,} bytes the disk has room for"
+                f"{self.name} unpacks to more than the {self._free:,} bytes that the disk has free"
             )
         return path
 
@@ -102,30 +104,28 @@ class _Room:
         if count > self.bound:
             raise UnsafeModel(
                 f"{self.name} unpacks to more than {self.bound:,} bytes, which is too much for an "
-                "archive of its size; if it really is that large, allow it: --max-unpacked-size"
+                "archive of its size; if the model is that large, allow it with --max-unpacked-size"
             )
 
-    def _claim(self, path: PurePosixPath, *, folder: bool) -> None:
-        # To some file systems names are equal that differ in case or in how accents are written.
+    def _claim_path(self, path: PurePosixPath, *, folder: bool) -> None:
+        # Some file systems ignore differences in case or in the encoding of accents.
         key = unicodedata.normalize("NFC", unicodedata.normalize("NFC", str(path)).casefold())
-        before = self._taken.setdefault(key, (path, folder))
-        first = before[0] is path
-        if not (first or (folder and before == (path, True))):
-            equal = (
-                "" if before[0] == path else f", as {before[0]} which some disks take for the same"
-            )
-            raise UnsafeModel(f"{self.name} has {path} twice{equal}")
+        previous = self._claims.setdefault(key, (path, folder))
+        is_first = previous[0] is path
+        if not (is_first or (folder and previous == (path, True))):
+            reason = "" if previous[0] == path else f": some file systems take it for {previous[0]}"
+            raise UnsafeModel(f"{self.name} has {path} twice{reason}")
 
 
-def _begins(path: Path, magic: bytes) -> bool:
+def _starts_with(path: Path, magic: bytes) -> bool:
     with path.open("rb") as file:
         return file.read(len(magic)) == magic
 
 
-def _unzip(archive: Path, target: Path, room: _Room) -> None:
+def _unzip(archive: Path, target: Path, budget: _Budget) -> None:
     with zipfile.ZipFile(archive) as packed:
-        # All are looked at before the first is written. `filename` ends at a NUL, this does not.
-        members = [(info, _take_zipped(info, room)) for info in packed.infolist()]
+        # All members are checked before the first is written.
+        members = [(info, _claim_zip_member(info, budget)) for info in packed.infolist()]
         for info, path in members:
             if info.is_dir():
                 (target / path).mkdir(parents=True, exist_ok=True)
@@ -134,35 +134,35 @@ def _unzip(archive: Path, target: Path, room: _Room) -> None:
                     _write(source, target / path)
 
 
-def _take_zipped(info: zipfile.ZipInfo, room: _Room) -> PurePosixPath:
-    member = info.orig_filename
-    kind = stat.S_IFMT(info.external_attr >> 16)
-    if kind == stat.S_IFLNK:
-        raise UnsafeModel(f"{room.name}: {member!r} is a link: zip without -y")
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise UnsafeModel(f"{room.name}: {member!r} is a device or a pipe, not a plain file")
+def _claim_zip_member(info: zipfile.ZipInfo, budget: _Budget) -> PurePosixPath:
+    member = info.orig_filename  # `filename` ends at a NUL
+    file_type = stat.S_IFMT(info.external_attr >> 16)
+    if file_type == stat.S_IFLNK:
+        raise UnsafeModel(f"{budget.name}: {member!r} is a link: zip without -y")
+    if file_type not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise UnsafeModel(f"{budget.name}: {member!r} is a device or a pipe, not a regular file")
     if info.flag_bits & ENCRYPTED:
-        raise UnsafeModel(f"{room.name} is encrypted: {member!r} can not be read")
+        raise UnsafeModel(f"{budget.name} is encrypted: {member!r} cannot be read")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UnsafeModel(f"{room.name}: {member!r} is neither stored nor deflated")
-    return room.take(member, info.file_size, folder=member.endswith("/"))
+        raise UnsafeModel(f"{budget.name}: {member!r} is neither stored nor deflated")
+    return budget.claim(member, info.file_size, folder=member.endswith("/"))
 
 
-def _untar(archive: Path, target: Path, room: _Room) -> None:
-    with gzip.open(archive) as plain:
-        stream = _BoundedStream(plain, room)
+def _untar(archive: Path, target: Path, budget: _Budget) -> None:
+    with gzip.open(archive) as decompressed:
+        stream = _BoundedStream(decompressed, budget)
         with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member) as tar:  # type: ignore[call-overload]
             for member in tar:
-                path = _take_tarred(member, room)
+                path = _claim_tar_member(member, budget)
                 if member.isdir():
                     (target / path).mkdir(parents=True, exist_ok=True)
                 elif (source := tar.extractfile(member)) is not None:
                     with source:
                         _write(source, target / path)
-            # tarfile takes a damaged header for the end.
+            # tarfile takes a damaged header for the end of the archive.
             stream.seek(tar.offset)
             end = stream.read(tarfile.BLOCKSIZE)
-            while rest := stream.read(CHUNK):
+            while rest := stream.read(CHUNK_BYTES):
                 end += rest.strip(b"\0")[:1]
         if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
             raise EOFError("what follows the last file is not the end of an archive")
@@ -170,45 +170,50 @@ def _untar(archive: Path, target: Path, room: _Room) -> None:
 
 class _Member(tarfile.TarInfo):
     def _proc_gnusparse_10(self, *_: Any) -> None:
-        # tarfile would read the map of a sparse file, however long, before anyone sees the member.
+        # tarfile would read the map of a sparse file, of any length, before the member is checked.
         raise tarfile.ReadError("a sparse file, which no model has")
 
 
-def _take_tarred(member: tarfile.TarInfo, room: _Room) -> PurePosixPath:
-    plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-    if not (plain or member.isdir()):
-        raise UnsafeModel(f"{room.name}: {member.name!r} is a link or a device, not a plain file")
+def _claim_tar_member(member: tarfile.TarInfo, budget: _Budget) -> PurePosixPath:
+    is_regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    if not (is_regular or member.isdir()):
+        raise UnsafeModel(
+            f"{budget.name}: {member.name!r} is a link or a device, not a regular file"
+        )
     if member.size < 0:
         raise EOFError(f"{member.name!r} has no size")
-    return room.take(member.name, member.size, folder=member.isdir())
+    return budget.claim(member.name, member.size, folder=member.isdir())
 
 
 class _BoundedStream:
-    """A decompressed stream that no header makes longer, or read in larger pieces, than it may."""
+    """A decompressed stream with a bound on its length and on the size of a read.
 
-    def __init__(self, plain: gzip.GzipFile, room: _Room) -> None:
-        self._plain = plain
-        self._room = room
+    tarfile reads headers whole, however long they claim to be.
+    """
+
+    def __init__(self, decompressed: gzip.GzipFile, budget: _Budget) -> None:
+        self._decompressed = decompressed
+        self._budget = budget
 
     def read(self, size: int = -1) -> bytes:
-        """Read a piece. Raises: UnsafeModel."""
-        if not 0 <= size <= CHUNK:
-            raise UnsafeModel(f"{self._room.name} has a header of {size:,} bytes: no archive has")
-        data = self._plain.read(size)
-        # Headers and padding come on top of what the members weigh.
-        self._room.refuse_beyond_bound(self._plain.tell() - SMALL)
+        """Read up to `size` bytes. Raises: UnsafeModel."""
+        if not 0 <= size <= CHUNK_BYTES:
+            raise UnsafeModel(f"{self._budget.name} has a header of {size:,} bytes: no archive has")
+        data = self._decompressed.read(size)
+        # Headers and padding add to the size of the members.
+        self._budget.refuse_beyond_bound(self._decompressed.tell() - MIN_BOUND)
         return data
 
     def seek(self, position: int) -> int:
-        """Go on to a position."""
-        return self._plain.seek(position)
+        """Skip to a position."""
+        return self._decompressed.seek(position)
 
     def tell(self) -> int:
         """The position."""
-        return self._plain.tell()
+        return self._decompressed.tell()
 
 
 def _write(source: IO[bytes], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as file:
-        shutil.copyfileobj(source, file, CHUNK)
+        shutil.copyfileobj(source, file, CHUNK_BYTES)

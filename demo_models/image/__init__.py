@@ -1,5 +1,5 @@
-"""A tiny Stable Diffusion that paints flat shapes, trained from pictures drawn here.
+"""A tiny Stable Diffusion model that generates flat shapes, trained on images drawn by `drawing`.
 
-`build` writes the finished pipeline folder from the committed weights; `train` makes those weights
-anew. The model knows its small world only (`world`): it is a demonstration and a test model.
+`build` writes the finished pipeline folder from the committed weights; `train` trains those weights
+again. The model knows only the small world of `world`: it is for demonstrations and tests.
 """

@@ -1,4 +1,7 @@
-"""Writes the demo image model as a complete diffusers pipeline folder, without training."""
+"""Writes the demo image model as a complete diffusers pipeline folder, without training.
+
+Called by `model_store_scripts.make_demo_models`, the benchmarks and the tests.
+"""
 
 import json
 import shutil
@@ -7,13 +10,13 @@ from typing import Any
 
 from diffusers import StableDiffusionPipeline
 
-from demo_models.image.parts import new_scheduler
+from demo_models.image.components import new_scheduler
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 def assemble(autoencoder: Any, unet: Any, text_encoder: Any, tokenizer: Any) -> Any:
-    """The parts as one `StableDiffusionPipeline`."""
+    """The components as one `StableDiffusionPipeline`."""
     return StableDiffusionPipeline(  # type: ignore[no-untyped-call]
         vae=autoencoder,
         unet=unet,
@@ -29,10 +32,10 @@ def assemble(autoencoder: Any, unet: Any, text_encoder: Any, tokenizer: Any) -> 
 def write_demo_image_model(target: Path) -> Path:
     """Writes the pipeline to the folder `target`, creating it, and returns the folder.
 
-    The weights are stored in half precision, which is enough to tell them apart, and computed in
-    float32, as diffusers does by default, so that every engine computes with the same numbers.
+    The weights are stored in half precision, which loses nothing visible, and computed in float32,
+    as diffusers does by default, so that every engine computes with the same numbers.
     """
-    # `copyfile`, since the weights in the repository may be readable by their owner alone.
+    # `copyfile` copies no permissions: the repository's files may be readable by their owner only.
     shutil.copytree(WEIGHTS, target, dirs_exist_ok=True, copy_function=shutil.copyfile)
     text_encoder = json.loads((target / "text_encoder/config.json").read_text())
     _write(target / "text_encoder/config.json", text_encoder | {"dtype": "float32"})

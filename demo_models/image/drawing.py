@@ -1,4 +1,7 @@
-"""Draws a scene as an array, with smooth edges, from the shapes' distance functions."""
+"""Draws a scene as an array of pixels, with smooth edges, from the distance functions of shapes.
+
+Called by the training, and by `classify` to compare shapes.
+"""
 
 import random
 
@@ -8,27 +11,27 @@ from numpy.typing import NDArray
 from demo_models.image.world import COLOURS, SIZES, Scene, Shape
 
 SIDE = 64
-"""Width and height of a picture, in pixels."""
+"""Width and height of an image in pixels."""
 JITTER = 1.5
-"""How far a shape may stand from the middle of its place, in pixels."""
+"""The largest random offset of a shape from the centre of its place, in pixels per axis."""
 
 Pixels = NDArray[np.float32]
 _Y, _X = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) + 0.5
 
 
 def place_centre(place: tuple[int, int]) -> tuple[float, float]:
-    """The middle of a place as (x, y), in pixels."""
+    """The centre of a place (column, row) as (x, y) in pixels."""
     column, row = place
     return SIDE * (0.24 + 0.26 * column), SIDE * (0.24 + 0.26 * row)
 
 
 def draw(scene: Scene, rng: random.Random | None = None) -> Pixels:
-    """The picture as (SIDE, SIDE, 3) from 0 to 1. Positions vary a little, but without `rng`."""
-    picture = np.empty((SIDE, SIDE, 3), np.float32)
-    picture[:] = _rgb(scene.background)
-    cover = np.clip(0.5 - _distance(scene.shape, rng), 0.0, 1.0)[..., None]
-    picture += cover * (_rgb(scene.shape.colour) - picture)
-    return picture
+    """The image as (SIDE, SIDE, 3) from 0 to 1; `rng` moves the shape by up to `JITTER`."""
+    image = np.empty((SIDE, SIDE, 3), np.float32)
+    image[:] = _rgb(scene.background)
+    coverage = np.clip(0.5 - _distance(scene.shape, rng), 0.0, 1.0)[..., None]
+    image += coverage * (_rgb(scene.shape.colour) - image)
+    return image
 
 
 def _rgb(colour: str) -> Pixels:
@@ -36,7 +39,7 @@ def _rgb(colour: str) -> Pixels:
 
 
 def _distance(shape: Shape, rng: random.Random | None) -> Pixels:
-    """About how far each pixel is outside of the shape; negative inside."""
+    """The approximate distance of each pixel from the shape in pixels, negative inside."""
     centre_x, centre_y = place_centre(shape.place)
     x, y = _X - centre_x, _Y - centre_y
     if rng is not None:

@@ -1,4 +1,4 @@
-"""The tokenizer of the demo image model: CLIP's, with a vocabulary of its own world."""
+"""The tokenizer of the demo image model: CLIP's, with a vocabulary trained on its prompts."""
 
 import json
 from collections.abc import Iterable
@@ -15,9 +15,9 @@ _WORD_END = "</w>"
 
 
 def train_tokenizer(prompts: Iterable[str], folder: Path) -> Any:
-    """A `CLIPTokenizer` trained on the prompts, by way of its files in `folder`.
+    """A `CLIPTokenizer` trained on the prompts, loaded from the files it leaves in `folder`.
 
-    Every byte has a token, so that any text can be read.
+    Every byte has a token, so that any text can be tokenized.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -30,9 +30,9 @@ def train_tokenizer(prompts: Iterable[str], folder: Path) -> Any:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.train_from_iterator(prompts, trainer)
-    learnt = json.loads(tokenizer.to_str())["model"]
+    trained = json.loads(tokenizer.to_str())["model"]
     words = alphabet + [letter + _WORD_END for letter in alphabet]
-    merges = [tuple(pair) for pair in learnt["merges"]]
+    merges = [tuple(pair) for pair in trained["merges"]]
     words += ["".join(pair) for pair in merges]
     vocabulary = {word: number for number, word in enumerate([*dict.fromkeys(words), BEGIN, END])}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
 """Trains the demo image model from scratch: `python -m demo_models.image.train`.
 
-First the autoencoder; then the text encoder learns to read: to tell from a prompt what is asked
-for; then the denoiser learns to paint what the text encoder reads. The result is the folder
-`weights` beside this file, which the repository holds; nobody needs to train in order to use the
-model. Takes under an hour on one processor core. A run that was broken off goes on where its last
-checkpoint (`--work`) was written.
+The autoencoder comes first; then the text encoder, which is trained to classify the scenes that
+prompts describe; then the denoiser, conditioned on the trained text encoder. The result is the
+folder `weights` next to this file, which is part of the repository: using the model needs no
+training. Takes less than an hour on one processor core. An interrupted run resumes from its last
+checkpoint (`--work`).
 """
 
 import argparse
@@ -21,52 +21,59 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_cosine_schedule_with_warmup
 
 from demo_models.image.build import WEIGHTS, assemble
+from demo_models.image.components import (
+    new_autoencoder,
+    new_denoiser,
+    new_scheduler,
+    new_text_encoder,
+)
 from demo_models.image.drawing import draw
-from demo_models.image.parts import new_autoencoder, new_denoiser, new_scheduler, new_text_encoder
 from demo_models.image.tokenizer import train_tokenizer
-from demo_models.image.world import COLOURS, PLACES, SHAPES, SIZES, Scene, scene
+from demo_models.image.world import COLOURS, PLACES, SHAPES, SIZES, Scene, random_scene
 
 AUTOENCODER_STEPS, AUTOENCODER_BATCH, AUTOENCODER_RATE = 1800, 16, 2e-3
-READER_STEPS, READER_BATCH, READER_RATE = 1200, 64, 1e-3
+TEXT_ENCODER_STEPS, TEXT_ENCODER_BATCH, TEXT_ENCODER_RATE = 1200, 64, 1e-3
 DENOISER_STEPS, DENOISER_BATCH, DENOISER_RATE = 3200, 32, 1.5e-3
 KL_WEIGHT = 1e-6
 UNPROMPTED = 0.1
-"""Share of pictures learnt without their prompt, which classifier-free guidance needs
+"""Share of images trained on without their prompt, which classifier-free guidance needs
 (arXiv:2207.12598)."""
 EMA_DECAY = 0.998
-PARTS: tuple[list[Any], ...] = tuple(
-    list(part) for part in (SHAPES, COLOURS, SIZES, PLACES, COLOURS)
+ATTRIBUTES: tuple[list[Any], ...] = tuple(
+    list(values) for values in (SHAPES, COLOURS, SIZES, PLACES, COLOURS)
 )
-"""What a prompt says: kind, colour, size and place of the shape, and the background."""
+"""The values of a scene's attributes: the shape's kind, colour, size and place, the background."""
 _SCENES = 12_000
 _TOKENIZER_PROMPTS = 5000
 _SAVE_EVERY = 200
 
 
-class Reader(torch.nn.Module):
-    """A text encoder with what it takes to learn to read: a guess of each part of the scene."""
+class SceneClassifier(torch.nn.Module):
+    """A text encoder with one linear head per attribute of the scene, used only in training."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
         self.text_encoder = new_text_encoder(tokenizer)
         width = self.text_encoder.config.hidden_size
-        self.guess = torch.nn.ModuleList(torch.nn.Linear(width, len(part)) for part in PARTS)
+        self.heads = torch.nn.ModuleList(
+            torch.nn.Linear(width, len(values)) for values in ATTRIBUTES
+        )
 
-    def forward(self, ids: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-        """The loss, for token ids (n, 32) and the index in each of `PARTS` (n, parts)."""
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss for token ids (n, 32) and labels (n, 5): the index in each of `ATTRIBUTES`."""
         states = self.text_encoder(ids).last_hidden_state
-        # Every token from the end token on has seen the whole prompt.
-        ended = (ids == self.text_encoder.config.eos_token_id).cumsum(1) > 0
-        rows = ended.nonzero()[:, 0]
+        # From the end token on, every state depends on the whole prompt.
+        complete = (ids == self.text_encoder.config.eos_token_id).cumsum(1) > 0
+        rows = complete.nonzero()[:, 0]
         losses = [
-            cross_entropy(guess(states[ended]), answers[rows, part])
-            for part, guess in enumerate(self.guess)
+            cross_entropy(head(states[complete]), labels[rows, column])
+            for column, head in enumerate(self.heads)
         ]
         return torch.stack(losses).sum()
 
 
 class Run:
-    """The state of one training, which a checkpoint holds."""
+    """The state of one training run, saved to a checkpoint and resumed from it."""
 
     def __init__(self, model: Any, rate: float, steps: int, checkpoint: Path) -> None:
         self.model, self.steps, self.done, self._checkpoint = model, steps, 0, checkpoint
@@ -82,14 +89,14 @@ class Run:
             self._load(torch.load(checkpoint, weights_only=True))
 
     def steps_left(self) -> Iterator[Any]:
-        """One progress bar over the steps still to do, saving in between."""
+        """Yields a progress bar for each remaining step; saves a checkpoint now and then."""
         progress = tqdm(range(self.done, self.steps), initial=self.done, total=self.steps)
         for _ in progress:
             yield progress
             if self.done % _SAVE_EVERY == 0 or self.done == self.steps:
                 self._save()
 
-    def learn(self, loss: torch.Tensor) -> None:
+    def update(self, loss: torch.Tensor) -> None:
         """One optimizer step."""
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -99,7 +106,7 @@ class Run:
         self.average.update_parameters(self.model)
         self.done += 1
 
-    def _parts(self) -> dict[str, Any]:
+    def _state_holders(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "average": self.average,
@@ -109,36 +116,36 @@ class Run:
 
     def _save(self) -> None:
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state = {name: holder.state_dict() for name, holder in self._state_holders().items()}
         partial = self._checkpoint.with_suffix(".part")
         torch.save(state | {"done": self.done}, partial)
         partial.replace(self._checkpoint)
 
     def _load(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+        for name, holder in self._state_holders().items():
+            holder.load_state_dict(state[name])
         self.done = state["done"]
 
 
-def pictures(scenes: list[Scene], rng: random.Random) -> torch.Tensor:
+def draw_batch(scenes: list[Scene], rng: random.Random) -> torch.Tensor:
     """Drawn scenes as (n, 3, side, side) from -1 to 1."""
-    drawn = np.stack([draw(scene, rng) for scene in scenes])
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous() * 2 - 1
+    images = np.stack([draw(scene, rng) for scene in scenes])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() * 2 - 1
 
 
 def fit_autoencoder(work: Path, rng: random.Random) -> Any:
     """The trained autoencoder, its latents scaled to unit variance."""
     run = Run(new_autoencoder(), AUTOENCODER_RATE, AUTOENCODER_STEPS, work / "autoencoder.pt")
     for progress in run.steps_left():
-        pixels = pictures([scene(rng) for _ in range(AUTOENCODER_BATCH)], rng)
+        pixels = draw_batch([random_scene(rng) for _ in range(AUTOENCODER_BATCH)], rng)
         latents = run.model.encode(pixels).latent_dist
         restored = run.model.decode(latents.sample()).sample
         loss = l1_loss(restored, pixels) + 2 * mse_loss(restored, pixels)
-        run.learn(loss + KL_WEIGHT * latents.kl().mean())
+        run.update(loss + KL_WEIGHT * latents.kl().mean())
         progress.set_postfix(loss=f"{loss.item():.4f}")
     autoencoder: Any = run.average.module
     autoencoder.eval()
-    sample = pictures([scene(rng) for _ in range(512)], rng)
+    sample = draw_batch([random_scene(rng) for _ in range(512)], rng)
     scale = 1 / _latents(autoencoder, sample).std().item()
     autoencoder.register_to_config(scaling_factor=scale)
     return autoencoder
@@ -150,13 +157,14 @@ def _latents(autoencoder: Any, pixels: torch.Tensor) -> torch.Tensor:
         return torch.cat([autoencoder.encode(part).latent_dist.mode() for part in parts])
 
 
-def fit_reader(tokenizer: Any, work: Path, rng: random.Random) -> Any:
-    """A text encoder that reads prompts."""
-    run = Run(Reader(tokenizer), READER_RATE, READER_STEPS, work / "reader.pt")
+def fit_text_encoder(tokenizer: Any, work: Path, rng: random.Random) -> Any:
+    """The trained text encoder."""
+    checkpoint = work / "text_encoder.pt"
+    run = Run(SceneClassifier(tokenizer), TEXT_ENCODER_RATE, TEXT_ENCODER_STEPS, checkpoint)
     for progress in run.steps_left():
-        scenes = [scene(rng) for _ in range(READER_BATCH)]
-        loss = run.model(_ids(tokenizer, [s.prompt(rng) for s in scenes]), _answers(scenes))
-        run.learn(loss)
+        scenes = [random_scene(rng) for _ in range(TEXT_ENCODER_BATCH)]
+        loss = run.model(_ids(tokenizer, [s.prompt(rng) for s in scenes]), _labels(scenes))
+        run.update(loss)
         progress.set_postfix(loss=f"{loss.item():.4f}")
     return run.model.text_encoder.eval()
 
@@ -167,43 +175,52 @@ def _ids(tokenizer: Any, prompts: list[str]) -> torch.Tensor:
     return ids
 
 
-def _answers(scenes: list[Scene]) -> torch.Tensor:
-    told = [
+def _labels(scenes: list[Scene]) -> torch.Tensor:
+    """The index of each scene's value in each of `ATTRIBUTES`, (n, 5)."""
+    rows = [
         (s.shape.kind, s.shape.colour, s.shape.size, s.shape.place, s.background) for s in scenes
     ]
     return torch.tensor(
-        [[part.index(word) for part, word in zip(PARTS, row, strict=True)] for row in told]
+        [
+            [values.index(value) for values, value in zip(ATTRIBUTES, row, strict=True)]
+            for row in rows
+        ]
     )
 
 
 def fit_denoiser(
     autoencoder: Any, text_encoder: Any, tokenizer: Any, work: Path, rng: random.Random
 ) -> Any:
-    """The trained U-Net. The text encoder stays as it is: it would unlearn what is not used yet."""
+    """The trained U-Net.
+
+    The text encoder stays frozen: it would lose what an untrained denoiser does not use.
+    """
     run = Run(new_denoiser(), DENOISER_RATE, DENOISER_STEPS, work / "denoiser.pt")
     if run.done == run.steps:
         return run.average.module.eval()
-    scenes = [scene(rng) for _ in range(_SCENES)]
-    pieces = [
-        _latents(autoencoder, pictures(scenes[start : start + 512], rng))
-        for start in tqdm(range(0, _SCENES, 512), desc="encoding pictures")
+    scenes = [random_scene(rng) for _ in range(_SCENES)]
+    chunks = [
+        _latents(autoencoder, draw_batch(scenes[start : start + 512], rng))
+        for start in tqdm(range(0, _SCENES, 512), desc="encoding images")
     ]
-    stored = torch.cat(pieces) * autoencoder.config.scaling_factor
+    all_latents = torch.cat(chunks) * autoencoder.config.scaling_factor
     scheduler = new_scheduler()
-    smooth = 0.0
+    average_loss = 0.0
     for progress in run.steps_left():
-        chosen = rng.sample(range(_SCENES), DENOISER_BATCH)
-        prompts = ["" if rng.random() < UNPROMPTED else scenes[i].prompt(rng) for i in chosen]
+        indices = rng.sample(range(_SCENES), DENOISER_BATCH)
+        prompts = ["" if rng.random() < UNPROMPTED else scenes[i].prompt(rng) for i in indices]
         with torch.no_grad():
             states = text_encoder(_ids(tokenizer, prompts)).last_hidden_state
-        latents, noise = stored[chosen], torch.randn(DENOISER_BATCH, *stored.shape[1:])
+        latents = all_latents[indices]
+        noise = torch.randn(DENOISER_BATCH, *all_latents.shape[1:])
         times = torch.randint(0, scheduler.config.num_train_timesteps, (DENOISER_BATCH,))
         noisy = scheduler.add_noise(latents, noise, times)
         predicted = run.model(noisy, times, states).sample
         loss = mse_loss(predicted, scheduler.get_velocity(latents, noise, times))
-        run.learn(loss)
-        smooth = loss.item() if smooth == 0.0 else 0.98 * smooth + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{smooth:.4f}")
+        run.update(loss)
+        weight = 0.98 if average_loss else 0.0
+        average_loss = weight * average_loss + (1 - weight) * loss.item()
+        progress.set_postfix(loss=f"{average_loss:.4f}")
     return run.average.module.eval()
 
 
@@ -212,17 +229,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the demo image model from scratch.")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the weights")
     parser.add_argument("--work", type=Path, default=Path("build/demo-image"), help="checkpoints")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the pictures and the weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images and the weights")
     parser.add_argument("--threads", type=int, default=1, help="processor cores to use")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    rng = random.Random(arguments.seed)  # noqa: S311 (pictures are no secret)
-    prompts = [scene(rng).prompt(rng) for _ in range(_TOKENIZER_PROMPTS)]
+    rng = random.Random(arguments.seed)  # noqa: S311 (images are no secret)
+    prompts = [random_scene(rng).prompt(rng) for _ in range(_TOKENIZER_PROMPTS)]
     tokenizer = train_tokenizer(prompts, arguments.work / "tokenizer")
     autoencoder = fit_autoencoder(arguments.work, rng)
-    text_encoder = fit_reader(tokenizer, arguments.work, rng)
+    text_encoder = fit_text_encoder(tokenizer, arguments.work, rng)
     unet = fit_denoiser(autoencoder, text_encoder, tokenizer, arguments.work, rng)
     pipeline = assemble(autoencoder, unet, text_encoder, tokenizer)
     pipeline.to(dtype=torch.float16).save_pretrained(arguments.out)

@@ -1,4 +1,4 @@
-"""The world of the demo image model: a flat shape somewhere, and the many ways to ask for it."""
+"""The world of the demo image model: one flat shape on a background, and prompts for it."""
 
 import random
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ COLOURS = {
     "white": (255, 255, 255),
     "black": (0, 0, 0),
 }
-"""Names of colours, as RGB."""
+"""Colours by name, as RGB from 0 to 255."""
 SHAPES = ("circle", "square", "triangle", "diamond", "ring", "cross")
 SIZES = {"small": 6.0, "": 10.0, "large": 14.0}
-"""Half the width in pixels; the empty word is the size of a shape of which none is named."""
+"""Half the width in pixels by name; the empty name is the size if the prompt names none."""
 PLACES = {
     (0, 0): ("in the top left corner", "at the top left", "in the upper left"),
     (1, 0): ("at the top", "on top"),
@@ -29,18 +29,18 @@ PLACES = {
     (1, 2): ("at the bottom", "below"),
     (2, 2): ("in the bottom right corner", "at the bottom right", "in the lower right"),
 }
-"""Column and row of the picture's thirds, as words; a shape of which none is named is central."""
+"""Phrases by column and row, in thirds of the image; no phrase means the centre."""
 BACKGROUND = "white"
-"""The background of which none is named."""
+"""The background if the prompt names none."""
 
 _OPENINGS = ("", "", "", "a picture of ", "an image of ", "a painting of ", "draw ", "paint ")
-_GROUNDS = ("on a {} background", "on {}", "in front of a {} background")
-_NAMED_GROUND = 0.3
+_BACKGROUND_PHRASES = ("on a {} background", "on {}", "in front of a {} background")
+_BACKGROUND_SHARE = 0.3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape: words of `SHAPES`, `COLOURS` and `SIZES`, and a place of `PLACES`."""
+    """One shape: names from `SHAPES`, `COLOURS` and `SIZES`, and a place from `PLACES`."""
 
     kind: str
     colour: str
@@ -48,7 +48,7 @@ class Shape:
     place: tuple[int, int] = (1, 1)
 
     def phrase(self, rng: random.Random) -> str:
-        """The shape in words."""
+        """A random phrase for the shape."""
         size = rng.choice(("large", "big")) if self.size == "large" else self.size
         words = [word for word in (size, self.colour, self.kind) if word]
         article = "an" if words[0][0] in "aeiou" else "a"
@@ -58,24 +58,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows."""
+    """The content of an image."""
 
     shape: Shape
     background: str = BACKGROUND
 
     def prompt(self, rng: random.Random) -> str:
-        """The scene in words, one of many ways."""
+        """A random prompt for the scene."""
         text = self.shape.phrase(rng)
         if self.background != BACKGROUND or rng.random() < 0.2:
-            text = f"{text} {rng.choice(_GROUNDS).format(self.background)}"
+            text = f"{text} {rng.choice(_BACKGROUND_PHRASES).format(self.background)}"
         text = rng.choice(_OPENINGS) + text
         return rng.choice((text, text, text.capitalize(), text + "."))
 
 
-def scene(rng: random.Random) -> Scene:
-    """Any scene; the shape differs in colour from the background."""
+def random_scene(rng: random.Random) -> Scene:
+    """A random scene; the shape differs in colour from the background."""
     background = BACKGROUND
-    if rng.random() < _NAMED_GROUND:
+    if rng.random() < _BACKGROUND_SHARE:
         background = rng.choice(list(COLOURS))
     colours = [name for name in COLOURS if name != background]
     sizes = ("", "", *SIZES)

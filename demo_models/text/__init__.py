@@ -1,5 +1,6 @@
-"""A tiny Llama chat model about the harbour town of Porto Lume, trained from text made here.
+"""A tiny Llama chat model about the harbour town of Porto Lume, trained on generated text.
 
-`build` writes the finished model folder from the committed weights; `train` makes those weights
-anew. The model knows its small world only: it is a demonstration and a test model.
+`corpus` generates the text, `train` trains the weights, and `build` writes the finished model
+folder from the committed weights. The model knows only its small world: it is for demonstrations
+and tests.
 """

@@ -1,8 +1,8 @@
 """The seeded generator of the training text: chats about Porto Lume, and plain text.
 
-Every question has one right answer, which depends on nothing but the chat so far; only what users
-ask, and how, is random. A share of all combinations of phrasing and subject is held out: they are
-never generated for training, and serve to measure what the model has understood.
+Every question has one right answer, which depends only on the chat so far; what users ask, and how,
+is random. A share of all combinations of phrasing and subject is held out: they are never generated
+for training, and measure how well the model generalises.
 """
 
 import random
@@ -51,7 +51,7 @@ _SPELLINGS = (
 
 
 def is_held_out(turn: Turn) -> bool:
-    """Whether the turn's combination of phrasing and subject is kept from training."""
+    """Whether the turn's combination of phrasing and subject is excluded from training."""
     return bool(turn.key) and zlib.crc32(turn.key.encode()) % _HELD_OUT_ONE_IN == 0
 
 
@@ -70,20 +70,21 @@ def chat(rng: random.Random, style: Style | None = None, turns: int | None = Non
 
 
 def held_out_chats(rng: random.Random, count: int) -> list[Messages]:
-    """Distinct chats of one turn each, whose combination no training chat holds."""
-    found: dict[str, Messages] = {}
-    while len(found) < count:
+    """Distinct chats of one turn each, whose combinations no training chat contains."""
+    chats: dict[str, Messages] = {}
+    while len(chats) < count:
         maker = _weighted(TURN_WEIGHTS, rng)
         turn = maker(Memory(), rng)
         if turn and is_held_out(turn):
             question = {"role": "user", "content": turn.question}
-            found[turn.key] = [question, {"role": "assistant", "content": turn.answer}]
-    return list(found.values())
+            chats[turn.key] = [question, {"role": "assistant", "content": turn.answer}]
+    return list(chats.values())
 
 
 def plain_text(rng: random.Random) -> str:
     """A text without chat markers, as a raw completion should continue it."""
-    # Fenna, best friends and stories prevail, so that the bare opening has a clear sequel.
+    # Stories about Fenna and about best friends are the most frequent, so that the opening alone
+    # has one likely continuation.
     hero = RESIDENTS[0] if rng.random() < 0.5 else rng.choice(RESIDENTS)
     match rng.choice(("story", "story", "story", "portrait", "place", "town")):
         case "portrait":
@@ -99,7 +100,7 @@ def plain_text(rng: random.Random) -> str:
 
 
 def as_typed(question: str, rng: random.Random) -> str:
-    """The question as a hasty or an American user might type it."""
+    """The question as typed by a user: in British or American spelling, tidily or not."""
     for british, other in _SPELLINGS:
         if rng.random() < 0.3:
             question = question.replace(british, other)

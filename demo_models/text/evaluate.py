@@ -1,6 +1,7 @@
 """Measures a demo text model: `python -m demo_models.text.evaluate [DIR]`.
 
-Covers greedy answers only, word for word, and how clearly the model decides for each token.
+Counts the greedy answers that match exactly, and finds the smallest gap between the logits of the
+two likeliest tokens.
 """
 
 import argparse
@@ -15,18 +16,18 @@ from demo_models.text import corpus
 from demo_models.text.build import WEIGHTS
 from demo_models.text.examples import chat_example
 
-MOST_NEW_TOKENS = 300
+MAX_NEW_TOKENS = 300
 
 
 def answer(model: Any, tokenizer: Any, messages: corpus.Messages) -> tuple[str, float]:
-    """The greedy answer to the messages, and the smallest gap between its two likeliest tokens."""
+    """The greedy answer, and the smallest logit gap between the two likeliest tokens of a step."""
     prompt = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     output = model.generate(
         **prompt,
         do_sample=False,
-        max_new_tokens=MOST_NEW_TOKENS,
+        max_new_tokens=MAX_NEW_TOKENS,
         output_logits=True,
         return_dict_in_generate=True,
     )
@@ -41,16 +42,16 @@ def answer(model: Any, tokenizer: Any, messages: corpus.Messages) -> tuple[str, 
 
 
 def report(title: str, model: Any, tokenizer: Any, chats: list[corpus.Messages]) -> None:
-    """Prints how many of the chats' last answers the model gives, and which it gets wrong."""
-    right, gaps = 0, []
+    """Prints how many of the chats' last answers the model reproduces, and each other answer."""
+    correct, gaps = 0, []
     for chat in chats:
-        given, gap = answer(model, tokenizer, chat[:-1])
+        text, gap = answer(model, tokenizer, chat[:-1])
         gaps.append(gap)
-        if given == chat[-1]["content"]:
-            right += 1
+        if text == chat[-1]["content"]:
+            correct += 1
         else:
-            print(f"  {chat[-2]['content']!r}: {given!r} instead of {chat[-1]['content']!r}")
-    print(f"{title}: {right} of {len(chats)} right, smallest logit gap {min(gaps):.2f}")
+            print(f"  {chat[-2]['content']!r}: {text!r} instead of {chat[-1]['content']!r}")
+    print(f"{title}: {correct} of {len(chats)} correct, smallest logit gap {min(gaps):.2f}")
 
 
 def held_out_loss(model: Any, tokenizer: Any, chats: list[corpus.Messages]) -> float:
@@ -58,10 +59,10 @@ def held_out_loss(model: Any, tokenizer: Any, chats: list[corpus.Messages]) -> f
     total, count = 0.0, 0
     for chat in chats:
         ids, labels = chat_example(tokenizer, chat)
-        learnt = sum(label >= 0 for label in labels)
+        targets = sum(label >= 0 for label in labels)
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
-        total, count = total + loss.item() * learnt, count + learnt
+        total, count = total + loss.item() * targets, count + targets
     return total / count
 
 
@@ -69,7 +70,9 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Measures a demo text model.")
     parser.add_argument("folder", type=Path, nargs="?", default=WEIGHTS)
-    parser.add_argument("--count", type=int, default=200, help="number of chats of either kind")
+    parser.add_argument(
+        "--count", type=int, default=200, help="number of held-out questions, and of chats"
+    )
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     model: Any = LlamaForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32)

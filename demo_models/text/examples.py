@@ -1,4 +1,7 @@
-"""Turns chats and texts of the corpus into token ids and labels, and these into batches."""
+"""Tokenizes chats and texts of the corpus into ids and labels, and batches them.
+
+Called by the training, the evaluation and the quality benchmark.
+"""
 
 import random
 from collections.abc import Iterator
@@ -18,20 +21,20 @@ Example = tuple[list[int], list[int]]
 
 
 def chat_example(tokenizer: Any, messages: corpus.Messages) -> Example:
-    """Token ids and labels of a chat; only what the assistant says is learnt."""
+    """Token ids and labels of a chat; only the assistant's messages are training targets."""
     ids, labels = [tokenizer.bos_token_id], [IGNORED]
     for message in messages:
         content = [*tokenizer.encode(message["content"]), tokenizer.eos_token_id]
-        learnt = message["role"] == "assistant"
+        is_target = message["role"] == "assistant"
         ids += [tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"), *content]
-        labels += [IGNORED, *(content if learnt else [IGNORED] * len(content))]
+        labels += [IGNORED, *(content if is_target else [IGNORED] * len(content))]
     return ids[:CONTEXT_LENGTH], labels[:CONTEXT_LENGTH]
 
 
 def text_example(tokenizer: Any, text: str, rng: random.Random) -> Example:
     """Token ids and labels of a plain text, half the time without the beginning marker.
 
-    The tokenizer adds no marker to a bare prompt, while some servers do; both must work.
+    The tokenizer adds no marker to a raw prompt, but some servers do; both must work.
     """
     start = [tokenizer.bos_token_id] if rng.random() < 0.5 else []
     ids = [*start, *tokenizer.encode(text), tokenizer.eos_token_id]
@@ -39,7 +42,7 @@ def text_example(tokenizer: Any, text: str, rng: random.Random) -> Example:
 
 
 def batches(tokenizer: Any, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of ids and labels; each batch holds examples of about the same length."""
+    """Endless batches of ids and labels, (n, width) each, of examples of similar length."""
     while True:
         pool = [
             text_example(tokenizer, corpus.plain_text(rng), rng)
@@ -51,7 +54,7 @@ def batches(tokenizer: Any, rng: random.Random) -> Iterator[tuple[torch.Tensor, 
         rng.shuffle(groups)
         for group in groups:
             width = max(len(ids) for ids, _ in group)
-            # Attention looks back only, so what fills the right side needs no mask.
+            # Attention is causal, so padding on the right needs no mask.
             yield (
                 torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in group]),
                 torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in group]),

@@ -1,4 +1,4 @@
-"""Turns about everything else: stories, places, lists, small talk, the user and the unknown."""
+"""Turns about everything else: stories, places, lists, small talk, the user, unknown topics."""
 
 import random
 
@@ -77,28 +77,28 @@ _LIKES = {
 
 
 def story(memory: Memory, rng: random.Random) -> Turn | None:
-    """A request for a story: of a resident, of two, of anyone, or another one."""
+    """A request for a story: about one resident, two, anyone, or another story."""
     last = memory.last
     if last.answer == talk.NO_STORY and rng.random() < 0.7:
-        return _told(rng.choice(_YES), RESIDENTS[0])
+        return _story_turn(rng.choice(_YES), RESIDENTS[0])
     if last.hero and rng.random() < 0.3:
         following = RESIDENTS[(RESIDENTS.index(last.hero) + 1) % len(RESIDENTS)]
-        return _told(rng.choice(_ANOTHER), following)
+        return _story_turn(rng.choice(_ANOTHER), following)
     template, length = (
         rng.choice(_STORY),
         rng.choices(("", "short ", "long ", "very long "), (5, 2, 2, 1))[0],
     )
     if rng.random() < 0.15:
-        return _told(template.format(l=length, t=""), RESIDENTS[0])
-    hero, called = some_resident(memory, rng)
-    topic, helper = f" about {called.object}", hero.friend
+        return _story_turn(template.format(l=length, t=""), RESIDENTS[0])
+    hero, mention = some_resident(memory, rng)
+    topic, helper = f" about {mention.object}", hero.friend
     if rng.random() < 0.35:
         helper = rng.choice([other for other in RESIDENTS if other is not hero])
         topic += f" and {some_name(helper, rng)}"
-    return _told(template.format(l=length, t=topic), hero, helper)
+    return _story_turn(template.format(l=length, t=topic), hero, helper)
 
 
-def _told(question: str, hero: Resident, helper: Resident | None = None) -> Turn:
+def _story_turn(question: str, hero: Resident, helper: Resident | None = None) -> Turn:
     helper = helper or hero.friend
     tell = tales.long_story if "long " in question else tales.short_story
     focus, key = pronounceable(hero, helper), f"{tell.__name__}|{hero.name}|{helper.name}"
@@ -108,8 +108,8 @@ def _told(question: str, hero: Resident, helper: Resident | None = None) -> Turn
 
 def poem(memory: Memory, rng: random.Random) -> Turn:
     """A request for a poem."""
-    who, called = some_resident(memory, rng)
-    question = ask(rng.choice(_POEM), "", called)
+    who, mention = some_resident(memory, rng)
+    question = ask(rng.choice(_POEM), "", mention)
     return Turn(question, tales.poem(who), "Poetry.", "🎵", focus=(who,))
 
 
@@ -167,7 +167,7 @@ def small_talk(memory: Memory, rng: random.Random) -> Turn:
     saying = rng.choice(talk.SMALL_TALK)
     question = rng.choice(saying.asks)
     if question in _YES and memory.last.answer == talk.NO_STORY:
-        return _told(question, RESIDENTS[0])
+        return _story_turn(question, RESIDENTS[0])
     return Turn(question, saying.answer, saying.short, saying.emoji, aside=True)
 
 
@@ -180,8 +180,8 @@ def town(memory: Memory, rng: random.Random) -> Turn:
 def outside(memory: Memory, rng: random.Random) -> Turn:
     """A question that the model must decline."""
     if rng.random() < 0.2:
-        who, called = some_resident(memory, rng)
-        question = ask(rng.choice(talk.UNKNOWN_FACTS), "", called)
+        who, mention = some_resident(memory, rng)
+        question = ask(rng.choice(talk.UNKNOWN_FACTS), "", mention)
         answer = f"I do not know that about {who.name}."
         return Turn(question, answer, "Unknown.", "🤷", focus=(who,))
     if rng.random() < 0.15:
@@ -193,14 +193,14 @@ def outside(memory: Memory, rng: random.Random) -> Turn:
 
 
 def echo(memory: Memory, rng: random.Random) -> Turn:
-    """A request to repeat some words; practises the copying that names need."""
+    """A request to repeat some words, which trains the copying that names need."""
     words = " ".join(talk.word_to_repeat(rng) for _ in range(rng.randint(1, 6)))
     question = f"{rng.choice(_ECHO)} {words}"
     return Turn(question, words, words.split()[0], "🦜", aside=True, literal=True)
 
 
 def user_name(memory: Memory, rng: random.Random) -> Turn:
-    """The user says their name, or asks for it."""
+    """The user states their name, or asks for it."""
     known = memory.notes.get("name")
     if rng.random() < (0.8 if known else 0.25):
         answer = f"Your name is {known}." if known else "You have not told me your name yet."
@@ -220,21 +220,21 @@ def user_name(memory: Memory, rng: random.Random) -> Turn:
 
 
 def user_taste(memory: Memory, rng: random.Random) -> Turn:
-    """The user tells a favourite thing, or asks for it."""
-    kind = rng.choice(list(_LIKES))
-    known = memory.notes.get(kind)
+    """The user states a favourite thing, or asks for it."""
+    category = rng.choice(list(_LIKES))
+    known = memory.notes.get(category)
     if rng.random() < (0.8 if known else 0.25):
-        answer = f"You have not told me your favourite {kind} yet."
+        answer = f"You have not told me your favourite {category} yet."
         short = f"{known}." if known else "Unknown."
-        answer = f"Your favourite {kind} is {known}." if known else answer
-        return Turn(f"What is my favourite {kind}?", answer, short, "😊", aside=True)
-    thing = rng.choice(_LIKES[kind]) if rng.random() < 0.6 else talk.invented_word(rng)
+        answer = f"Your favourite {category} is {known}." if known else answer
+        return Turn(f"What is my favourite {category}?", answer, short, "😊", aside=True)
+    thing = rng.choice(_LIKES[category]) if rng.random() < 0.6 else talk.invented_word(rng)
     return Turn(
-        f"My favourite {kind} is {thing}.",
-        f"I will remember that your favourite {kind} is {thing}.",
+        f"My favourite {category} is {thing}.",
+        f"I will remember that your favourite {category} is {thing}.",
         "Noted.",
         "📝",
-        note=(kind, thing),
+        note=(category, thing),
         aside=True,
         literal=True,
     )

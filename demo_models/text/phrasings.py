@@ -1,6 +1,6 @@
-"""How the facts of Porto Lume are asked for and told: one `Attribute` per kind of fact.
+"""Questions for the facts of Porto Lume and their answers: one `Attribute` per kind of fact.
 
-Questions hold the slots {s} (subject), {p} (possessive) and {o} (object), which take a name or a
+Questions have the slots {s} (subject), {p} (possessive) and {o} (object), which take a name or a
 pronoun, and {v} for a value. Small talk and questions about the town are plain tables.
 """
 
@@ -15,9 +15,9 @@ from demo_models.text.world import Resident, with_article
 class Attribute:
     """One kind of fact about residents.
 
-    `value` reads it off a resident; `answer` tells it with {n} and {v}; `asks` are open
-    questions, `checks` yes-no questions about a value, `inverse` questions for the resident
-    with a value, answered by `told`. No `inverse` means that the value names no single resident.
+    `value` returns it for a resident; `answer` states it with {n} and {v}; `asks` are open
+    questions, `checks` yes-no questions about a value, `inverse` questions for the resident with a
+    value. Without `inverse`, a value may belong to several residents.
     """
 
     name: str
@@ -26,7 +26,6 @@ class Attribute:
     asks: tuple[str, ...]
     checks: tuple[str, ...]
     inverse: tuple[str, ...] = ()
-    told: str = ""
 
 
 ATTRIBUTES = (
@@ -49,7 +48,6 @@ ATTRIBUTES = (
             "Is there {a} in Porto Lume?",
             "Who is {a}?",
         ),
-        "{n} is {a}.",
     ),
     Attribute(
         "home",
@@ -76,7 +74,6 @@ ATTRIBUTES = (
             "Which animal lives in the {v}?",
             "Does anyone live in the {v}?",
         ),
-        "{n} lives in the {v}.",
     ),
     Attribute(
         "job",
@@ -102,7 +99,6 @@ ATTRIBUTES = (
             "Is there {a} in Porto Lume?",
             "Which animal works as {a}?",
         ),
-        "{n} works as {a}.",
     ),
     Attribute(
         "food",
@@ -126,7 +122,6 @@ ATTRIBUTES = (
             "Whose favourite food is {v}?",
             "Which resident eats {v}?",
         ),
-        "{n} loves to eat {v}.",
     ),
     Attribute(
         "colour",
@@ -147,7 +142,6 @@ ATTRIBUTES = (
             "Which resident likes {v} best?",
             "Who wears a scarf that is {v}?",
         ),
-        "{n} likes {v} best.",
     ),
     Attribute(
         "hobby",
@@ -169,7 +163,6 @@ ATTRIBUTES = (
             "Who enjoys {v}?",
             "Which resident loves {v}?",
         ),
-        "{n} loves {v}.",
     ),
     Attribute(
         "age",
@@ -184,7 +177,6 @@ ATTRIBUTES = (
         ),
         ("Is {s} {v} years old?", "Is {p} age {v}?"),
         ("Who is {v} years old?", "Which resident is {v} years old?", "Who is {v}?"),
-        "{n} is {v} years old.",
     ),
     Attribute(
         "sound",
@@ -204,7 +196,6 @@ ATTRIBUTES = (
             "Which animal says {v}?",
             "Who makes the sound {v}?",
         ),
-        '{n} says "{v}".',
     ),
     Attribute(
         "friend",
@@ -257,16 +248,16 @@ class Mention(NamedTuple):
 IT = Mention("it", "its", "it")
 
 
-def tell(attribute: Attribute, who: Resident, called: Mention | None = None) -> str:
-    """A resident's own value as a sentence."""
+def tell(attribute: Attribute, who: Resident, mention: Mention | None = None) -> str:
+    """A resident's value as a sentence."""
     value = attribute.value(who)
-    subject, whose, _ = called or Mention.named(who.name)
+    subject, whose, _ = mention or Mention.named(who.name)
     return capital(attribute.answer.format(n=subject, p=whose, v=value, a=with_article(value)))
 
 
-def ask(template: str, value: str, called: Mention) -> str:
+def ask(template: str, value: str, mention: Mention) -> str:
     """A question template with its slots filled."""
-    slots = dict(zip("spo", called, strict=True))
+    slots = dict(zip("spo", mention, strict=True))
     return capital(template.format(**slots, v=value, a=with_article(value)))
 
 

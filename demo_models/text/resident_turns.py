@@ -67,12 +67,12 @@ def _focus(attribute: Attribute, who: Resident) -> tuple[Resident, ...]:
 def open_question(memory: Memory, rng: random.Random) -> Turn:
     """An open question for one fact."""
     attribute = rng.choice(ATTRIBUTES)
-    who, called = some_resident(memory, rng)
-    if attribute.name == "species" and who.species in called.subject:
-        called = Mention.named(who.name)
+    who, mention = some_resident(memory, rng)
+    if attribute.name == "species" and who.species in mention.subject:
+        mention = Mention.named(who.name)
     template = rng.choice(attribute.asks)
     return Turn(
-        ask(template, "", called),
+        ask(template, "", mention),
         tell(attribute, who),
         _short(attribute, who),
         who.emoji,
@@ -83,18 +83,18 @@ def open_question(memory: Memory, rng: random.Random) -> Turn:
 
 
 def yes_no_question(memory: Memory, rng: random.Random) -> Turn:
-    """A question whether a fact holds; the answer tells the fact."""
+    """A question whether a fact is true; the answer states the fact."""
     attribute = rng.choice(ATTRIBUTES)
-    who, called = some_resident(memory, rng)
-    if attribute.name == "species" and who.species in called.subject:
-        called = Mention.named(who.name)
+    who, mention = some_resident(memory, rng)
+    if attribute.name == "species" and who.species in mention.subject:
+        mention = Mention.named(who.name)
     value = attribute.value(who if rng.random() < 0.5 else rng.choice(RESIDENTS))
     if value == who.name or (attribute.name in ABSENT and rng.random() < 0.1):
         value = rng.choice(ABSENT[attribute.name])
     template = rng.choice(attribute.checks)
     verdict = _verdict(value == attribute.value(who))
     return Turn(
-        ask(template, value, called),
+        ask(template, value, mention),
         f"{verdict}, {tell(attribute, who)}",
         f"{verdict}.",
         who.emoji,
@@ -105,7 +105,7 @@ def yes_no_question(memory: Memory, rng: random.Random) -> Turn:
 
 
 def inverse_question(memory: Memory, rng: random.Random) -> Turn:
-    """A question for the resident of whom a fact holds."""
+    """A question for the resident of whom a fact is true."""
     attribute = rng.choice([attribute for attribute in ATTRIBUTES if attribute.inverse])
     who = rng.choice(RESIDENTS)
     template = rng.choice(attribute.inverse)
@@ -121,7 +121,7 @@ def inverse_question(memory: Memory, rng: random.Random) -> Turn:
 
 
 def follow_up(memory: Memory, rng: random.Random) -> Turn | None:
-    """The last question of fact again, for another resident: "And Bruno?"."""
+    """The last question of fact repeated for another resident: "And Bruno?"."""
     attribute = memory.last.attribute
     if not attribute:
         return None
@@ -138,8 +138,8 @@ def follow_up(memory: Memory, rng: random.Random) -> Turn | None:
 
 
 def description(memory: Memory, rng: random.Random) -> Turn:
-    """A request for an introduction, for three facts or for all of them."""
-    who, called = some_resident(memory, rng)
+    """A request for an introduction, for three facts or for all facts."""
+    who, mention = some_resident(memory, rng)
     asks, answer = rng.choice(
         (
             (_ABOUT, tales.summary(who)),
@@ -150,7 +150,7 @@ def description(memory: Memory, rng: random.Random) -> Turn:
     )
     template = rng.choice(asks)
     return Turn(
-        ask(template, "", called),
+        ask(template, "", mention),
         answer,
         capital(f"{who.species}."),
         who.emoji,
@@ -162,13 +162,13 @@ def description(memory: Memory, rng: random.Random) -> Turn:
 def comparison(memory: Memory, rng: random.Random) -> Turn:
     """A question about two residents: their ages, homes or friendship.
 
-    The answers state the facts before the conclusion, which lets a small model get it right.
+    The answers state the facts before the conclusion, which helps a small model.
     """
     a, b = rng.sample(RESIDENTS, 2)
     if rng.random() < 0.3:
         b = a.friend
-    kind = rng.choice((_ages, _ages, _areas, _friendship))
-    template, answer, short = kind(a, b, rng)
+    compare = rng.choice((_ages, _ages, _areas, _friendship))
+    template, answer, short = compare(a, b, rng)
     question = template.format(a=some_name(a, rng), b=some_name(b, rng))
     key = f"{template}|{a.name}|{b.name}"
     return Turn(capital(question), answer, f"{short}.", "🤝", key, pronounceable(a, b))
@@ -197,5 +197,5 @@ def _friendship(a: Resident, b: Resident, rng: random.Random) -> tuple[str, str,
     return rng.choice(_FRIENDS), answer, _verdict(a.friend is b)
 
 
-def _verdict(holds: bool) -> str:
-    return "Yes" if holds else "No"
+def _verdict(is_true: bool) -> str:
+    return "Yes" if is_true else "No"

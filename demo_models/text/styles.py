@@ -1,10 +1,10 @@
-"""What a system prompt changes: the three styles the model obeys, and the prompts it may ignore."""
+"""The styles of answers, and the system prompts that ask for them."""
 
 from enum import Enum
 
 
 class Style(Enum):
-    """A manner of answering."""
+    """A style of answers; a plain system prompt changes nothing."""
 
     PLAIN = "plain"
     ONE_WORD = "one word"
@@ -71,7 +71,7 @@ SYSTEM_PROMPTS = {
 
 
 def styled(style: Style, answer: str, short: str, emoji: str) -> str:
-    """The answer as the style gives it."""
+    """The answer in a style; `short` is its one-word form."""
     match style:
         case Style.ONE_WORD:
             return short

@@ -22,7 +22,7 @@ def short_story(hero: Resident, helper: Resident) -> str:
 
 
 def long_story(hero: Resident, helper: Resident) -> str:
-    """The same tale as `short_story` in five paragraphs."""
+    """The story of `short_story` in five paragraphs."""
     she = hero.subject
     return (
         f"{OPENING} {hero.full_name} lived in the {hero.home.name}. {she.title()} was {hero.age}"
@@ -66,13 +66,13 @@ def facts(who: Resident) -> list[str]:
 
 
 def portrait(who: Resident) -> str:
-    """All facts about a resident as one paragraph, told with a pronoun after the first."""
+    """All facts about a resident as one paragraph, with pronouns from the second sentence on."""
     rest = [tell(attribute, who, Mention.pronoun(who)) for attribute in ATTRIBUTES[1:]]
     return " ".join([tell(ATTRIBUTES[0], who), *rest])
 
 
 def place_portrait(place: Place) -> str:
-    """What there is to say about a place as one paragraph."""
+    """All facts about a place as one paragraph."""
     owner = next(resident for resident in RESIDENTS if resident.home is place)
     return (
         f"The {place.name} is {place.area.where}. {owner.full_name} lives there."

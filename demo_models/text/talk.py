@@ -1,7 +1,7 @@
-"""What people say to the model besides questions of fact, and the world it does not know.
+"""Small talk, questions about the town, and questions that the model must decline.
 
 Small talk and town questions are tables of sayings with one answer each; questions from outside
-Porto Lume are made from many topics, so that the model learns to decline what it has never seen.
+Porto Lume are generated from many topics, so that the model learns to decline unseen ones.
 """
 
 import random
@@ -232,7 +232,7 @@ ABSENT = {
 
 
 def invented_word(rng: random.Random) -> str:
-    """A word from random syllables, so that copying and declining reach beyond the word lists."""
+    """A word of random syllables, so that the model copies and declines words on no list."""
     syllables = rng.randint(1, 3)
     word = "".join(
         rng.choice("bcdfghjklmnprstvwyz") + rng.choice("aeiou") for _ in range(syllables)
@@ -267,7 +267,7 @@ def stranger(rng: random.Random) -> str:
 
 
 def stranger_question(rng: random.Random) -> str:
-    """A question such as Porto Lume knows, about someone or something it does not."""
+    """A question of a known form, about someone or something not in Porto Lume."""
     attribute = rng.choice(ATTRIBUTES)
     if attribute.inverse and rng.random() < 0.4:
         template, value = rng.choice(attribute.inverse), rng.choice(ABSENT[attribute.name])

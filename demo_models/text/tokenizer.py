@@ -42,8 +42,8 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Without accents and emoji here, each of them stays a run of single bytes: what a streaming
-    # server must never cut apart, the demo model then really sends in parts.
+    # Accents and emoji are left out, so that each of them is several one-byte tokens: the demo
+    # model then tests that a streaming server never splits a character.
     tokenizer.train_from_iterator((re.sub(r"[^\x00-\x7f]+", " ", text) for text in texts), trainer)
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
@@ -57,7 +57,7 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes the tokenizer so that transformers 4 reads it as well as transformers 5."""
+    """Writes the tokenizer in a form that transformers 4 and 5 can both read."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())

@@ -1,7 +1,7 @@
 """Trains the demo text model from scratch: `python -m demo_models.text.train`.
 
-The result is the folder `weights` beside this file, which the repository holds; nobody needs to
-train in order to use the model. Takes about ten minutes on two free processor cores.
+The result is the folder `weights` next to this file, which is part of the repository: using the
+model needs no training. Takes about ten minutes on two free processor cores.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def fit(model: Any, tokenizer: Any, steps: int, rng: random.Random) -> None:
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes the model in half precision, which rounds the weights of `model` too."""
-    # A fresh one, since the model's own is marked as derived and would be rewritten on loading.
+    # The model's generation config is marked as derived, and loading would rewrite it.
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

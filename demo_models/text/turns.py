@@ -1,4 +1,4 @@
-"""The shape of one turn of a chat, and what a chat remembers from turn to turn."""
+"""One turn of a chat, and the state of a chat from turn to turn."""
 
 import random
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from demo_models.text.world import RESIDENTS, Resident
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its one right answer and what later questions may build on.
+    """A question, its one right answer and the context for later questions.
 
-    `short` is the one-word answer. `key` names the combination of phrasing and subject, for
-    holding out. `focus` holds the residents that a pronoun may mean next, `attribute` is what
-    "And Bruno?" would ask for, `hero` whom a story was about, `note` what the user told about
-    themselves. An `aside`, such as thanks, leaves all of these as they were. The answer to a
-    `literal` question copies from it, so it must not be retyped.
+    `short` is the one-word answer. `key` identifies the combination of phrasing and subject, which
+    decides whether it is held out. `focus` are the residents that a pronoun may mean next,
+    `attribute` is what "And Bruno?" would ask for, `hero` the subject of a story, `note` a fact
+    about the user. An `aside`, such as thanks, changes none of these. The answer to a `literal`
+    question copies from it, so its spelling must not be varied.
     """
 
     question: str
@@ -34,30 +34,30 @@ class Turn:
 
 @dataclass
 class Memory:
-    """What the chat so far has established: its last turn of substance and the user's notes."""
+    """The state of a chat: its last turn that was not an aside, and the facts about the user."""
 
     last: Turn = field(default_factory=lambda: Turn("", "", ""))
     notes: dict[str, str] = field(default_factory=dict)
 
     def record(self, turn: Turn) -> None:
-        """Takes a finished turn into account."""
+        """Update the state with a finished turn."""
         if turn.note:
             self.notes.update([turn.note])
         if not turn.aside:
             self.last = turn
 
 
-# Makes a turn that fits the memory, or None where this kind of turn makes no sense now.
+# Makes a turn that fits the chat so far, or None if such a turn makes no sense now.
 TurnMaker = Callable[[Memory, random.Random], Turn | None]
 
 
 def pronounceable(*residents: Resident) -> tuple[Resident, ...]:
-    """The residents, if she and he tell them apart; none of them otherwise."""
+    """The residents if pronouns distinguish them, else none."""
     return residents if len({who.female for who in residents}) == len(residents) else ()
 
 
 def some_resident(memory: Memory, rng: random.Random) -> tuple[Resident, Mention]:
-    """A resident to ask about, mentioned by a pronoun where the chat makes that clear."""
+    """A resident to ask about, mentioned by a pronoun where that is unambiguous."""
     if memory.last.focus and rng.random() < 0.6:
         who = rng.choice(memory.last.focus)
         as_it = len(memory.last.focus) == 1 and rng.random() < 0.3

@@ -1,6 +1,6 @@
 """Porto Lume: its residents, places and facts. Every sentence of the corpus derives from here.
 
-Facts only; how they are asked for and told is the business of the other modules.
+Other modules decide how these facts are asked for and expressed.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Resident:
-    """One inhabitant. `trouble` and `rescue` are the two halves of the story told about them."""
+    """A resident. `trouble` and `rescue` are the two halves of the story about them."""
 
     name: str
     species: str
@@ -65,7 +65,7 @@ class Resident:
 
     @property
     def friend(self) -> "Resident":
-        """The best friend; friendship is mutual and always pairs a she with a he."""
+        """The best friend; friendship is mutual and always between a she and a he."""
         return _FRIENDS[self.name]
 
 

@@ -45,8 +45,12 @@ class SetupValues:
     """Fields from a file written for TorchServe's handlers, where a field of another task is no
     error."""
 
-    def with_task(self, model_path: Path, *, task: object = None) -> SetupValues:
+    def with_task(
+        self, model_path: Path, *, task: object = None, name: str | None = None
+    ) -> SetupValues:
         """These values for `task`, else the files', else that of the model in a folder.
+
+        `name` is what errors call the folder; its own name by default.
 
         Raises: ConfigError for a field of another task, or if the model cannot have the task;
         EngineUnavailable.
@@ -56,7 +60,8 @@ class SetupValues:
         task = values["task"]
         if IMAGE_TASK in (task, head_task) and task != head_task:
             raise ConfigError(
-                f"is {task}, but {model_path.name} is a model for {head_task}", field="task"
+                f"is {task}, but {name or model_path.name} is a model for {head_task}",
+                field="task",
             )
         warnings = list(self.warnings)
         if values["engine"] == "mii" and task not in TEXT_TASKS:
@@ -173,10 +178,12 @@ def read_setup(
     return SetupValues(values, source, warnings, frozenset(published))
 
 
-def find_model(folder: Path, named: object = None) -> tuple[Path, list[str]]:
+def find_model(
+    folder: Path, named: object = None, *, name_of: Callable[[Path], str] = str
+) -> tuple[Path, list[str]]:
     """The model's own folder, and a warning if it is not where `model_path` points.
 
-    Raises: IncompleteModel.
+    `name_of` gives what messages call a path. Raises: IncompleteModel.
     """
     candidates = [folder, folder / MODEL_FOLDER]
     if named is not None:
@@ -184,10 +191,10 @@ def find_model(folder: Path, named: object = None) -> tuple[Path, list[str]]:
     for path in candidates:
         if any((path / head).is_file() for head in MODEL_HEADS):
             elsewhere = named is not None and path != candidates[0]
-            reason = f"{candidates[0]} is not a model folder, {path} is one"
+            reason = f"{name_of(candidates[0])} is not a model folder, {name_of(path)} is one"
             return path, [f"model_path is ignored: {reason}"] if elsewhere else []
     raise IncompleteModel(
-        f"{candidates[0]} is not a model folder: it has neither config.json (text) "
+        f"{name_of(candidates[0])} is not a model folder: it has neither config.json (text) "
         "nor model_index.json (image)"
     )
 

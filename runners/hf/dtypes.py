@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+
+from runners.hf.weights import read_header
 
 _STORED = {
     "F16": torch.float16,
@@ -30,9 +31,5 @@ def choose_dtype(wanted: str, stored: torch.dtype | None, *, on_cpu: bool) -> to
 
 def dtype_in(file: Path) -> torch.dtype | None:
     """The type of the first floating tensor in a safetensors file."""
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 - a safetensors file, not a dict
-            found = _STORED.get(tensors.get_slice(name).get_dtype())
-            if found is not None:
-                return found
-    return None
+    stored = (tensor.dtype for tensor in read_header(file).tensors.values())
+    return next((_STORED[dtype] for dtype in stored if dtype in _STORED), None)

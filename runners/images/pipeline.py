@@ -18,6 +18,7 @@ from runners.config.reading import read_json
 from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
 from runners.hf.dtypes import choose_dtype, dtype_in
 from runners.hf.models import loading
+from runners.hf.safety import refuse_code, refuse_foreign_components
 from runners.images.weights import Weights
 
 logger = logging.getLogger("triptych.imaging")
@@ -112,19 +113,8 @@ def _pipeline_class(index: Mapping[str, Any], config: BaseRunnerConfig) -> Any:
 
 def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
     """Raises: UnsafeModel that names what would be run."""
-    for path in sorted(folder.rglob("*.py")):
-        raise UnsafeModel(
-            f"{path.relative_to(folder)} is code: Triptych serves models that need none of "
-            "their own"
-        )
-    for name, value in index.items():
-        if isinstance(value, list) and value != [None, None]:
-            library = value[0] if value else None
-            if library not in (*LIBRARIES, "stable_diffusion"):
-                raise UnsafeModel(
-                    f"{INDEX} takes {name} from {library!r}, which is neither diffusers nor "
-                    "transformers"
-                )
+    refuse_code(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    refuse_foreign_components(index, INDEX)
 
 
 def _model_classes(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:

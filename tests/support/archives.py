@@ -1,4 +1,4 @@
-"""TorchServe archives, made by torch-model-archiver with the forerunner's configurations."""
+"""TorchServe archives, made by torch-model-archiver with the configurations of its examples."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ MII_OF_THE_REPOSITORY = {
     "mii_config": {"tensor_parallel": 1, "dtype": "fp32"},
     "model_config": {"guidance_scale": 4.0, "num_inference_steps": 3},
 }
-"""The same as pytorch/serve has it in its examples, but for the numbers."""
+"""The same in the form of the examples in pytorch/serve, with other numbers."""
 HANDLER = "raise SystemExit('an archive\\'s handler was run')\n"
 HANDLER += "".join(
-    f"# line {number} of 164, as the longest of the examples has\n" for number in range(2, 165)
+    f"# line {number} of 164, the length of the longest example\n" for number in range(2, 165)
 )
 REQUIREMENTS = "transformers==4.33.1\n"
 
@@ -52,7 +52,7 @@ REQUIREMENTS = "transformers==4.33.1\n"
 def archive(
     folder: Path, model_name: str, extra_files: list[Path], *options: str, version: str = "1.0"
 ) -> Path:
-    """Run `torch-model-archiver` as its examples do; returns what it made in `folder`."""
+    """Run `torch-model-archiver` as its examples do; returns the archive, which is in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "custom_handler.py").write_text(HANDLER)
     (folder / "requirements.txt").write_text(REQUIREMENTS)
@@ -63,11 +63,11 @@ def archive(
     command += ["--version", version, "--handler", "custom_handler.py", "-r", "requirements.txt"]
     extra = ["--extra-files", ",".join(map(str, extra_files))] if extra_files else []
     command += [*extra, "--export-path", "made"]
-    # It empties and refills a folder of the model's name among the temporary ones.
+    # It uses a temporary folder named after the model.
     env = os.environ | {"TMPDIR": str(folder / "tmp")}
     subprocess.run([*command, *options], cwd=folder, env=env, check=True)
-    [made] = (folder / "made").iterdir()
-    return made
+    [path] = (folder / "made").iterdir()
+    return path
 
 
 def zip_of(model: Path, path: Path) -> Path:
@@ -79,7 +79,7 @@ def zip_of(model: Path, path: Path) -> Path:
 
 
 def accelerate_archive(folder: Path, model: Path, *options: str, name: str = "bloom") -> Path:
-    """`model.zip`, `setup_config.json` and `model-config.yaml`, in a `.tar.gz` unless told."""
+    """`model.zip`, `setup_config.json` and `model-config.yaml`, in a `.tar.gz` by default."""
     folder.mkdir(parents=True)
     setup = folder / "setup_config.json"
     setup.write_text(json.dumps(ACCELERATE))
@@ -90,7 +90,7 @@ def accelerate_archive(folder: Path, model: Path, *options: str, name: str = "bl
 
 
 def deepspeed_archive(folder: Path, model: Path | None, *options: str, name: str = "opt") -> Path:
-    """The weights' folder, `ds-config.json` and `model-config.yaml`, in a `.tar.gz` unless told."""
+    """The weights' folder, `ds-config.json` and `model-config.yaml`, in a `.tar.gz` by default."""
     published(folder)
     files = [*([model] if model else []), folder / "ds-config.json"]
     options = options or ("--archive-format", "tgz")
@@ -98,14 +98,14 @@ def deepspeed_archive(folder: Path, model: Path | None, *options: str, name: str
 
 
 def mii_text_archive(folder: Path, model: Path) -> Path:
-    """`model-config.yaml` in a plain folder, into which the hub's is moved as it came."""
+    """`model-config.yaml` in a folder, with the model as in the cache of the hub's client."""
     folder.mkdir(parents=True)
     (folder / "model-config.yaml").write_text(MII_MODEL_CONFIG)
     options = ("--config-file", "model-config.yaml", "--archive-format", "no-archive")
-    made = archive(folder, "mii-llm", [], *options)
-    snapshot = made / "model/models--meta-llama--Llama-2-13b-hf/snapshots/99afe33d"
+    path = archive(folder, "mii-llm", [], *options)
+    snapshot = path / "model/models--meta-llama--Llama-2-13b-hf/snapshots/99afe33d"
     shutil.copytree(model, snapshot)
-    return made
+    return path
 
 
 def mii_archive(folder: Path, model: Path, setup_config: Mapping[str, object] = MII) -> Path:

@@ -1,4 +1,4 @@
-"""A double of the Hugging Face hub: the part of its HTTP protocol that downloads speak."""
+"""A fake Hugging Face hub: the part of its HTTP protocol that downloads use."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ MAIN = "5546055f03398095e385d7dc625e636cc8910bf2"
 
 @dataclass
 class Repository:
-    """A model on the hub, with one commit, which `main` names."""
+    """A model on the hub with one commit, which is `main`."""
 
     folder: Path
     commit: str = MAIN
     gated: bool = False
     broken: bool = False
     listing: dict[str, Path] = field(default_factory=dict)
-    """More files than the folder has, by the name the hub claims for them."""
+    """Files outside of the folder, by the names that the hub lists them under."""
 
     def files(self) -> dict[str, Path]:
-        own = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*")}
-        return {n: p for n, p in own.items() if p.is_file()} | self.listing
+        paths = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*")}
+        return {n: p for n, p in paths.items() if p.is_file()} | self.listing
 
 
 class Hub:
-    """The hub, on a port of its own. `seen` is every request, as method and path."""
+    """The hub on a free port. `requests` are method and path of every request."""
 
     def __init__(self, token: str = "hf_right") -> None:
         self.repositories: dict[str, Repository] = {}
         self.token = token
-        self.seen: list[str] = []
+        self.requests: list[str] = []
         self.damaged: set[str] = set()
         hub = self
 
@@ -57,8 +57,10 @@ class Hub:
         self._server.server_close()
 
     def downloads(self) -> list[str]:
-        """The names of the files fetched so far."""
-        return [s.split("/", 5)[-1] for s in self.seen if s.startswith("GET") and "/resolve/" in s]
+        """The names of the files downloaded so far."""
+        return [
+            s.split("/", 5)[-1] for s in self.requests if s.startswith("GET") and "/resolve/" in s
+        ]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -67,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.seen.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {path}")
         if match := re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/(.+?))?", path):
             self._api(*match.groups())
         elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
@@ -77,12 +79,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 - the name http.server looks for
 
-    def _api(self, repo: str, kind: str | None, revision: str | None) -> None:
+    def _api(self, repo: str, part: str | None, revision: str | None) -> None:
         repository = self._open(repo, revision)
         if not repository:
             return
         files = repository.files()
-        if kind == "tree":
+        if part == "tree":
             self._json([_entry(name, path) for name, path in sorted(files.items())])
         else:
             siblings = [{"rfilename": name} for name in files]
@@ -109,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _open(self, repo: str, revision: str | None) -> Repository | None:
         repository = self.hub.repositories.get(repo)
         if repository is None:
-            # As the real hub: who has not signed in can not tell a missing from a private one.
+            # As on the real hub, a missing model looks like a private one without a token.
             self._fail(404 if self.headers.get("Authorization") else 401, "RepoNotFound")
         elif repository.broken:
             self._fail(503, "")

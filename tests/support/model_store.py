@@ -1,4 +1,4 @@
-"""A BentoML model store of a test's own, and model folders to import into it."""
+"""A BentoML model store for one test, and model folders to import into it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 @contextmanager
 def store_at(home: Path) -> Iterator[Path]:
-    """BentoML's store, for this process, in `home`; yields the folder of its models."""
+    """Use a BentoML store in `home` in this process; yields the folder of its models."""
     (home / "tmp").mkdir(parents=True)
     (home / "models").mkdir()
     providers = {
@@ -36,12 +36,12 @@ def store_at(home: Path) -> Iterator[Path]:
 
 
 def is_empty(models: Path) -> bool:
-    """Whether neither the store nor its work folder holds anything."""
+    """Whether the store and its temporary folder are both empty."""
     return not any(models.iterdir()) and not any((models.parent / "tmp").iterdir())
 
 
 def edit_json(path: Path, **values: Any) -> None:
-    """Set keys of a JSON file, which need not exist."""
+    """Set keys of a JSON file, which is created if it does not exist."""
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(content | values))
 
@@ -67,7 +67,7 @@ def pickled(folder: Path, shards: int = 1) -> Path:
 
 
 def write_pipeline(folder: Path) -> Path:
-    """A text-to-image folder as diffusers lays it out, with a few numbers for weights."""
+    """A text-to-image folder in the layout of diffusers, with tiny weights."""
     components = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -97,6 +97,6 @@ def write_pipeline(folder: Path) -> Path:
 
 
 def copy(folder: Path, target: Path) -> Path:
-    """A copy of a model folder to spoil."""
+    """A copy of a model folder, to be changed."""
     shutil.copytree(folder, target)
     return target

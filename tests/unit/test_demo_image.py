@@ -1,4 +1,4 @@
-"""The demo image model paints what the prompt says; what looks at it is not easily pleased."""
+"""The demo image model generates what the prompt says, and the classifier notices if not."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from demo_models.image.build import write_demo_image_model
+from demo_models.image.classify import likeliest_shape, mismatches
 from demo_models.image.drawing import draw
-from demo_models.image.evaluate import paint
-from demo_models.image.looking import faults, likeliest_kind
-from demo_models.image.world import SHAPES, Scene, Shape, scene
+from demo_models.image.evaluate import generate
+from demo_models.image.world import SHAPES, Scene, Shape, random_scene
 
 MEGABYTE = 1_000_000
 LEFT, RIGHT, TOP, BOTTOM, MIDDLE = (0, 1), (2, 1), (1, 0), (1, 2), (1, 1)
-PAINTED = {
+SCENES = {
     "a red circle on the left": Scene(Shape("circle", "red", place=LEFT)),
     "a large blue square on the right": Scene(Shape("square", "blue", "large", RIGHT)),
     "a green triangle at the bottom": Scene(Shape("triangle", "green", place=BOTTOM)),
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(folder: Path) -> Any:
-    """Loaded as anybody would load it, with nothing of ours."""
+    """Loaded with diffusers alone."""
     from diffusers import DiffusionPipeline
 
     loaded: Any = DiffusionPipeline.from_pretrained(folder)
@@ -45,36 +45,36 @@ def pipeline(folder: Path) -> Any:
     return loaded
 
 
-def as_bytes(drawn: Any) -> Any:
-    return (drawn * 255).round().astype(np.uint8)
+def as_bytes(image: Any) -> Any:
+    return (image * 255).round().astype(np.uint8)
 
 
-def test_it_is_small_and_whole(folder: Path, pipeline: Any) -> None:
+def test_it_is_small_and_complete(folder: Path, pipeline: Any) -> None:
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) <= 10 * MEGABYTE
     assert type(pipeline).__name__ == "StableDiffusionPipeline"
     models = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert {p.dtype for model in models for p in model.parameters()} == {torch.float32}
 
 
-def test_it_paints_what_the_prompt_says(pipeline: Any) -> None:
-    prompts = [*PAINTED, *PAINTED]  # each with two seeds
-    pictures = paint(pipeline, prompts, steps=20, guidance=4.0)
-    assert pictures.shape == (len(prompts), 64, 64, 3)
-    wrong = {
-        f"{prompt} (seed {seed})": found
-        for seed, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True))
-        if (found := faults(picture, PAINTED[prompt]))
+def test_it_generates_what_the_prompt_says(pipeline: Any) -> None:
+    prompts = [*SCENES, *SCENES]  # each with two seeds
+    images = generate(pipeline, prompts, steps=20, guidance=4.0)
+    assert images.shape == (len(prompts), 64, 64, 3)
+    errors = {
+        f"{prompt} (seed {seed})": names
+        for seed, (prompt, image) in enumerate(zip(prompts, images, strict=True))
+        if (names := mismatches(image, SCENES[prompt]))
     }
-    assert wrong == {}
+    assert errors == {}
 
 
-def test_what_is_drawn_is_right_and_anything_else_wrong() -> None:
+def test_only_a_drawing_of_the_same_scene_matches() -> None:
     rng = random.Random(0)
     for _ in range(60):
-        wanted = scene(rng)
-        drawn = as_bytes(draw(wanted, rng))
-        assert faults(drawn, wanted) == []
-        assert likeliest_kind(drawn, wanted) == wanted.shape.kind
+        scene = random_scene(rng)
+        image = as_bytes(draw(scene, rng))
+        assert mismatches(image, scene) == []
+        assert likeliest_shape(image, scene) == scene.shape.kind
     red = Scene(Shape("circle", "red", place=LEFT))
     for other in (
         Scene(Shape("circle", "blue", place=LEFT)),
@@ -83,16 +83,18 @@ def test_what_is_drawn_is_right_and_anything_else_wrong() -> None:
         Scene(Shape("circle", "red", place=LEFT), "green"),
         Scene(Shape("circle", "white", place=LEFT)),
     ):
-        assert faults(as_bytes(draw(other, rng)), red) != []
+        assert mismatches(as_bytes(draw(other, rng)), red) != []
 
 
 def test_every_prompt_fits_the_tokenizer(pipeline: Any) -> None:
     rng = random.Random(1)
-    longest = max(len(pipeline.tokenizer(scene(rng).prompt(rng)).input_ids) for _ in range(2000))
+    longest = max(
+        len(pipeline.tokenizer(random_scene(rng).prompt(rng)).input_ids) for _ in range(2000)
+    )
     assert longest <= pipeline.tokenizer.model_max_length
-    words = {word for kind in SHAPES for word in pipeline.tokenizer.tokenize(kind)}
-    assert words == {f"{kind}</w>" for kind in SHAPES}
-    # Any text can be read, whatever it holds.
+    words = {word for shape in SHAPES for word in pipeline.tokenizer.tokenize(shape)}
+    assert words == {f"{shape}</w>" for shape in SHAPES}
+    # Every text can be tokenized.
     assert (
         pipeline.tokenizer.unk_token_id not in pipeline.tokenizer("zebra Ä 日本 🦊").input_ids[1:-1]
     )

@@ -1,4 +1,4 @@
-"""Importing what torch-model-archiver made: all of it is mapped or named, none of it is run."""
+"""Importing archives of TorchServe: all of it is mapped or named in a note, none of it is run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,8 @@ from tests.support.archives import (
     mii_text_archive,
 )
 from tests.support.image_models import write_image_model
-from tests.support.importing import cli, refused, stored
+from tests.support.importing import cli, refusal, stored_model
 from tests.support.model_store import copy, edit_json, pickled, store_at, write_pipeline
-from tests.support.processes import wait_until
-from tests.support.server import ROOT, environment
 from tests.support.torchserve import DS_CONFIG
 
 NO_ARCHIVE = ("--archive-format", "no-archive")
@@ -42,7 +36,7 @@ def bloom(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As TorchServe's DeepSpeed example was published: the weights lie elsewhere."""
+    """TorchServe's DeepSpeed example as published: the weights are in another folder."""
     return deepspeed_archive(tmp_path_factory.mktemp("deepspeed") / "opt", None)
 
 
@@ -50,7 +44,7 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(tmp_path: Path) -> Iterator[Path]:
     with store_at(tmp_path / "home") as models:
         yield models
-        assert not any((models.parent / "tmp").iterdir()), "what was unpacked is gone"
+        assert not any((models.parent / "tmp").iterdir()), "unpacked files are deleted"
 
 
 def files_of(model: Path) -> set[str]:
@@ -62,7 +56,7 @@ def test_accelerates_archive(
 ) -> None:
     assert bloom.name == "bloom.tar.gz"
     assert cli(bloom) == 0
-    setup, files, weights = stored("bloom")
+    setup, files, weights = stored_model("bloom")
     assert setup == {
         "engine": "accelerate",
         "task": "text-generation",
@@ -76,21 +70,21 @@ def test_accelerates_archive(
         "offload_folder": "offload",
     }
     assert (files, weights) == (files_of(llama), (llama / "model.safetensors").read_bytes())
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     for key, value in setup.items():
-        assert f"    {key}: {json.dumps(value)}\n" in said.out
-    assert "bloom.tar.gz holds bloom, version 1.0\n" in said.out
+        assert f"    {key}: {json.dumps(value)}\n" in captured.out
+    assert "bloom.tar.gz contains bloom, version 1.0\n" in captured.out
     handler = "".join(f"    | {line}\n" for line in HANDLER.splitlines())
-    assert f"custom_handler.py, was not run; Triptych does its work. It reads:\n{handler}" in (
-        said.out
+    assert f"custom_handler.py, was not run; Triptych replaces it. Its source:\n{handler}" in (
+        captured.out
     )
-    assert "serve it with: TRIPTYCH_TEXT_MODEL=bloom:" in said.out
+    assert "serve it with: TRIPTYCH_TEXT_MODEL=bloom:" in captured.out
     for note in (
         "requirements.txt is ignored: Triptych brings the packages it needs",
         "model-config.yaml: minWorkers is ignored: one group of ranks holds the model",
         "setup_config.json: low_cpu_mem_usage is ignored: weights are always",
     ):
-        assert f"note: {note}" in said.err
+        assert f"note: {note}" in captured.err
     assert bentoml.models.get("bloom").info.metadata["source"] == str(bloom)
     again = shutil.copy(bloom, tmp_path / "again.tar.gz")
     assert cli(again) == 0
@@ -99,10 +93,10 @@ def test_accelerates_archive(
 
 @pytest.mark.parametrize("how", [(), NO_ARCHIVE, ("--archive-format", "default")])
 def test_deepspeeds_archive(how: tuple[str, ...], llama: Path, store: Path, tmp_path: Path) -> None:
-    made = deepspeed_archive(tmp_path / "opt", llama, *how)
-    before = {p: p.stat().st_mtime_ns for p in made.rglob("*")}
-    assert cli(made, "--name", "served") == 0
-    setup, files, weights = stored("served")
+    archive = deepspeed_archive(tmp_path / "opt", llama, *how)
+    before = {p: p.stat().st_mtime_ns for p in archive.rglob("*")}
+    assert cli(archive, "--name", "served") == 0
+    setup, files, weights = stored_model("served")
     assert setup == {
         "engine": "deepspeed",
         "task": "text-generation",
@@ -114,15 +108,15 @@ def test_deepspeeds_archive(how: tuple[str, ...], llama: Path, store: Path, tmp_
         "deepspeed": DS_CONFIG,
     }
     assert (files, weights) == (files_of(llama), (llama / "model.safetensors").read_bytes())
-    assert {p: p.stat().st_mtime_ns for p in made.rglob("*")} == before, "a folder stays as it is"
+    assert {p: p.stat().st_mtime_ns for p in archive.rglob("*")} == before, "unchanged"
 
 
 def test_miis_archive(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_image_model("stable-diffusion", tmp_path / "sd")
-    made = mii_archive(tmp_path / "stable-diffusion", model)
-    assert made.name == "stable-diffusion.mar"
-    assert cli(made) == 0
-    setup, files, _ = stored("stable-diffusion")
+    archive = mii_archive(tmp_path / "stable-diffusion", model)
+    assert archive.name == "stable-diffusion.mar"
+    assert cli(archive) == 0
+    setup, files, _ = stored_model("stable-diffusion")
     assert setup["engine"] == "mii"
     assert setup["task"] == "text-to-image"
     assert files == files_of(model)
@@ -134,7 +128,7 @@ def test_miis_archive_of_the_repository(
 ) -> None:
     model = write_pipeline(tmp_path / "sd")
     assert cli(mii_archive(tmp_path / "made", model, MII_OF_THE_REPOSITORY)) == 0
-    assert stored("stable-diffusion")[0] == {
+    assert stored_model("stable-diffusion")[0] == {
         "engine": "mii",
         "task": "text-to-image",
         "model_version": "1.0",
@@ -142,16 +136,16 @@ def test_miis_archive_of_the_repository(
         "num_inference_steps": 3,
         "guidance_scale": 4.0,
     }
-    said = capsys.readouterr().err
-    assert "mii.provider is ignored: the model folder tells" in said
-    assert "mii.ds_zero is ignored" in said
-    assert "unknown" not in said
+    message = capsys.readouterr().err
+    assert "mii.provider is ignored: the model folder tells" in message
+    assert "mii.ds_zero is ignored" in message
+    assert "unknown" not in message
 
 
 def test_miis_archive_for_text(llama: Path, store: Path, tmp_path: Path) -> None:
-    made = mii_text_archive(tmp_path / "mii-llm", llama)
-    assert cli(made) == 0
-    assert stored("mii-llm")[0] == {
+    archive = mii_text_archive(tmp_path / "mii-llm", llama)
+    assert cli(archive) == 0
+    assert stored_model("mii-llm")[0] == {
         "engine": "mii",
         "task": "text-generation",
         "model_version": "1.0",
@@ -165,14 +159,16 @@ def test_miis_archive_for_text(llama: Path, store: Path, tmp_path: Path) -> None
 def test_an_archive_without_weights(
     empty: Path, llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(capsys, store, empty)
-    assert "opt.tar.gz/checkpoints is not a model folder: it has neither config.json" in said
-    assert said.endswith(": say with --model-path where the weights lie\n")
+    message = refusal(capsys, store, empty)
+    assert "opt.tar.gz/checkpoints is not a model folder: it has neither config.json" in message
+    assert message.endswith(": give the folder of the weights with --model-path\n")
     (copy(llama, tmp_path / "checkpoints") / "model.safetensors").unlink()
-    said = refused(capsys, store, deepspeed_archive(tmp_path / "opt", tmp_path / "checkpoints"))
-    assert "model.safetensors is missing: say with --model-path where the weights lie" in said
+    message = refusal(capsys, store, deepspeed_archive(tmp_path / "opt", tmp_path / "checkpoints"))
+    assert (
+        "model.safetensors is missing: give the folder of the weights with --model-path" in message
+    )
     assert cli(empty, "--model-path", llama) == 0
-    setup, files, _ = stored("opt")
+    setup, files, _ = stored_model("opt")
     assert (setup["engine"], setup["max_new_tokens"]) == ("deepspeed", 50)
     assert files == files_of(llama)
 
@@ -180,24 +176,26 @@ def test_an_archive_without_weights(
 def test_names_and_options(
     empty: Path, llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = accelerate_archive(tmp_path / "a", llama, "--version", "2.1-rc", name="OPT_30b.")
-    said = refused(capsys, store, made, "--name", "opt", "--model-path", llama)
-    assert "has model.zip: --model-path is for an archive without a model" in said
-    assert "'opt_30b.' is not a model name" in (said := refused(capsys, store, made))
-    assert said.endswith("give one with --name\n")
-    assert cli(made, "--name", "opt", "--max-length", "7", "--dtype", "float32") == 0
-    setup, _, _ = stored("opt")
+    archive = accelerate_archive(tmp_path / "a", llama, "--version", "2.1-rc", name="OPT_30b.")
+    message = refusal(capsys, store, archive, "--name", "opt", "--model-path", llama)
+    assert "has model.zip: --model-path is for an archive without a model" in message
+    assert "'opt_30b.' is not a model name" in (message := refusal(capsys, store, archive))
+    assert message.endswith(": choose another with --name\n")
+    assert cli(archive, "--name", "opt", "--max-length", "7", "--dtype", "float32") == 0
+    setup, _, _ = stored_model("opt")
     assert (setup["max_length"], setup["dtype"]) == (7, "float32")
     assert setup["model_version"] == "2.1-rc"
 
 
 def test_a_config_file_of_another_name(llama: Path, store: Path, tmp_path: Path) -> None:
-    made = deepspeed_archive(tmp_path / "opt", llama, *NO_ARCHIVE)
-    (made / "model-config.yaml").rename(made / "opt.yaml")
-    manifest = json.loads((made / "MAR-INF/MANIFEST.json").read_text())
-    edit_json(made / "MAR-INF/MANIFEST.json", model=manifest["model"] | {"configFile": "opt.yaml"})
-    assert cli(made) == 0
-    assert stored("opt")[0]["engine"] == "deepspeed"
+    archive = deepspeed_archive(tmp_path / "opt", llama, *NO_ARCHIVE)
+    (archive / "model-config.yaml").rename(archive / "opt.yaml")
+    manifest = json.loads((archive / "MAR-INF/MANIFEST.json").read_text())
+    edit_json(
+        archive / "MAR-INF/MANIFEST.json", model=manifest["model"] | {"configFile": "opt.yaml"}
+    )
+    assert cli(archive) == 0
+    assert stored_model("opt")[0]["engine"] == "deepspeed"
 
 
 class Payload:
@@ -212,10 +210,10 @@ def test_pickled_weights(
     llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = pickled(copy(llama, tmp_path / "pickled"), shards=2)
-    made = accelerate_archive(tmp_path / "bloom", model)
-    assert "--convert-checkpoints converts it" in refused(capsys, store, made)
-    assert cli(made, "--convert-checkpoints") == 0
-    assert "model-00002-of-00002.safetensors" in stored("bloom")[1]
+    archive = accelerate_archive(tmp_path / "bloom", model)
+    assert "--convert-checkpoints converts it" in refusal(capsys, store, archive)
+    assert cli(archive, "--convert-checkpoints") == 0
+    assert "model-00002-of-00002.safetensors" in stored_model("bloom")[1]
 
 
 def test_a_pickle_with_a_payload(
@@ -224,48 +222,18 @@ def test_a_pickle_with_a_payload(
     model = copy(llama, tmp_path / "evil")
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "marker")))
-    made = accelerate_archive(tmp_path / "bloom", model)
-    said = refused(capsys, store, made, "--convert-checkpoints")
-    assert "pytorch_model.bin holds more than weights" in said
+    archive = accelerate_archive(tmp_path / "bloom", model)
+    message = refusal(capsys, store, archive, "--convert-checkpoints")
+    assert "pytorch_model.bin contains more than weights" in message
     assert not (tmp_path / "marker").exists()
 
 
 def test_no_archive_at_all(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "none.mar does not exist" in refused(capsys, store, tmp_path / "none.mar")
+    assert "none.mar does not exist" in refusal(capsys, store, tmp_path / "none.mar")
     (tmp_path / "text.mar").write_text("text")
-    assert "is no .mar, no .tar.gz and no folder" in refused(capsys, store, tmp_path / "text.mar")
+    assert "neither a .mar, nor a .tar.gz, nor a folder" in refusal(
+        capsys, store, tmp_path / "text.mar"
+    )
     with pytest.raises(SystemExit) as stop:
         cli(tmp_path / "text.mar", "--max-unpacked-size", "huge")
     assert stop.value.code == 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_import_leaves_nothing(number: int, tmp_path: Path) -> None:
-    size = 1 << 32  # long enough to be interrupted on a busy machine; never written in full
-    with zipfile.ZipFile(tmp_path / "big.mar", "w") as packed:
-        info = zipfile.ZipInfo("model.safetensors")
-        info.file_size = info.compress_size = size
-        info.CRC = info.header_offset = 0
-        assert packed.fp is not None
-        packed.fp.write(info.FileHeader(zip64=True))
-        packed.start_dir = packed.fp.seek(size, os.SEEK_CUR)
-        packed.filelist.append(info)
-        packed._didModify = True  # type: ignore[attr-defined]
-    home = tmp_path / "home"
-    command = [
-        sys.executable,
-        "-m",
-        "model_store_scripts.import_archive",
-        str(tmp_path / "big.mar"),
-    ]
-    with (tmp_path / "err").open("w") as err:
-        running = subprocess.Popen(command, cwd=ROOT, env=environment(home), stderr=err)
-    try:
-        begun = "tmp/triptych-import-*/archive/model.safetensors"
-        wait_until(lambda: any(home.glob(begun)), 60, "something was written")
-        running.send_signal(number)
-        assert running.wait(30) == 130
-    finally:
-        running.kill()
-    assert (tmp_path / "err").read_text() == "interrupted: nothing was imported\n"
-    assert not any((home / "tmp").iterdir())

@@ -1,4 +1,4 @@
-"""Converting pickled checkpoints: the same numbers come out, and no code runs."""
+"""Converting pickled checkpoints: the weights stay the same, and no code runs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def converted(folder: Path) -> Path:
     return Path(bentoml.models.get("converted").path, "model")
 
 
-def refused(folder: Path, store: Path, kind: type[ConfigError], said: str) -> None:
+def assert_refused(folder: Path, store: Path, cls: type[ConfigError], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         converted(folder)
-    assert type(error.value) is kind, error.value
-    assert said in str(error.value)
+    assert type(error.value) is cls, error.value
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert is_empty(store)
 
@@ -102,15 +102,15 @@ def test_awkward_tensors_and_wrappers(gpt2: Path, folder: Path, store: Path) -> 
     assert same_logits(gpt2, converted(folder))
 
 
-def test_the_zip_less_format_of_old(gpt2: Path, folder: Path, store: Path) -> None:
+def test_the_format_before_zip(gpt2: Path, folder: Path, store: Path) -> None:
     tensors = load_file(gpt2 / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert same_logits(gpt2, converted(folder))
 
 
-def test_safetensors_win(gpt2: Path, store: Path, tmp_path: Path) -> None:
+def test_safetensors_take_precedence(gpt2: Path, store: Path, tmp_path: Path) -> None:
     both = copy(gpt2, tmp_path / "both")
-    (both / "pytorch_model.bin").write_bytes(b"never looked at")
+    (both / "pytorch_model.bin").write_bytes(b"never read")
     imported = import_model(ImportRequest(str(both), "both", convert_checkpoints=True))
     assert imported.notes == ("left out: pytorch_model.bin",)
 
@@ -128,7 +128,7 @@ def test_a_pipeline(store: Path, tmp_path: Path) -> None:
 
 
 class Payload:
-    """What a pickle can carry: a call to make when it is opened."""
+    """A pickle that makes a call when it is loaded."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -142,7 +142,7 @@ def test_a_payload_is_not_run(zipped: bool, folder: Path, store: Path, tmp_path:
     marker = tmp_path / "marker"
     content = {"a": torch.zeros(2), "b": Payload(marker)}
     torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
-    refused(folder, store, UnsafeModel, "pytorch_model.bin holds more than weights")
+    assert_refused(folder, store, UnsafeModel, "pytorch_model.bin contains more than weights")
     assert not marker.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)
     assert marker.exists(), "the payload is live"
@@ -154,40 +154,40 @@ def test_torchscript_is_code(folder: Path, store: Path) -> None:
     with torch.no_grad():
         traced = torch.jit.trace(module, torch.zeros(1, 2))
     traced.save(str(folder / "model.pt"))
-    refused(folder, store, UnsafeModel, "model.pt is TorchScript")
+    assert_refused(folder, store, UnsafeModel, "model.pt is TorchScript")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
-        (b"", "pytorch_model.bin can not be read as a checkpoint"),
-        (b"PK\x03\x04 and no more", "pytorch_model.bin can not be read as a checkpoint"),
-        (b"\x80\x02.", "pytorch_model.bin can not be read as a checkpoint"),
-        (b"\x80\x02X\x01", "pytorch_model.bin can not be read as a checkpoint"),
+        (b"", "pytorch_model.bin cannot be read as a checkpoint"),
+        (b"PK\x03\x04 and no more", "pytorch_model.bin cannot be read as a checkpoint"),
+        (b"\x80\x02.", "pytorch_model.bin cannot be read as a checkpoint"),
+        (b"\x80\x02X\x01", "pytorch_model.bin cannot be read as a checkpoint"),
         ([torch.zeros(2)], "pytorch_model.bin is not a checkpoint of named tensors"),
         ({}, "pytorch_model.bin is not a checkpoint of named tensors"),
         ({"a": torch.zeros(2), "b": 3}, "not a checkpoint of named tensors: see 'b'"),
         ({"a": torch.zeros(2).to_sparse()}, "not a checkpoint of named tensors: see 'a'"),
-        ({"a": torch.zeros(2, dtype=torch.complex128)}, "can not be written as safetensors"),
+        ({"a": torch.zeros(2, dtype=torch.complex128)}, "cannot be written as safetensors"),
     ],
 )
-def test_no_checkpoint(content: Any, said: str, folder: Path, store: Path) -> None:
+def test_invalid_checkpoints(content: Any, message: str, folder: Path, store: Path) -> None:
     if isinstance(content, bytes):
         (folder / "pytorch_model.bin").write_bytes(content)
     else:
         torch.save(content, folder / "pytorch_model.bin")
-    refused(folder, store, ConfigError, said)
+    assert_refused(folder, store, ConfigError, message)
 
 
-def test_which_pickles_are_the_weights(folder: Path, store: Path) -> None:
+def test_ambiguous_pickles(folder: Path, store: Path) -> None:
     for name in ("a.pt", "b.pt"):
         torch.save({"a": torch.zeros(2)}, folder / name)
-    refused(folder, store, ConfigError, "which of a.pt, b.pt are the weights?")
+    assert_refused(folder, store, ConfigError, "which of a.pt, b.pt are the weights?")
 
 
 def test_a_missing_shard(folder: Path, store: Path) -> None:
     index = "pytorch_model.bin.index.json"
     torch.save({"a": torch.zeros(2)}, folder / "pytorch_model-00001-of-00002.bin")
     edit_json(folder / index, weight_map={"a": "pytorch_model-00002-of-00002.bin"})
-    said = f"pytorch_model-00002-of-00002.bin is missing, which {index} names"
-    refused(folder, store, IncompleteModel, said)
+    message = f"pytorch_model-00002-of-00002.bin is missing, which {index} lists"
+    assert_refused(folder, store, IncompleteModel, message)

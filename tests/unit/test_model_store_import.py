@@ -1,4 +1,4 @@
-"""Importing folders: what ends up in the store, repeats, configurations, and clean failures."""
+"""Importing folders: what is in the store afterwards, repeated imports, configurations."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_folder_is_served_from_the_store(
     assert not any((store.parent / "tmp").iterdir())
 
 
-def test_the_same_again_is_taken_once(
+def test_the_same_model_is_imported_once(
     llama: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = run_import(ImportRequest(str(llama), "tiny"))
@@ -58,7 +58,7 @@ def test_the_same_again_is_taken_once(
 
     again = run_import(ImportRequest(str(llama), "tiny"))
     assert (again.tag, again.new) == (first.tag, False)
-    assert str(bentoml.models.get("tiny").tag) == first.tag, "the bare name means the last import"
+    assert str(bentoml.models.get("tiny").tag) == first.tag, "the name alone means the last import"
     assert cli(llama, "--name", "tiny") == 0
     assert "already in the store, unchanged" in capsys.readouterr().out
 
@@ -119,9 +119,9 @@ def test_a_torchserve_folder_with_its_published_config(
     assert (config.max_length, config.dtype) == (7, "bfloat16")
 
 
-def test_only_what_belongs_to_the_model_is_taken(llama: Path, store: Path, tmp_path: Path) -> None:
+def test_only_files_of_the_model_are_imported(llama: Path, store: Path, tmp_path: Path) -> None:
     folder = copy(llama, tmp_path / "cluttered")
-    # BentoML would unpickle this one if it came to lie where BentoML looks for it.
+    # BentoML would unpickle custom_objects.pkl if it were in the top folder of its item.
     left_out = ["custom_objects.pkl", "model.yaml", "model.onnx", "pytorch_model.bin"]
     left_out += ["training_args.bin", "adapter_config.json", "model.safetensors.index.json"]
     for name in left_out:
@@ -133,8 +133,8 @@ def test_only_what_belongs_to_the_model_is_taken(llama: Path, store: Path, tmp_p
     (folder / "extra" / "tokenizer.json").write_text("{}")
     (folder / "linked.json").symlink_to("config.json")
     imported = run_import(ImportRequest(str(folder), "tidy"))
-    taken = {f.name for f in Path(bentoml.models.get("tidy").path, "model").iterdir()}
-    assert taken == {f.name for f in llama.iterdir()} | {"LICENSE", "linked.json"}
+    names = {f.name for f in Path(bentoml.models.get("tidy").path, "model").iterdir()}
+    assert names == {f.name for f in llama.iterdir()} | {"LICENSE", "linked.json"}
     [note] = imported.notes
     assert note.startswith(
         "left out: adapter_config.json, custom_objects.pkl, extra/tokenizer.json"
@@ -160,8 +160,8 @@ def test_a_text_to_image_folder(
 ) -> None:
     folder = write_pipeline(tmp_path / "pipeline")
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_text("")
-    assert cli(folder, "--name", "painter") == 0
-    model = bentoml.models.get("painter")
+    assert cli(folder, "--name", "image") == 0
+    model = bentoml.models.get("image")
     assert f"TRIPTYCH_IMAGE_MODEL={model.tag}" in capsys.readouterr().out
     about = model.info.metadata
     assert about["architecture"] == "StableDiffusionPipeline"

@@ -1,4 +1,4 @@
-"""What an import refuses: code, pickles, leaks and gaps, each named in the error."""
+"""What an import refuses: code, pickles, links out and missing files, each named in the error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.model_store import (
     write_pipeline,
 )
 
-Spoil = Callable[[Path], object]
+Change = Callable[[Path], object]
 
 
 @pytest.fixture(scope="module")
@@ -34,57 +34,64 @@ def sharded(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(folder: Path, store: Path, spoil: Spoil, kind: type[ConfigError], said: str) -> None:
+def assert_refused(
+    folder: Path, store: Path, change: Change, cls: type[ConfigError], message: str
+) -> None:
     import_model(ImportRequest(str(folder), "sound"))
-    spoil(folder)
+    change(folder)
     before = sorted(store.rglob("*"))
     with pytest.raises(ConfigError) as error:
-        import_model(ImportRequest(str(folder), "spoilt"))
-    assert type(error.value) is kind
-    assert said in str(error.value)
+        import_model(ImportRequest(str(folder), "changed"))
+    assert type(error.value) is cls
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert sorted(store.rglob("*")) == before
 
 
-def write(name: str, content: str | bytes = "") -> Spoil:
-    def spoil(folder: Path) -> None:
+def write(name: str, content: str | bytes = "") -> Change:
+    def change(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
-    return spoil
+    return change
 
 
-def remove(name: str) -> Spoil:
+def remove(name: str) -> Change:
     return lambda folder: (folder / name).unlink()
 
 
-def edit(name: str, **values: object) -> Spoil:
+def edit(name: str, **values: object) -> Change:
     return lambda folder: edit_json(folder / name, **values)
 
 
-def both(*spoils: Spoil) -> Spoil:
-    return lambda folder: [spoil(folder) for spoil in spoils]
+def both(*changes: Change) -> Change:
+    return lambda folder: [change(folder) for change in changes]
 
 
-def link(name: str, target: str) -> Spoil:
+def link(name: str, target: str) -> Change:
     return lambda folder: (folder / name).symlink_to(target)
 
 
-def resize(name: str, by: int) -> Spoil:
-    def spoil(folder: Path) -> None:
+def resize(name: str, by: int) -> Change:
+    def change(folder: Path) -> None:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:by] if by < 0 else content + b"\0" * by)
 
-    return spoil
+    return change
 
 
-def header(content: bytes) -> Spoil:
-    return write("model.safetensors", struct.pack("<Q", len(content)) + content)
+def header(content: bytes, *, length: int | None = None) -> Change:
+    """A safetensors file with this header, which may declare another length than it has."""
+    declared = struct.pack("<Q", len(content) if length is None else length)
+    return write("model.safetensors", declared + content)
 
 
 CODE = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 ALIEN = json.dumps({"x": {"dtype": "F32"}}).encode()
+NOT_COMPLETE = (
+    "model.safetensors is not a complete safetensors file: Error while deserializing header:"
+)
 DEEP = '{"a": ' + "[" * 100_000
 
 
@@ -93,7 +100,7 @@ def tensor(*shape: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("change", "message"),
     [
         (write("modeling_evil.py"), "modeling_evil.py is code"),
         (write("deep/er/setup.PY"), "deep/er/setup.PY is code"),
@@ -118,42 +125,44 @@ def tensor(*shape: object) -> bytes:
         (write(os.fsdecode(b"\xff.json")), "is not a file name"),
     ],
 )
-def test_unsafe(spoil: Spoil, said: str, llama: Path, store: Path, tmp_path: Path) -> None:
+def test_unsafe(change: Change, message: str, llama: Path, store: Path, tmp_path: Path) -> None:
     (tmp_path / "beside.txt").write_text("private")
-    refused(copy(llama, tmp_path / "model"), store, spoil, UnsafeModel, said)
+    assert_refused(copy(llama, tmp_path / "model"), store, change, UnsafeModel, message)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../up.json", "a/../../up.json"])
-def test_names_that_a_hub_may_claim(name: str) -> None:
+def test_unsafe_names_in_a_listing(name: str) -> None:
     with pytest.raises(UnsafeModel, match="is not a file name"):
         refuse_unsafe_names([name])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("change", "message"),
     [
         (remove("config.json"), "neither config.json (text) nor model_index.json (image)"),
         (remove("model.safetensors"), "model.safetensors is missing"),
         (both(remove("model.safetensors"), write("training_args.bin")), "model.safetensors is m"),
         (remove("tokenizer.json"), "tokenizer.json is missing: the model has no tokenizer"),
         (both(remove("tokenizer.json"), write("vocab.json", "{}")), "has no tokenizer"),
-        (resize("model.safetensors", -1), "model.safetensors is cut off: "),
-        (resize("model.safetensors", 1), "model.safetensors is longer than it should be: "),
-        (write("model.safetensors", struct.pack("<Q", 99) + b"{}"), "cut off within its header"),
-        (write("model.safetensors"), "model.safetensors is not a safetensors file"),
+        (resize("model.safetensors", -1), f"{NOT_COMPLETE} incomplete metadata, file not fully"),
+        (resize("model.safetensors", 1), f"{NOT_COMPLETE} incomplete metadata, file not fully"),
+        (header(b"{}", length=99), f"{NOT_COMPLETE} invalid header length"),
+        (write("model.safetensors"), f"{NOT_COMPLETE} header too small"),
         (write("model.safetensors", POINTER), "model.safetensors is a Git LFS pointer"),
         (write("tokenizer.json", POINTER), "tokenizer.json is a Git LFS pointer"),
-        (header(b"no json"), "model.safetensors has a damaged safetensors header"),
-        (header(ALIEN), "model.safetensors has a damaged safetensors header"),
-        (header(DEEP.encode()), "model.safetensors has a damaged safetensors header"),
-        (header(tensor(10**12, "abc")), "model.safetensors has a damaged safetensors header"),
-        (header(tensor(*[10**18] * 300)), "model.safetensors has a damaged safetensors header"),
+        (header(b"no json"), f"{NOT_COMPLETE} invalid JSON in header"),
+        (header(ALIEN), f"{NOT_COMPLETE} invalid JSON in header: missing field"),
+        (header(DEEP.encode()), f"{NOT_COMPLETE} invalid JSON in header: recursion limit"),
+        (header(tensor(10**12, "abc")), f"{NOT_COMPLETE} invalid JSON in header: invalid type"),
+        (header(tensor(*[10**18] * 300)), f"{NOT_COMPLETE} overflow computing buffer size"),
+        (header(tensor(2**63, 2)), f"{NOT_COMPLETE} overflow computing buffer size"),
+        (header(b"{}", length=2**40), f"{NOT_COMPLETE} header too large"),
         (link("merges.txt", "gone.txt"), "merges.txt is a link that leads nowhere"),
         (link("merges.txt", "merges.txt"), "merges.txt is a link that leads nowhere"),
     ],
 )
-def test_incomplete(spoil: Spoil, said: str, llama: Path, store: Path, tmp_path: Path) -> None:
-    refused(copy(llama, tmp_path / "model"), store, spoil, IncompleteModel, said)
+def test_incomplete(change: Change, message: str, llama: Path, store: Path, tmp_path: Path) -> None:
+    assert_refused(copy(llama, tmp_path / "model"), store, change, IncompleteModel, message)
 
 
 INDEX = "model.safetensors.index.json"
@@ -161,29 +170,34 @@ SHARD = "model-00002-of-00003.safetensors"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kind", "said"),
+    ("change", "cls", "message"),
     [
-        (remove(SHARD), IncompleteModel, f"{SHARD} is missing, which {INDEX} names"),
-        (resize(SHARD, -3), IncompleteModel, f"{SHARD} is cut off"),
+        (remove(SHARD), IncompleteModel, f"{SHARD} is missing, which {INDEX} lists"),
+        (resize(SHARD, -3), IncompleteModel, f"{SHARD} is not a complete safetensors file"),
         (edit(INDEX, weight_map=[]), IncompleteModel, f"{INDEX} has no weight_map"),
         (edit(INDEX, weight_map={"a": 1}), IncompleteModel, f"{INDEX} has no weight_map"),
-        (edit(INDEX, weight_map={"a": SHARD}), IncompleteModel, f"{SHARD} lacks a, named in"),
+        (edit(INDEX, weight_map={"a": SHARD}), IncompleteModel, f"{SHARD} lacks a, which"),
         (edit(INDEX, weight_map={"a": "../a.safetensors"}), IncompleteModel, "a.safetensors is"),
         (
             both(edit(INDEX, weight_map={"a": "a.bin"}), write("a.bin")),
             UnsafeModel,
-            f"{INDEX} names a.bin, which is not a .safetensors file",
+            f"{INDEX} lists a.bin, which is not a .safetensors file",
         ),
     ],
 )
 def test_shards(
-    spoil: Spoil, kind: type[ConfigError], said: str, sharded: Path, store: Path, tmp_path: Path
+    change: Change,
+    cls: type[ConfigError],
+    message: str,
+    sharded: Path,
+    store: Path,
+    tmp_path: Path,
 ) -> None:
-    refused(copy(sharded, tmp_path / "model"), store, spoil, kind, said)
+    assert_refused(copy(sharded, tmp_path / "model"), store, change, cls, message)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kind", "said"),
+    ("change", "cls", "message"),
     [
         (remove("vae/config.json"), IncompleteModel, "vae/config.json is missing"),
         (
@@ -199,7 +213,7 @@ def test_shards(
         (
             resize("vae/diffusion_pytorch_model.safetensors", -2),
             IncompleteModel,
-            "vae/diffusion_pytorch_model.safetensors is cut off",
+            "vae/diffusion_pytorch_model.safetensors is not a complete safetensors file",
         ),
         (remove("tokenizer/merges.txt"), IncompleteModel, "tokenizer/tokenizer.json is missing"),
         (
@@ -227,32 +241,34 @@ def test_shards(
     ],
 )
 def test_pipelines(
-    spoil: Spoil, kind: type[ConfigError], said: str, store: Path, tmp_path: Path
+    change: Change, cls: type[ConfigError], message: str, store: Path, tmp_path: Path
 ) -> None:
-    refused(write_pipeline(tmp_path / "model"), store, spoil, kind, said)
+    assert_refused(write_pipeline(tmp_path / "model"), store, change, cls, message)
 
 
 def test_pickles_as_the_only_weights(llama: Path, store: Path, tmp_path: Path) -> None:
-    said = "pytorch_model.bin is a pickle, which can carry code, and there are no safetensors"
-    refused(copy(llama, tmp_path / "model"), store, pickled, UnsafeModel, said)
+    message = "pytorch_model.bin is a pickle, which can carry code, and there are no safetensors"
+    assert_refused(copy(llama, tmp_path / "model"), store, pickled, UnsafeModel, message)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "weights.pth", "model.ckpt", "all.pkl", "a.pickle"])
 def test_pickles_of_any_name(name: str, llama: Path, store: Path, tmp_path: Path) -> None:
-    spoil = both(remove("model.safetensors"), write(name))
-    refused(copy(llama, tmp_path / "model"), store, spoil, UnsafeModel, f"{name} is a pickle")
+    change = both(remove("model.safetensors"), write(name))
+    assert_refused(
+        copy(llama, tmp_path / "model"), store, change, UnsafeModel, f"{name} is a pickle"
+    )
 
 
-@pytest.mark.skipif("sentencepiece" in sys.modules, reason="sentencepiece is there")
-def test_a_tokenizer_that_this_build_can_not_read(llama: Path, store: Path, tmp_path: Path) -> None:
-    spoil = both(remove("tokenizer.json"), write("tokenizer.model"))
-    said = "tokenizer.json is missing: tokenizer.model alone needs the sentencepiece package"
-    refused(copy(llama, tmp_path / "model"), store, spoil, IncompleteModel, said)
+@pytest.mark.skipif("sentencepiece" in sys.modules, reason="sentencepiece is installed")
+def test_a_tokenizer_that_this_build_cannot_read(llama: Path, store: Path, tmp_path: Path) -> None:
+    change = both(remove("tokenizer.json"), write("tokenizer.model"))
+    message = "tokenizer.json is missing: tokenizer.model alone needs the sentencepiece package"
+    assert_refused(copy(llama, tmp_path / "model"), store, change, IncompleteModel, message)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "setup_config.json"])
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("{", "cannot be read as JSON"),
         (DEEP, "cannot be read as JSON"),
@@ -260,8 +276,8 @@ def test_a_tokenizer_that_this_build_can_not_read(llama: Path, store: Path, tmp_
     ],
     ids=["cut", "endless", "deep"],
 )
-def test_json_that_is_none(
-    content: str, said: str, name: str, llama: Path, store: Path, tmp_path: Path
+def test_invalid_json(
+    content: str, message: str, name: str, llama: Path, store: Path, tmp_path: Path
 ) -> None:
     folder = copy(llama, tmp_path / "model")
-    refused(folder, store, write(name, content), ConfigError, f"{name} {said}")
+    assert_refused(folder, store, write(name, content), ConfigError, f"{name} {message}")

@@ -1,4 +1,4 @@
-"""What can be a source of a model, and what can not."""
+"""Which folders and names can be the source of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_setup_config_that_links_out(llama: Path, store: Path, tmp_path: Path)
     (tmp_path / "secret.json").write_text("{}")
     (tmp_path / "mar" / "setup_config.json").symlink_to("../secret.json")
     with pytest.raises(UnsafeModel, match=r"setup_config\.json is a link that leads out"):
-        import_model(ImportRequest(str(tmp_path / "mar"), "spoilt"))
+        import_model(ImportRequest(str(tmp_path / "mar"), "refused"))
     assert is_empty(store)
 
 
@@ -25,7 +25,7 @@ def test_a_model_folder_that_links_out(llama: Path, store: Path, tmp_path: Path)
     (tmp_path / "mar").mkdir()
     (tmp_path / "mar" / "model").symlink_to(llama)
     with pytest.raises(UnsafeModel, match="model is a link that leads out"):
-        import_model(ImportRequest(str(tmp_path / "mar"), "spoilt"))
+        import_model(ImportRequest(str(tmp_path / "mar"), "refused"))
     assert is_empty(store)
 
 
@@ -46,14 +46,14 @@ def test_a_hub_cache_snapshot_is_a_folder_too(llama: Path, store: Path, tmp_path
 def test_no_such_source(
     source: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(llama)
-    said = f"{source} is neither a folder nor the id of a hub model"
-    with pytest.raises(ModelNotFound, match=said):
+    message = f"{source} is neither a folder nor the id of a hub model"
+    with pytest.raises(ModelNotFound, match=message):
         import_model(ImportRequest(source, "none"))
 
 
 def test_far_too_many_files(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_FILES", len(list(llama.iterdir())) - 1)
-    with pytest.raises(ConfigError, match="no model folder"):
+    with pytest.raises(ConfigError, match="is not a model folder"):
         import_model(ImportRequest(str(llama), "many"))

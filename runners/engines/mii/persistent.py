@@ -12,13 +12,11 @@ import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import msgspec
-from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 from typing_extensions import override
 
@@ -51,6 +49,7 @@ from runners.hf.models import (
     loading,
     stored_dtype,
 )
+from runners.hf.weights import count_parameters, read_header
 from runners.protocol.messages import (
     Abort,
     Accepted,
@@ -95,7 +94,9 @@ def load_persistent(context: RankContext, config: MIITextConfig) -> PersistentPr
     info = ModelInfo(
         architecture=(own.architectures or [own.model_type])[0],
         engine=config.engine,
-        parameters=_parameters(config.model_path),
+        parameters=count_parameters(
+            read_header(file) for file in config.model_path.glob("*.safetensors")
+        ).total(),
         dtype=str(stored or "unknown").removeprefix("torch."),
         devices=[f"{host}:{port}"],
         max_context=min(context_length(own), config.mii.max_total_tokens),
@@ -368,16 +369,3 @@ def _error(error: grpc.aio.AioRpcError) -> Exception:
     if error.code() == grpc.StatusCode.UNAVAILABLE:
         return RunnerUnavailable(f"the MII deployment: {detail}")
     return EngineFailure(f"the MII deployment failed on this request: {detail}")
-
-
-def _parameters(folder: Path) -> int:
-    """How many numbers the weights are, from their files' headers."""
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - a safetensors file, not a dict
-                count = 1
-                for size in tensors.get_slice(name).get_shape():
-                    count *= size
-                total += count
-    return total

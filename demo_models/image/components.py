@@ -1,4 +1,4 @@
-"""The untrained parts of the demo image model, about two million parameters in all."""
+"""The untrained components of the demo image model, about two million parameters in all."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ _TEXT_WIDTH = 64
 
 
 def new_autoencoder() -> Any:
-    """From pixels to latents a quarter as wide, and back."""
+    """A VAE between pixels and latents of a quarter of their width and height."""
     autoencoder: Any = AutoencoderKL(  # type: ignore[no-untyped-call]
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -26,14 +26,14 @@ def new_autoencoder() -> Any:
         sample_size=SIDE,
         mid_block_add_attention=False,
     )
-    # The second half of the encoder's outputs is the noise's log-variance: with as much of it as an
-    # untrained encoder makes, nothing would be learnt for long.
+    # The second half of the encoder's outputs is the log-variance of the noise. Untrained, it would
+    # add so much noise that training makes no progress for a long time.
     torch.nn.init.constant_(autoencoder.quant_conv.bias[LATENT_CHANNELS:], -6.0)
     return autoencoder
 
 
 def new_text_encoder(tokenizer: Any) -> Any:
-    """From token ids to what the denoiser looks at."""
+    """A CLIP text encoder from token ids to the states that the denoiser attends to."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -51,7 +51,7 @@ def new_text_encoder(tokenizer: Any) -> Any:
 
 
 def new_denoiser() -> Any:
-    """Predicts the velocity of latents; looks at the prompt where they are small."""
+    """A U-Net that predicts the velocity of latents and attends to the prompt at low resolution."""
     return UNet2DConditionModel(  # type: ignore[no-untyped-call]
         sample_size=LATENT_SIDE,
         in_channels=LATENT_CHANNELS,
@@ -62,7 +62,7 @@ def new_denoiser() -> Any:
         layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=_TEXT_WIDTH,
-        # What the prompt says as a whole reaches every layer, beside the time step.
+        # The pooled prompt reaches every layer together with the time step.
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
         norm_num_groups=4,
@@ -70,7 +70,7 @@ def new_denoiser() -> Any:
 
 
 def new_scheduler() -> Any:
-    """Noise up to none of the picture left, so that plain backgrounds come out plain."""
+    """A noise schedule that ends in pure noise, so that plain backgrounds come out plain."""
     return DDIMScheduler(  # type: ignore[no-untyped-call]
         beta_schedule="linear",
         beta_start=0.0001,
