@@ -203,7 +203,7 @@ def validate(values: Mapping[str, Any], *, source: str = SETUP_CONFIG) -> BaseRu
     Raises: ConfigError that names the key and what is allowed; EngineUnavailable.
     """
     cls = config_class(values.get("engine", "accelerate"), values.get("task", "text-generation"))
-    for key in values.keys() - cls.model_fields.keys():
+    for key in sorted(values.keys() - cls.model_fields.keys()):
         if owners := owners_of(key):
             raise ConfigError(
                 f"belongs to {owners}, and this is {describe(cls)}", field=key, source=source
