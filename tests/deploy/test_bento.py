@@ -29,7 +29,8 @@ def test_a_bento_has_what_serving_takes_and_nothing_else(home: Home) -> None:
     bento = folder_of(home, home.bento)
     source = bento / "src"
     packages = ("api", "cli", "runners")
-    wanted = {"service.py", "settings.py", "model_choice.py", "README.md", "LICENSE"}
+    wanted = {"service.py", "settings.py", "model_choice.py", "pyproject.toml"}
+    wanted |= {"README.md", "LICENSE"}
     assert {p.name for p in source.iterdir()} == {*wanted, *packages, "bentofile.yaml"}
     files = [p for name in packages for p in (source / name).rglob("*") if p.is_file()]
     assert {p.suffix for p in files} == {".py", ".h", ".cpp"}
@@ -75,6 +76,12 @@ def test_the_image_is_labelled_and_offline(home: Home, tmp_path: Path) -> None:
         "USER bentoml",
     ):
         assert f"\n{line}" in recipe
+    # The setup script reads pyproject.toml, so that is copied first.
+    copied = recipe.index("COPY --chown=bentoml:bentoml ./src/pyproject.toml ./src/pyproject.toml")
+    assert copied < recipe.index("pip install -r") < recipe.index("./env/docker/script__")
+    assert "ENV BENTO_PATH=$BENTO_PATH" in recipe
+    assert f"ARG BENTO_PATH={BENTO_PATH}\n" in recipe
+    assert "BENTO_USER_UID=1034\n" in recipe
 
 
 def recorded(folder: Path) -> dict[str, str]:
