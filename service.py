@@ -105,8 +105,11 @@ choose_file()
 
 @bentoml.service(
     name="triptych",
-    # What bentofile.yaml adds to: a value there can not be chosen at build time.
-    image=bentoml.images.Image(base_image=arguments.base_image, python_version="3.11"),
+    # Here, since a value of bentofile.yaml cannot be chosen at build time. deploy/setup_image.sh
+    # installs the packages from pyproject.toml.
+    image=bentoml.images.Image(
+        base_image=arguments.base_image, python_version="3.11"
+    ).build_include("pyproject.toml"),
     workers=1,
     http={"port": settings.port},
     **_demands(),

@@ -1,4 +1,4 @@
-"""BentoCloud: what `bentoml deploy -f` takes."""
+"""BentoCloud: the deployment configuration that `bentoml deploy -f` reads."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SERVICE = "triptych"
 
 
 def deployment(plan: Plan) -> dict[str, Any]:
-    """BentoML's deployment configuration. Raises: ConfigError for what can not be."""
-    plan.refuse_several_machines("BentoCloud runs a replica")
+    """BentoML's deployment configuration. Raises: ConfigError if BentoCloud cannot run the plan."""
+    plan.require_one_node("BentoCloud")
     if not plan.options.bento:
         raise ConfigError("BentoCloud runs bentos: name one with --bento")
     service: dict[str, Any] = {
@@ -36,7 +36,7 @@ def deployment(plan: Plan) -> dict[str, Any]:
         "access_authorization": True,
         "services": {SERVICE: service},
     }
-    # Its port is BentoCloud's to say.
+    # BentoCloud chooses the port.
     if variables := {k: v for k, v in plan.environment().items() if k != variable("port")}:
         config["envs"] = [{"name": name, "value": value} for name, value in variables.items()]
     if secret := plan.options.api_key_secret:
@@ -45,12 +45,13 @@ def deployment(plan: Plan) -> dict[str, Any]:
 
 
 def _overrides(plan: Plan) -> dict[str, Any]:
-    """What the models ask for by what is set here, where the bento itself says otherwise."""
+    """Resources and traffic under the settings made here, where they differ from the bento's."""
     [service] = bentoml.bentos.get(plan.options.bento).info.services
-    asked: dict[str, dict[str, float]] = {
+    wanted: dict[str, dict[str, float]] = {
         "resources": {"gpu": plan.gpus} if plan.gpus else {},
-        "traffic": {"timeout": plan.settings.timer, "concurrency": plan.places},
+        "traffic": {"timeout": plan.settings.timer, "concurrency": plan.max_concurrency},
     }
     if service.config.get("resources") and not plan.gpus:
-        raise ConfigError("the bento asks for GPUs, which can not be taken back: build it anew")
-    return {k: v for k, v in asked.items() if not v.items() <= service.config.get(k, {}).items()}
+        raise ConfigError("the bento asks for GPUs, which a deployment cannot undo: build it again")
+    built = service.config
+    return {k: v for k, v in wanted.items() if not v.items() <= built.get(k, {}).items()}

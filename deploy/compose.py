@@ -1,4 +1,4 @@
-"""One machine: a Compose file, and the same as one `docker run`."""
+"""One machine: a Compose file, and the same container as one `docker run` command."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Any
 from deploy.plan import HOME, MODELS, Plan
 from settings import variable
 
-# Compiled kernels are executed, which Docker forbids in a tmpfs unless told; podman knows no owner.
+# Compiled kernels are executed, which Docker forbids in a tmpfs by default. Podman cannot set the
+# owner of a tmpfs, so everybody may write.
 TMPFS = [f"{folder}:exec,mode=1777" for folder in (HOME, "/tmp")]  # noqa: S108
 
-
-NAMED = re.compile(r"[a-zA-Z0-9][\w.-]*")
-"""How Docker tells a volume from a folder, which begins with `/`, `.` or `~`."""
+VOLUME_NAME = re.compile(r"[a-zA-Z0-9][\w.-]*")
+"""Docker takes this for the name of a volume; a folder begins with `/`, `.` or `~`."""
 
 
 def compose_file(plan: Plan) -> dict[str, Any]:
-    """A Compose file. Raises: ConfigError for what one machine can not do."""
-    found: dict[str, Any] = {"name": plan.options.name, "services": {"triptych": _service(plan)}}
-    if NAMED.fullmatch(volume := plan.options.model_volume):
-        found["volumes"] = {volume: {"external": True}}  # an empty one of its own has no models
-    return found
+    """A Compose file. Raises: ConfigError if one machine cannot run the plan."""
+    content: dict[str, Any] = {"name": plan.options.name, "services": {"triptych": _service(plan)}}
+    if VOLUME_NAME.fullmatch(volume := plan.options.model_volume):
+        # Compose would otherwise create an empty volume.
+        content["volumes"] = {volume: {"external": True}}
+    return content
 
 
 def run_command(plan: Plan) -> str:
-    """The command line that runs the image with Docker. Raises: as `compose_file`."""
+    """The `docker run` command of the image. Raises: ConfigError, as `compose_file`."""
     service = _service(plan)
     health = service["healthcheck"]
     options = [
@@ -53,12 +54,12 @@ def run_command(plan: Plan) -> str:
 
 
 def _service(plan: Plan) -> dict[str, Any]:
-    plan.refuse_several_machines("Docker runs a replica")
-    plan.refuse_without_models("the folder or the volume")
+    plan.require_one_node("Docker")
+    plan.require_models("a folder or a volume")
     port = plan.settings.port
     environment: dict[str, str | None] = dict(plan.container_environment())
     if plan.options.api_key:
-        environment[variable("api_key")] = None  # handed through
+        environment[variable("api_key")] = None  # from the shell that starts it
     ready = f"http://127.0.0.1:{port}/readyz"
     service: dict[str, Any] = {
         "image": plan.image,
@@ -86,8 +87,8 @@ def _service(plan: Plan) -> dict[str, Any]:
 
 
 def _resources(plan: Plan) -> dict[str, Any]:
-    found: dict[str, Any] = {"limits": {"memory": f"{plan.memory_gib}g"}}
+    resources: dict[str, Any] = {"limits": {"memory": f"{plan.memory_gib}g"}}
     if plan.gpus:
         gpus = {"driver": "nvidia", "count": plan.gpus, "capabilities": ["gpu"]}
-        found["reservations"] = {"devices": [gpus]}
-    return found
+        resources["reservations"] = {"devices": [gpus]}
+    return resources

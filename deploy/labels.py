@@ -1,8 +1,8 @@
-"""`python -m deploy.labels BENTO`: the labels of a bento's OCI image, as options of containerize.
+"""`python -m deploy.labels BENTO`: labels for a bento's OCI image, as options of containerize.
 
     bentoml containerize BENTO $(python -m deploy.labels BENTO)
 
-What BentoML writes into bento.yaml stays there; a scheduler sees an image's labels alone.
+BentoML copies nothing of bento.yaml into the image's labels, which are all that a scheduler sees.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> int:
 
 
 def image_labels(tag: str) -> dict[str, str]:
-    """Label to value, by the names of the OCI image spec where it has one.
+    """Values by label; labels of the OCI image spec where it defines one.
 
     Raises: BentoMLException if the store has no such bento.
     """

@@ -1,4 +1,7 @@
-"""The plan of a deployment: what its machines have to give, from the models' RunnerConfig."""
+"""The plan of a deployment: what its nodes have to provide, computed from the models' RunnerConfig.
+
+`deploy.render` makes one plan for each command, and the renderers read it.
+"""
 
 from __future__ import annotations
 
@@ -26,49 +29,47 @@ BENTO_PATH = "/home/bentoml/bento"
 USER = 1034
 """The user that BentoML's images run as."""
 HOME = "/home/triptych"
-"""What is written while serving, compiled kernels mostly, lies here or in /tmp; all else is
-read-only."""
+"""The only writable folder besides /tmp; compiled kernels go there."""
 MODELS = "/models"
 GIB = 2**30
-HALF, FULL = 2, 4
-"""Bytes of a half-precision number, and of what most CPUs compute it in."""
+HALF_BYTES, FLOAT32_BYTES = 2, 4
 START_MARGIN_S, DRAIN_MARGIN_S, STOP_MARGIN_S = 60, 30, 30
 PRE_STOP_S = 10
-"""How long a load balancer may go on to send requests to what is being stopped."""
+"""For how long a load balancer may still send requests to a replica that is being stopped."""
 RENDEZVOUS_PORT = 29400
 
-NOT_HANDED_ON = {"text_model", "image_model", "api_key", "node_rank", "rdzv_endpoint"}
-"""Settings that differ between here and there, or are secret."""
+LOCAL_SETTINGS = {"text_model", "image_model", "api_key", "node_rank", "rdzv_endpoint"}
+"""Settings that are not passed on: they differ between here and the deployment, or are secret."""
 
 NO_MODEL = (
-    "no model is chosen: name a bento that has one (--bento), or models with --text-model and "
+    "no model is chosen: name a bento that contains one (--bento), or models with --text-model and "
     "--image-model"
 )
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the operator decides; all else follows from the models."""
+    """What the operator decides; everything else follows from the models."""
 
     name: str = "triptych"
     bento: str = ""
-    """A bento of the store, whose image has its models in it."""
+    """A bento of the store, whose image contains its models."""
     image: str = ""
-    """The image to run. Default: named like the bento."""
+    """The image to run. Default: the image named after the bento."""
     model_volume: str = ""
-    """Where the models' folders lie, if not in the image."""
+    """The volume with the models' folders, if the image does not contain them."""
     replicas: int = 1
     max_replicas: int | None = None
-    """Up to how many it scales. Default: it does not."""
+    """The largest number of replicas when scaling. Default: no scaling."""
     cpus: int | None = None
     memory: int | None = None
     """In GiB."""
     api_key: bool = False
-    """Whether the shell's key is handed through."""
+    """Whether the shell's API key is passed through."""
     api_key_secret: str = ""
-    """Where the deployment finds its key."""
+    """The secret from which the deployment reads its API key."""
     surge: bool = True
-    """Whether an update may take one replica more than there are."""
+    """Whether an update may run one replica more than the deployment has."""
     namespace: str = "default"
     autoscaler: str = "keda"
     prometheus: str = ""
@@ -76,7 +77,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class DeployedModel:
     """A model of the deployment."""
 
     field: str
@@ -88,47 +89,45 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a replica needs, and how long it takes to come and to go."""
+    """What a replica needs, and how long it takes to start and to stop."""
 
     options: Options
     settings: Settings
-    models: tuple[Chosen, ...]
+    models: tuple[DeployedModel, ...]
 
     @property
     def nnodes(self) -> int:
-        """Over how many machines a replica is spread."""
-        return max(
-            model.config.world_size // model.config.local_world_size for model in self.models
-        )
+        """The number of nodes that a replica is spread over."""
+        return max(nodes_of(model.config) for model in self.models)
 
     @property
     def max_replicas(self) -> int:
-        """Up to how many there are."""
+        """The largest number of replicas."""
         return self.options.max_replicas or self.options.replicas
 
     @property
-    def spreads_tasks(self) -> bool:
-        """Whether there may be several replicas that paint, each knowing its own tasks alone."""
+    def splits_jobs(self) -> bool:
+        """Whether several replicas may accept image jobs, and each knows only those it accepted."""
         return self.max_replicas > 1 and any(m.field == "image_model" for m in self.models)
 
     @property
     def gpus(self) -> int:
-        """Of the machine that serves."""
+        """GPUs of the node that serves."""
         return sum(model.config.requested_gpus for model in self.models)
 
     @property
-    def places(self) -> int:
-        """How many sequences and pictures a replica computes together."""
+    def max_concurrency(self) -> int:
+        """How many sequences and images a replica computes at once."""
         return sum(model.config.max_concurrency for model in self.models)
 
     @property
     def ranks(self) -> int:
-        """Processes that hold models, on the machine that serves."""
+        """Processes that hold models on the node that serves."""
         return sum(ranks_of(model.config) for model in self.models)
 
     @property
     def cpus(self) -> int:
-        """One for the server; for each rank one, or its threads where the CPUs compute."""
+        """One core for the server and one for each rank, or a rank's threads if it runs on CPUs."""
         return self.options.cpus or 1 + sum(
             ranks_of(m.config) * (m.config.num_threads or (1 if m.config.requested_gpus else 2))
             for m in self.models
@@ -136,108 +135,117 @@ class Plan:
 
     @property
     def num_threads(self) -> int | None:
-        """CPU threads of a rank that has to be told: it sees all cores of the machine."""
+        """CPU threads of a rank, or None if all models run on GPUs.
+
+        It has to be set in a container, where a rank sees all cores of the machine.
+        """
         if all(model.config.requested_gpus for model in self.models):
             return None
         return self.settings.num_threads or max(1, (self.cpus - 1) // self.ranks)
 
     @property
     def memory_gib(self) -> int:
-        """1 GiB for the server, 2 for each rank, the weights and a quarter, and /dev/shm."""
+        """1 GiB for the server, 2 for each rank, 1.25 times the weights, and /dev/shm."""
         weights = math.ceil(1.25 * self.weight_bytes / GIB)
         return self.options.memory or 1 + 2 * self.ranks + weights + self.shm_gib
 
     @property
     def shm_gib(self) -> int:
-        """Shared memory, which the ranks of a model on one machine talk through: 1 GiB each."""
+        """Shared memory: 1 GiB for each rank of a model that has several on a node."""
         return max(1, sum(n for m in self.models if (n := ranks_of(m.config)) > 1))
 
     @cached_property
     def weight_bytes(self) -> int:
-        """What the models' weights take in memory. Raises: IncompleteModel."""
+        """What the weights of all models take in memory. Raises: IncompleteModel."""
         return sum(copies_of(m.config) * bytes_of(m.config) for m in self.models)
 
     @property
     def start_s(self) -> int:
-        """From start to ready, at most; the models are loaded side by side."""
+        """The longest time from start to ready; the models are loaded at the same time."""
         return math.ceil(max(m.config.start_timeout for m in self.models)) + START_MARGIN_S
 
     @property
     def drain_s(self) -> int:
-        """How long requests that run may go on: as long as the longest stream."""
+        """How long running requests may continue after SIGTERM: as long as the longest stream."""
         return math.ceil(self.settings.request_timeout) + DRAIN_MARGIN_S
 
     @property
     def stop_s(self) -> int:
-        """From the order to stop to the kill: draining, and ending the ranks."""
+        """From the order to stop to SIGKILL: draining, then ending the ranks."""
         return PRE_STOP_S + self.drain_s + STOP_MARGIN_S
 
     @property
     def command(self) -> list[str]:
-        """What the image's entrypoint is told."""
+        """The arguments of the image's entrypoint."""
         return ["serve", "--timeout-graceful-shutdown", str(self.drain_s)]
 
     @property
     def image(self) -> str:
-        """The image to run; `bentoml containerize` names it by the bento's version.
+        """The image to run; `bentoml containerize` names it after the bento's version.
 
-        Raises: ConfigError if nobody says.
+        Raises: ConfigError if neither an image nor a bento is named.
         """
         if not (self.options.image or self.options.bento):
             raise ConfigError("--image is needed: which image to run")
         return self.options.image or str(bentoml.bentos.get(self.options.bento).tag)
 
-    def refuse_several_machines(self, what: str) -> None:
-        """Raises: ConfigError if `what` would have to run a replica on more than one."""
+    def require_one_node(self, target: str) -> None:
+        """Raises: ConfigError if a replica needs several nodes, which `target` cannot give it."""
         if self.nnodes > 1:
             raise ConfigError(
-                f"the model is spread over {self.nnodes} machines, and {what} on one: set "
-                f"{PREFIX}NNODES=1, or choose kubernetes"
+                f"the model is spread over {self.nnodes} nodes, and {target} runs a replica on "
+                f"one: set {PREFIX}NNODES=1, or choose kubernetes"
             )
 
-    def refuse_without_models(self, volume: str) -> None:
+    def require_models(self, volume: str) -> None:
         """Raises: ConfigError if the models are neither in the image nor on a `volume`."""
         if not (self.options.bento or self.options.model_volume):
             raise ConfigError(
-                f"where are the models? Name a bento that has them (--bento), or {volume} "
-                "(--model-volume) in which each has a folder of its name"
+                "the deployment has no models: name a bento that contains them (--bento), or "
+                f"{volume} (--model-volume) with one folder for each model, named after it"
             )
 
     def environment(self) -> dict[str, str]:
-        """Variables of a replica: what is set here, as far as it means something there."""
-        given = self.settings.model_fields_set - NOT_HANDED_ON
-        found = {variable(name): _text(getattr(self.settings, name)) for name in given}
-        return dict(sorted(found.items()))
+        """Variables of a replica: the settings made here, except those of this machine alone."""
+        names = self.settings.model_fields_set - LOCAL_SETTINGS
+        variables = {variable(name): _text(getattr(self.settings, name)) for name in names}
+        return dict(sorted(variables.items()))
 
     def container_environment(self) -> dict[str, str]:
-        """The same, and what a container needs that may write to `HOME` and /tmp alone."""
-        found = self.environment() | {"HOME": HOME, "BENTOML_HOME": f"{HOME}/bentoml"}
+        """Variables of a replica in a container, which may write to `HOME` and /tmp only."""
+        variables = self.environment() | {"HOME": HOME, "BENTOML_HOME": f"{HOME}/bentoml"}
         if self.options.model_volume:
-            found |= {variable(m.field): f"{MODELS}/{m.config.name}" for m in self.models}
+            variables |= {variable(m.field): f"{MODELS}/{m.config.name}" for m in self.models}
         if (threads := self.num_threads) is not None:
-            found[f"{PREFIX}NUM_THREADS"] = str(threads)
-        if self.gpus:  # nvcc is run by as many jobs as the machine, not the container, has cores
-            found["MAX_JOBS"] = str(self.cpus)
-        return dict(sorted(found.items()))
+            variables[f"{PREFIX}NUM_THREADS"] = str(threads)
+        if self.gpus:
+            # The default is one nvcc job for each core of the machine, not of the container.
+            variables["MAX_JOBS"] = str(self.cpus)
+        return dict(sorted(variables.items()))
+
+
+def nodes_of(config: BaseRunnerConfig) -> int:
+    """How many nodes the ranks of a model are spread over."""
+    return config.world_size // config.local_world_size
 
 
 def bytes_of(config: BaseRunnerConfig) -> int:
     """What one copy of a model's weights takes in memory. Raises: IncompleteModel.
 
-    On a CPU half precision may be computed in float32 (`dtype`), for which there is room then.
+    A CPU may compute half precision in float32 (`dtype`), which takes twice the memory.
     """
     widened = not config.requested_gpus and config.dtype in ("auto", "float32")
-    found = 0
+    total = 0
     for file in config.model_path.rglob("*.safetensors"):
         parameters = read_header(file, f"{config.name}/{file.name}").parameters
-        half = parameters["F16"] + parameters["BF16"] if widened else 0
-        found += file.stat().st_size + (FULL - HALF) * half
-    return found
+        half = parameters["F16"] + parameters["BF16"]
+        total += file.stat().st_size + widened * (FLOAT32_BYTES - HALF_BYTES) * half
+    return total
 
 
 def copies_of(config: BaseRunnerConfig) -> int:
-    """How many copies of its weights a model takes on one machine."""
-    if config.task == IMAGE_TASK:  # each rank paints with a whole one
+    """How many copies of its weights a model keeps on one node."""
+    if config.task == IMAGE_TASK:  # each rank has a copy
         return config.local_world_size
     if isinstance(config, MIITextConfig) and config.mii.mode == "persistent":
         return config.mii.replica_num if config.mii.host is None else 0
@@ -245,51 +253,56 @@ def copies_of(config: BaseRunnerConfig) -> int:
 
 
 def ranks_of(config: BaseRunnerConfig) -> int:
-    """Processes that hold the model on one machine, those of a deployment of MII's own too."""
+    """Processes that hold a model on one node, those of an MII deployment included."""
     if isinstance(config, MIITextConfig) and config.mii.mode == "persistent":
-        here = config.mii.host is None
-        return 1 + config.tensor_parallel * config.mii.replica_num * here
+        local = config.mii.host is None
+        return 1 + config.tensor_parallel * config.mii.replica_num * local
     return config.local_world_size
 
 
 def make_plan(options: Options, settings: Settings) -> Plan:
-    """The plan for the bento's models, else those of the settings.
+    """The plan for the bento's models, or for those of the settings if no bento is named.
 
     Raises: ConfigError, one sentence for the operator.
     """
     if options.max_replicas is not None and options.max_replicas < options.replicas:
         raise ConfigError("--max-replicas must not be below --replicas")
-    chosen = {f"{kind}_model": getattr(settings, f"{kind}_model") for kind in ("text", "image")}
+    choices = {"text_model": settings.text_model, "image_model": settings.image_model}
     if options.bento:
-        chosen = _in_bento(options.bento)
-    if not any(chosen.values()):
+        choices = _models_in_bento(options.bento)
+    if not any(choices.values()):
         raise ConfigError(NO_MODEL)
-    configs = chosen_configs(chosen["text_model"], chosen["image_model"], settings)
-    fields = {f"{kind}_model": config for kind, config in configs.items()}
-    return Plan(options, settings, tuple(Chosen(f, chosen[f], c) for f, c in fields.items()))
+    configs = chosen_configs(choices["text_model"], choices["image_model"], settings)
+    models = {f"{kind}_model": config for kind, config in configs.items()}
+    return Plan(
+        options,
+        settings,
+        tuple(DeployedModel(field, choices[field], config) for field, config in models.items()),
+    )
 
 
-def _in_bento(tag: str) -> dict[str, str]:
-    """The models recorded in a bento. Raises: ConfigError."""
+def _models_in_bento(tag: str) -> dict[str, str]:
+    """The tags of the models recorded in a bento. Raises: ConfigError."""
     try:
         bento: Bento = bentoml.bentos.get(tag)
     except (BentoMLException, ValueError):
         stored = ", ".join(sorted(str(b.tag) for b in bentoml.bentos.list())) or "none"
-        raise ConfigError(f"{tag} is not a bento of the store; bentos there: {stored}") from None
-    chosen = {}
+        raise ConfigError(f"the store has no bento {tag}; its bentos are: {stored}") from None
+    choices = {}
     for field in ("text_model", "image_model"):
         built = str(bento.info.args.get(field, ""))
-        chosen[field] = frozen_tag(bento, built)
-        if built and not chosen[field]:
+        choices[field] = frozen_tag(bento, built)
+        if built and not choices[field]:
             raise ConfigError(
-                f"{tag} was built with the folder {built}, which is not in it: leave out --bento, "
-                "name its --image, and say with --model-volume where the folder will be"
+                f"{tag} was built with the folder {built}, which it does not contain: leave out "
+                "--bento, name its image with --image, and the volume that has the folder with "
+                "--model-volume"
             )
-    return chosen
+    return choices
 
 
 def rendezvous(name: str) -> str:
-    """`host:port` of node 0, as the other machines' pods know it."""
+    """`host:port` of node 0, as the pods of the other nodes reach it."""
     return f"{name}-0.{name}-nodes:{RENDEZVOUS_PORT}"
 
 

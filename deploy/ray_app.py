@@ -1,14 +1,13 @@
-"""The same service under Ray Serve: `serve deploy` of what `deploy.render ray` renders.
+"""The service as a Ray Serve application, deployed from the config that `deploy.render ray` prints.
 
-A replica is an actor that holds the whole service, rank processes included; Ray routes requests
-among those that are ready, starts one that fails its health check again, and moves it when its
-machine is lost. Models and limits are chosen as everywhere, by the `TRIPTYCH_*` variables.
+Ray imports this module in each replica, an actor that runs the whole service and starts its rank
+processes. Ray routes requests among the replicas that are ready, restarts one that fails its health
+check, and moves it when its machine is lost. `TRIPTYCH_*` variables choose models and limits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from filelock import FileLock
 from ray import serve
 
 from deploy.ray_serve import TASK_RESULTS
@@ -27,20 +27,21 @@ POLL_S = 0.2
 
 
 def service_app() -> ASGIApp:
-    """The service, whose start is over only once its models are ready.
+    """The service; its start-up ends only when its models are ready.
 
-    Raises: RuntimeError with the sentence for the operator if there is nothing to serve.
+    Raises: RuntimeError, one sentence for the operator, if there is nothing to serve.
     """
-    # Without it /metrics fails. BentoML sets it in its workers; `api.http.metrics` makes a folder.
+    # /metrics needs the variable, which BentoML sets in its workers only. `api.http.metrics` makes
+    # a private folder in it.
     os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.gettempdir())
     shared = TASK_RESULTS in os.environ
-    # In the replica only: metrics find their folder, a service its settings, as it is imported.
+    # Imported in the replica only: the imports read the variable above and the replica's settings.
     from api.http.metrics import remove_files
 
     try:
         import service
 
-        triptych: Any = service.Triptych  # what its decorator, which has no types, made of it
+        triptych: Any = service.Triptych  # the decorator is untyped
         triptych.inner.check_model()
     except SystemExit as stop:
         remove_files()
@@ -50,19 +51,19 @@ def service_app() -> ASGIApp:
     inner: ASGIApp = triptych.to_asgi()
 
     async def until_ready(scope: Scope, receive: Receive, send: Send) -> None:
-        async def told(message: Message) -> None:
+        async def send_when_ready(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 failure = await _failure(inner)
                 if failure is not None:
                     message = {"type": "lifespan.startup.failed", "message": failure}
             if message["type"] != "lifespan.startup.complete":
-                # Not at the process' end, which Ray does not wait for.
+                # Here, since Ray does not wait for the process to exit.
                 remove_files()
                 if not shared:
                     shutil.rmtree(results.parent, ignore_errors=True)
             await send(message)
 
-        await inner(scope, receive, told if scope["type"] == "lifespan" else send)
+        await inner(scope, receive, send_when_ready if scope["type"] == "lifespan" else send)
 
     return until_ready
 
@@ -72,50 +73,46 @@ class Replica:
     """One copy of the service."""
 
     app: ASGIApp
-    """What `service_app` returned; Ray sets it."""
+    """The return value of `service_app`; Ray sets it."""
 
     async def check_health(self) -> None:
-        """Raises: RuntimeError once a runner has given up for good, upon which Ray replaces us."""
-        if (failure := await _says(self.app, "/livez")) is not None:
+        """Raises: RuntimeError once a runner has failed for good; Ray then replaces the replica."""
+        if (failure := await _problem(self.app, "/livez")) is not None:
             raise RuntimeError(failure)
 
 
 def _make_table(results: Path) -> None:
-    """The table of tasks' results, as `bentoml serve` makes it before its workers start.
+    """Create the table of job results, as `bentoml serve` does before its workers start.
 
-    Raises: RuntimeError if somebody else could read it.
+    Raises: RuntimeError if another user owns its folder.
     """
     from _bentoml_impl.tasks import Sqlite3Store  # type: ignore[import-untyped]
 
     results.parent.mkdir(mode=0o700, exist_ok=True)
     if results.parent.lstat().st_uid != os.getuid():
         raise RuntimeError(f"{TASK_RESULTS}: {results.parent} belongs to another user")
-    folder = os.open(results.parent, os.O_RDONLY)
-    try:
-        # Replicas that share the file come one by one: SQLite turns a second one away.
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    # Replicas that share the file create it one after another: SQLite refuses the second.
+    with FileLock(results.with_name("lock")):
         Sqlite3Store.init_db(str(results))
-    finally:
-        os.close(folder)
 
 
 async def _failure(app: ASGIApp) -> str | None:
-    """Wait for the models; why they will never be ready, or None once they are."""
-    while await _says(app, "/readyz") is not None:
-        if (failure := await _says(app, "/livez")) is not None:
+    """Wait until the models are ready. Returns None, or why they never will be."""
+    while await _problem(app, "/readyz") is not None:
+        if (failure := await _problem(app, "/livez")) is not None:
             return failure
         await asyncio.sleep(POLL_S)
     return None
 
 
-async def _says(app: ASGIApp, probe: str) -> str | None:
-    """What a probe of the service has to say; None if all is well."""
+async def _problem(app: ASGIApp, probe: str) -> str | None:
+    """The text of a probe that fails; None if it passes."""
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         answer = await client.get(probe)
     return None if answer.status_code == 200 else answer.text
 
 
-# Admission, with its 429, is the service's own. How many replicas, and of how many GPUs each, is
-# for a Serve config to say, which `deploy.render` computes from the models.
+# The service itself refuses requests with 429, so Ray's limit is far above its own. The number of
+# replicas and their GPUs are in the Serve config, which `deploy.render` computes from the models.
 app = serve.deployment(name="Triptych", max_ongoing_requests=10_000)(Replica).bind()

@@ -1,4 +1,4 @@
-"""Ray Serve: the config file that `serve deploy` takes, for `deploy.ray_app:app`."""
+"""Ray Serve: the config file that `serve deploy` reads, for `deploy.ray_app:app`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from runners.contracts.errors import ConfigError
 from settings import PREFIX, variable
 
 APP, DEPLOYMENT = "deploy.ray_app:app", "Triptych"
-"""Where Ray finds the application, and what its deployment is called there."""
+"""The import path of the application, and the name of its deployment in it."""
 TASK_RESULTS = "BENTOML_RESULT_STORE"
-"""Which file has the results of tasks: the replicas' of one machine, or else each one's own."""
+"""BentoML's variable for the file with the results of async tasks (jobs). Without it each replica
+has a file that no other replica reads."""
 
 
 def serve_config(plan: Plan) -> dict[str, Any]:
-    """Ray's `ServeDeploySchema`. Raises: ConfigError for what can not be."""
-    plan.refuse_several_machines("Ray Serve runs a replica")
+    """Ray's `ServeDeploySchema`. Raises: ConfigError if Ray Serve cannot run the plan."""
+    plan.require_one_node("Ray Serve")
     if plan.options.bento:
         raise ConfigError("Ray Serve runs a checkout: choose models, not a bento")
-    # How many requests wait, and what is refused, is for the service to say: max_ongoing_requests
-    # stays that of `deploy.ray_app`. A lower one had Ray keep requests waiting, probes among them.
+    # The service queues and refuses requests itself, so max_ongoing_requests stays that of
+    # `deploy.ray_app`: with a lower one Ray queues requests, health probes included.
     deployment: dict[str, Any] = {
         "name": DEPLOYMENT,
         "health_check_timeout_s": DRAIN_MARGIN_S,
@@ -31,7 +32,7 @@ def serve_config(plan: Plan) -> dict[str, Any]:
         deployment["autoscaling_config"] = {
             "min_replicas": plan.options.replicas,
             "max_replicas": plan.max_replicas,
-            "target_ongoing_requests": plan.places,
+            "target_ongoing_requests": plan.max_concurrency,
             "downscale_delay_s": 300,
         }
     else:
@@ -39,13 +40,12 @@ def serve_config(plan: Plan) -> dict[str, Any]:
     variables = plan.environment() | {variable(m.field): m.choice for m in plan.models}
     if (threads := plan.num_threads) is not None:
         variables[f"{PREFIX}NUM_THREADS"] = str(threads)
-    if plan.spreads_tasks:
-        # Ray asks any replica for a task's result, and rather not the one that is busy with it.
-        results = f"/tmp/triptych-{plan.options.name}/tasks.db"  # noqa: S108 its folder is private
-        variables[TASK_RESULTS] = results
+    if plan.splits_jobs:
+        # Ray may ask any replica for the result of a job, so those of a machine share one file.
+        variables[TASK_RESULTS] = f"/tmp/triptych-{plan.options.name}/tasks.db"  # noqa: S108 - 0700
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": "0.0.0.0", "port": plan.settings.port},  # noqa: S104 a cluster's door
+        "http_options": {"host": "0.0.0.0", "port": plan.settings.port},  # noqa: S104 - a cluster serves others
         "applications": [
             {
                 "name": plan.options.name,

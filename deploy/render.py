@@ -1,7 +1,7 @@
 """`python -m deploy.render kubernetes|bentocloud|compose|run|ray`: manifests for chosen models.
 
-What they say of GPUs, memory, probes, grace periods and scaling follows from the models' configs
-and from `TRIPTYCH_*` as it is set here, which is handed on. The same choice renders the same text.
+GPUs, memory, probes, grace periods and scaling follow from the models' configs and from the
+`TRIPTYCH_*` variables set here, which are passed on. The same choice renders the same text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 import yaml
+from typing_extensions import override
 
 from deploy.bentocloud import deployment
 from deploy.compose import compose_file, run_command
@@ -26,19 +27,20 @@ from settings import Settings, get_settings, variable
 PROMETHEUS = "http://prometheus-operated.monitoring.svc:9090"
 NAME = r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?"
 SECRETS = {
-    "kubernetes": "the Secret whose entry api-key is the API key",
-    "bentocloud": "the secret whose TRIPTYCH_API_KEY is the API key",
+    "kubernetes": "the Secret with the API key as its entry api-key",
+    "bentocloud": "the secret with the API key as its entry TRIPTYCH_API_KEY",
 }
-KEYS = {
-    **dict.fromkeys(SECRETS, "say with --api-key-secret where the deployment finds it"),
-    **dict.fromkeys(("compose", "run"), "say --api-key, which hands it through"),
-    "ray": "set it where the cluster's machines are started, whose replicas inherit it",
+KEY_ADVICE = {
+    **dict.fromkeys(SECRETS, "name the deployment's secret with --api-key-secret"),
+    **dict.fromkeys(("compose", "run"), "pass it through with --api-key, which writes no value"),
+    "ray": "set it where the cluster's machines are started: replicas inherit it",
 }
 
 
 class _Dumper(yaml.SafeDumper):
-    """Without references: what occurs twice is written twice."""
+    """Writes repeated values in full, without YAML anchors."""
 
+    @override
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
@@ -58,12 +60,12 @@ RENDERERS: dict[str, tuple[str, Callable[[Plan], str]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what was asked for; returns the exit code: 0, 1 with a sentence. Bad usage exits 2."""
+    """Print the manifests. Returns 0, or 1 after an error on stderr; bad usage exits with 2."""
     args = vars(_parser().parse_args(argv))
     _, render = RENDERERS[args["target"]]
     try:
-        known = {field.name for field in fields(Options)}
-        options = Options(**{k: v for k, v in args.items() if k in known and v is not None})
+        names = {field.name for field in fields(Options)}
+        options = Options(**{k: v for k, v in args.items() if k in names and v is not None})
         text = render(make_plan(options, _settings(args, options)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,18 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settings(args: dict[str, Any], options: Options) -> Settings:
-    """What is set here, and which models. Raises: ConfigError."""
+    """The settings made here, with the models of the command line. Raises: ConfigError."""
     settings = get_settings()
     if settings.api_key is not None and not (options.api_key or options.api_key_secret):
         raise ConfigError(
-            f"{variable('api_key')} is set here, and is never written down: unset it, or "
-            f"{KEYS[args['target']]}"
+            f"{variable('api_key')} is set here, and manifests never contain its value: unset it, "
+            f"or {KEY_ADVICE[args['target']]}"
         )
     models = {k: v for k in ("text_model", "image_model") if (v := args.get(k)) is not None}
     if models and options.bento:
         raise ConfigError(
-            "a bento has its own models: leave out --bento and name its --image, or leave out "
-            "--text-model and --image-model"
+            "a bento has its models: leave out --bento and name its image with --image, or "
+            "leave out --text-model and --image-model"
         )
     return settings.model_copy(update=models)
 
@@ -97,48 +99,46 @@ def _parser() -> argparse.ArgumentParser:
     for target, (meaning, _) in RENDERERS.items():
         options = targets.add_parser(target, help=meaning, allow_abbrev=False)
         add = options.add_argument
-        add("--name", type=_name, help="what it is called (default: triptych)")
+        add("--name", type=_name, help="name of the deployment (default: triptych)")
         if target != "ray":
-            add("--bento", metavar="TAG", help="a bento of the store, with models in it")
+            add("--bento", metavar="TAG", help="a bento of the store with models")
         if target != "bentocloud":
-            add(
-                "--text-model", help="a tag of the store or a folder (default: TRIPTYCH_TEXT_MODEL)"
-            )
-            add("--image-model", help="the same (default: TRIPTYCH_IMAGE_MODEL)")
+            for kind in ("text", "image"):
+                default = variable(f"{kind}_model")
+                help_ = f"a tag of the store or a folder (default: {default})"
+                add(f"--{kind}-model", help=help_)
             add("--cpus", type=_count, help="CPU cores of a replica")
         if target in ("kubernetes", "compose", "run"):
             add("--image", help="the image to run (default: the bento's tag)")
             add("--memory", type=_count, metavar="GIB", help="memory of a replica")
-            what = "a claim" if target == "kubernetes" else "a folder or a volume"
-            add("--model-volume", help=f"{what} that holds a folder for each model, by its name")
+            volume = "a claim" if target == "kubernetes" else "a folder or a volume"
+            add("--model-volume", help=f"{volume} with one folder for each model, named after it")
         if target in ("compose", "run"):
-            help_ = "hand TRIPTYCH_API_KEY through, as the shell has it then"
+            help_ = "pass through TRIPTYCH_API_KEY of the shell that starts the container"
             add("--api-key", action="store_true", help=help_)
         elif target in SECRETS:
             add("--api-key-secret", metavar="NAME", help=SECRETS[target])
         if target not in ("compose", "run"):
-            add("--replicas", type=_count, help="how many, or how many at least (default: 1)")
-            add(
-                "--max-replicas",
-                type=_count,
-                help="up to how many it scales (default: it does not)",
-            )
+            add("--replicas", type=_count, help="number of replicas, or the smallest (default: 1)")
+            help_ = "the largest number of replicas (default: no scaling)"
+            add("--max-replicas", type=_count, help=help_)
         if target == "kubernetes":
             add("--namespace", type=_name, help="(default: default)")
-            add("--autoscaler", choices=("keda", "hpa"), help="what scales it (default: keda)")
-            help_ = "update replica by replica, where there is no room for one more"
+            add("--autoscaler", choices=("keda", "hpa"), help="(default: keda)")
+            help_ = "stop a replica before its update starts, if there are no GPUs for one more"
             add("--no-surge", dest="surge", action="store_false", help=help_)
-            add("--prometheus", default=PROMETHEUS, help="where KEDA asks (default: %(default)s)")
+            help_ = "address of Prometheus for KEDA (default: %(default)s)"
+            add("--prometheus", default=PROMETHEUS, help=help_)
         if target == "bentocloud":
-            add(
-                "--instance-type", help="one of your BentoCloud's (default: it chooses by the GPUs)"
-            )
+            add("--instance-type", help="(default: BentoCloud chooses by the number of GPUs)")
     return parser
 
 
 def _name(value: str) -> str:
     if not re.fullmatch(NAME, value):
-        raise argparse.ArgumentTypeError("must be lower case letters, digits and hyphens, up to 40")
+        raise argparse.ArgumentTypeError(
+            "must be at most 40 lower-case letters, digits and hyphens, and begin with a letter"
+        )
     return value
 
 

@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
-# Runs at the end of the image build, where bentofile.yaml's packages are installed.
+# Installs Triptych's packages into the image. BentoML runs it in the bento's folder, after creating
+# the virtual environment (bentofile.yaml), where service.py has put pyproject.toml: all versions are
+# in there.
 set -euo pipefail
-# DeepSpeed asks for torch while it is built: not in isolation. Its operators are compiled when a
-# model first needs them, for the GPU that is there; DS_BUILD_* of the base image say otherwise.
-uv pip install "setuptools>=77" wheel
-DS_BUILD_OPS="${DS_BUILD_OPS:-0}" uv pip install --no-build-isolation deepspeed==0.19.8
-# MII's own requirements name wrong packages; bentofile.yaml has the right ones.
-uv pip install --no-deps deepspeed-mii==0.3.3
+project=src/pyproject.toml
+uv pip install --requirements "$project"
+# Building DeepSpeed takes torch, so it is not isolated. By default its operators are compiled when a
+# model first needs them, for the GPU of the machine; DS_BUILD_* in the base image change that.
+DS_BUILD_OPS="${DS_BUILD_OPS:-0}" uv pip install --no-build-isolation --requirements "$project" --extra mii
+pinned() {
+    python -c 'import sys, tomllib
+with open(sys.argv[1], "rb") as file:
+    print(tomllib.load(file)["tool"]["triptych"]["pinned"][sys.argv[2]])' "$project" "$1"
+}
+# The requirements that MII itself declares are wrong; the extra `mii` has the right ones.
+uv pip install --no-deps "$(pinned mii)"
 if command -v nvcc >/dev/null; then
-    # The compiled part of FastGen's kernels; x86 only, as FastGen is.
-    uv pip install deepspeed-kernels==0.0.1.dev1698255861
+    # The compiled part of FastGen's kernels, for x86 as FastGen itself.
+    uv pip install "$(pinned fastgen-kernels)"
 fi

@@ -1,4 +1,4 @@
-"""A BentoML home with models and a bento made of them, as a user has one before deploying."""
+"""A BentoML home with models and a bento of them, as a user has before deploying."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLIT = {"engine": "deepspeed", "tensor_parallel": 2, "max_batch_size": 8, "star
 
 @dataclass(frozen=True)
 class Home:
-    """A BentoML home, and the tags of what is in it."""
+    """A BentoML home, and the tags of its models and bento."""
 
     path: Path
     split: str
@@ -31,7 +31,7 @@ class Home:
     large: str
     """Not a model, but larger than one part of an upload."""
     bento: str = ""
-    """Made of `split` and `image`."""
+    """Built with `split` and `image`."""
 
     def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run `bentoml`, from the repository."""
@@ -53,7 +53,7 @@ def stored(name: str, folder: Path, setup: dict[str, object]) -> str:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    """The models and the bento; nothing writes to it."""
+    """The models and the bento; read-only for the tests."""
     from tests.support.model_store import store_at, write_pipeline
 
     work = tmp_path_factory.mktemp("deploy")
@@ -70,21 +70,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
             work / "home",
             split=stored("split", text, SPLIT),
             plain=stored("plain", text, {"gpus": 0}),
-            image=stored("painter", image, {"max_batch_images": 4}),
+            image=stored("diffusion", image, {"max_batch_images": 4}),
             large=stored("large", sparse, {}),
         )
-    chosen = ("--arg", "text_model=split", "--arg", "image_model=painter")
+    chosen = ("--arg", "text_model=split", "--arg", "image_model=diffusion")
     done = made.run("build", ".", "-o", "tag", *chosen)
     assert done.returncode == 0, done.stderr
-    found = re.search(r"triptych:\w+", done.stdout)
-    assert found is not None
-    return replace(made, bento=found[0])
+    [tag] = re.findall(r"triptych:\w+", done.stdout)
+    return replace(made, bento=tag)
 
 
 @pytest.fixture
 def store(home: Home, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    """The home as this process's own, without any of the developer's choices."""
-    # Not above: what importing BentoML warns of, the settings of pytest do not know to ignore yet.
+    """The home as the stores of this process, without the developer's `TRIPTYCH_*` variables."""
+    # Imported here: pytest ignores BentoML's warnings only after it has loaded this file.
     from bentoml._internal.bento import BentoStore
     from bentoml._internal.configuration.containers import BentoMLContainer
     from bentoml._internal.models import ModelStore
@@ -108,7 +107,7 @@ Render = Callable[..., str]
 def render(
     store: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Render:
-    """`python -m deploy.render`: what it prints, else the sentence with which it refuses."""
+    """`python -m deploy.render`: its output, or its error."""
     from deploy.render import main
     from settings import get_settings
 

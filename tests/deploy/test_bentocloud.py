@@ -1,4 +1,4 @@
-"""BentoCloud: the real `bentoml push` and `bentoml deploy` against a double that is as strict."""
+"""BentoCloud: the real `bentoml push` and `bentoml deploy` against a fake that is as strict."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Start = Callable[[Transport], BentoCloud]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a double with nothing in it."""
+    """Starts an empty fake of BentoCloud."""
     running: list[BentoCloud] = []
 
     def started(transport: Transport) -> BentoCloud:
@@ -37,24 +37,24 @@ def key(kind: str, tag: str) -> tuple[str, str, str]:
     return kind, name, version
 
 
-def pushed(home: Home, cloud: BentoCloud, *what: str) -> str:
-    """What a push that worked prints."""
-    done = home.run(*what, **cloud.variables)
+def output(home: Home, cloud: BentoCloud, *arguments: str) -> str:
+    """The output of a `bentoml` command that succeeds."""
+    done = home.run(*arguments, **cloud.variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("transport", ["proxy", "presigned", "multipart"])
-def test_a_push_brings_the_bento_and_its_models(
+def test_a_push_uploads_the_bento_and_its_models(
     home: Home, start: Start, transport: Transport
 ) -> None:
     cloud = start(transport)
-    pushed(home, cloud, "push", home.bento)
+    output(home, cloud, "push", home.bento)
     wanted = {key("bento", home.bento), key("model", home.split), key("model", home.image)}
     assert cloud.items.keys() == wanted
     assert {(item.status, item.uploads) for item in cloud.items.values()} == {("success", 1)}
-    assert len(cloud.made("PUT", "/upload")) == (3 if transport == "proxy" else 0)
-    assert len(cloud.made("PUT", "blob")) == (0 if transport == "proxy" else 3)
+    assert len(cloud.calls_to("PUT", "/upload")) == (3 if transport == "proxy" else 0)
+    assert len(cloud.calls_to("PUT", "blob")) == (0 if transport == "proxy" else 3)
     bento, model = cloud.items[key("bento", home.bento)], cloud.items[key("model", home.split)]
     assert {"src/service.py", "env/docker/Dockerfile"} <= set(bento.names)
     assert {"setup_config.json", "model/model.safetensors"} <= set(model.names)
@@ -63,23 +63,23 @@ def test_a_push_brings_the_bento_and_its_models(
     assert service["config"]["traffic"]["concurrency"] == 12
 
 
-def test_a_large_model_goes_in_parts(home: Home, start: Start) -> None:
+def test_a_large_model_is_uploaded_in_parts(home: Home, start: Start) -> None:
     cloud = start("multipart")
-    pushed(home, cloud, "models", "push", home.large)
+    output(home, cloud, "models", "push", home.large)
     assert cloud.items[key("model", home.large)].status == "success"
-    assert len(cloud.made("PUT", "blob")) == 2
+    assert len(cloud.calls_to("PUT", "blob")) == 2
 
 
-def test_what_is_there_is_not_sent_again(home: Home, start: Start) -> None:
+def test_what_has_been_uploaded_is_not_sent_again(home: Home, start: Start) -> None:
     cloud = start("proxy")
-    pushed(home, cloud, "models", "push", home.split)
-    pushed(home, cloud, "push", home.bento)
-    assert "already exists" in pushed(home, cloud, "push", home.bento)
+    output(home, cloud, "models", "push", home.split)
+    output(home, cloud, "push", home.bento)
+    assert "already exists" in output(home, cloud, "push", home.bento)
     assert [item.uploads for item in cloud.items.values()] == [1, 1, 1]
-    assert len(cloud.made("PUT", "/upload")) == 3
+    assert len(cloud.calls_to("PUT", "/upload")) == 3
 
 
-def test_a_push_that_was_killed_is_taken_up_again(home: Home, start: Start) -> None:
+def test_a_killed_push_is_resumed(home: Home, start: Start) -> None:
     cloud = start("proxy")
     cloud.stall = "bento"
     command, env = bentoml_command("push", home.bento), environment(home.path, **cloud.variables)
@@ -89,14 +89,14 @@ def test_a_push_that_was_killed_is_taken_up_again(home: Home, start: Start) -> N
     bento = cloud.items[key("bento", home.bento)]
     assert (bento.status, bento.uploads) == ("uploading", 0)
     cloud.stall = None
-    pushed(home, cloud, "push", home.bento)
-    # The models had come, and the bento was known: only its files are sent.
+    output(home, cloud, "push", home.bento)
+    # The models were complete and the bento was registered: only its files are sent.
     assert {(item.status, item.uploads) for item in cloud.items.values()} == {("success", 1)}
-    assert len(cloud.made("POST", "/bentos")) == 1
-    assert len(cloud.made("PUT", "/upload")) == 4
+    assert len(cloud.calls_to("POST", "/bentos")) == 1
+    assert len(cloud.calls_to("PUT", "/upload")) == 4
 
 
-def test_a_wrong_token_is_told(home: Home, start: Start) -> None:
+def test_a_wrong_token_is_reported(home: Home, start: Start) -> None:
     cloud = start("proxy")
     wrong = cloud.variables | {"BENTO_CLOUD_API_KEY": "another"}
     done = home.run("push", home.bento, **wrong)
@@ -107,19 +107,19 @@ def test_a_wrong_token_is_told(home: Home, start: Start) -> None:
 
 def test_a_deployment(home: Home, start: Start) -> None:
     cloud = start("presigned")
-    pushed(home, cloud, "push", "triptych:latest")
-    told = pushed(home, cloud, "deploy", "-f", "deploy/bentocloud.yaml")
-    assert 'Deployment "triptych" is ready' in told.replace("\n", " ")
+    output(home, cloud, "push", "triptych:latest")
+    text = output(home, cloud, "deploy", "-f", "deploy/bentocloud.yaml")
+    assert 'Deployment "triptych" is ready' in text.replace("\n", " ")
     wanted = yaml.safe_load((ROOT / "deploy/bentocloud.yaml").read_text())
     made = cloud.deployments[wanted["name"]]
     [target] = made["latest_revision"]["targets"]
     assert target["bento"]["version"] == home.bento.partition(":")[2]
-    # BentoML drops what it does not know without a word: everything has to have come through.
+    # BentoML drops unknown keys without a warning, so each key of the file has to have arrived.
     assert missing(wanted, target["config"]) == {"name", "bento"}
 
 
 def missing(wanted: Any, got: Any, where: str = "") -> set[str]:
-    """Paths of values that did not come through."""
+    """Paths of values that did not arrive."""
     if isinstance(wanted, dict):
         inner = (
             {k} if k not in got else missing(v, got[k], f"{where}{k}.") for k, v in wanted.items()
@@ -133,6 +133,6 @@ def test_a_deployment_pushes_what_is_missing(home: Home, start: Start, tmp_path:
     content = yaml.safe_load((ROOT / "deploy/bentocloud.yaml").read_text())
     file = tmp_path / "bentocloud.yaml"
     file.write_text(yaml.safe_dump(content | {"bento": home.bento}))
-    pushed(home, cloud, "deploy", "-f", os.fspath(file))
-    assert len(cloud.made("PUT", "/upload")) == 3
+    output(home, cloud, "deploy", "-f", os.fspath(file))
+    assert len(cloud.calls_to("PUT", "/upload")) == 3
     assert cloud.deployments

@@ -1,7 +1,7 @@
-"""The deploy guide tells the truth: its commands run, in its order, as it has them.
+"""The deploy guide: its commands run as they are written, one after another.
 
-What is not here is stood in for by a stub that takes note of what it was asked: docker, kubectl,
-and Ray's `serve`. All else is real, but for BentoCloud, which is the double.
+docker, kubectl and Ray's `serve` are stubs that record their arguments, and BentoCloud is the fake.
+Everything else is real.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The image, really built and really served: `make image-test`, as root, with buildah and podman.
+"""The image, built and served: `make image-test`, as root, with buildah and podman.
 
-No Docker engine takes part. What needs CUDA's base image elsewhere is built from a Debian of our
-own making (debootstrap) here, by the same Containerfile, and the bento on top by `bentoml
-containerize`. The build may use what the host's own pip is configured with.
+It needs no Docker engine. Instead of CUDA's image, `deploy/Containerfile` starts from a plain
+Debian (debootstrap); `bentoml containerize` builds the bento's image on top. The build may use the
+package sources that this machine's pip is configured with.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -33,32 +34,32 @@ TOOLS = ("buildah", "debootstrap", "podman", "runc")
 DEBIAN, PACKAGES = "bookworm", "python3,python3-venv,python3-pip,ca-certificates,curl"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PLAIN, BASE, IMAGE = "localhost/plain", "localhost/triptych-base", "localhost/triptych:1"
-# Without systemd, and within another container.
+# For a machine without systemd, inside another container.
 PODMAN = ("--cgroup-manager=cgroupfs", "--runtime=runc", "--events-backend=file")
 RUN = ("--detach", "--network=host", "--cgroups=enabled", "--log-driver=k8s-file")
 LIMITS = ("--ulimit=nofile=1024:20000", "--ulimit=nproc=4096:4096")
-# Of the rendered command: the host's network needs no ports, limits need cgroups of our own, and
-# podman's health checks need systemd.
-NOT_HERE = re.compile("--(publish|memory|health-.*)")
+# Options of the rendered command that this test drops: the host's network needs no ports, limits
+# need cgroups that may be created, and podman's health checks need systemd.
+DROPPED = re.compile("--(publish|memory|health-.*)")
 
 pytestmark = [
     pytest.mark.image,
     pytest.mark.timeout(3600),
     pytest.mark.skipif(
-        "TRIPTYCH_IMAGE_TEST" not in os.environ, reason="takes minutes and root: make image-test"
+        "TRIPTYCH_IMAGE_TEST" not in os.environ, reason="needs minutes and root: make image-test"
     ),
 ]
 
 
 @dataclass(frozen=True)
 class Builder:
-    """Tools with a storage of their own, which goes with the test."""
+    """buildah and podman with a private storage, removed after the tests."""
 
     work: Path
     env: dict[str, str]
 
     def run(self, *command: str, timeout: float = 1800, check: bool = True) -> str:
-        """Run one of them, for its output."""
+        """Run a command. Returns its output."""
         done = subprocess.run(
             command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=timeout
         )
@@ -70,39 +71,52 @@ class Builder:
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Builder]:
-    """Buildah and podman with a storage of their own."""
+    """Tools whose storage is a temporary folder."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     assert not missing, f"apt-get install {' '.join(missing)}"
     assert os.geteuid() == 0, "debootstrap needs root"
     work = tmp_path_factory.mktemp("image")
-    (work / "storage.conf").write_text(
-        f'[storage]\ndriver = "vfs"\ngraphroot = "{work}/graph"\nrunroot = "{work}/run"\n'
-    )
     env = environment(
         work / "bentoml",
         CONTAINERS_STORAGE_CONF=str(work / "storage.conf"),
         BUILDAH_ISOLATION="chroot",
     )
-    yield Builder(work, env)
-    shutil.rmtree(work, ignore_errors=True)
+    builder = Builder(work, env)
+    # vfs copies all files of an image for each of its layers, but works on any filesystem.
+    for driver in ("overlay", "vfs"):
+        (work / "storage.conf").write_text(
+            f'[storage]\ndriver = "{driver}"\n'
+            f'graphroot = "{work}/{driver}"\nrunroot = "{work}/run"\n'
+        )
+        if container := builder.run("buildah", "from", "scratch", check=driver == "vfs"):
+            builder.run("buildah", "rm", container)
+            break
+    yield builder
+    subprocess.run(["rm", "-rf", work], check=False)  # quicker than shutil for a whole system
 
 
 @pytest.fixture(scope="module")
-def base(builder: Builder) -> str:
-    """`deploy/Containerfile` over a plain Debian."""
+def base(builder: Builder) -> Iterator[Future[str]]:
+    """The base image, built in a thread while the bento is built."""
+    with ThreadPoolExecutor() as pool:
+        yield pool.submit(_build_base, builder)
+
+
+def _build_base(builder: Builder) -> str:
+    """Build `deploy/Containerfile` over a plain Debian. Returns its name."""
     root = os.environ.get("TRIPTYCH_IMAGE_ROOTFS") or str(builder.work / "rootfs")
     if not Path(root).is_dir():
         builder.run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", DEBIAN, root)
     container = builder.run("buildah", "from", "scratch")
     builder.run("buildah", "add", container, root, "/")
-    _lend_pip(builder, container)
+    _copy_package_sources(builder, container)
     builder.run("buildah", "commit", "--rm", container, PLAIN)
     builder.run("buildah", "build", "--build-arg", f"BASE={PLAIN}", "-t", BASE, "deploy")
     return BASE
 
 
-def _lend_pip(builder: Builder, container: str) -> None:
-    """Give an image the certificates and package sources that this machine's pip has."""
+def _copy_package_sources(builder: Builder, container: str) -> None:
+    """Give an image the certificates and package sources of this machine's pip."""
     if CERTIFICATES.is_file():
         builder.run("buildah", "copy", container, str(CERTIFICATES), str(CERTIFICATES))
     environment = {
@@ -122,18 +136,19 @@ def _lend_pip(builder: Builder, container: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def bento(builder: Builder, base: str) -> str:
-    """`bentoml build` with both demo models: the bento's tag."""
+def bento(builder: Builder, base: Future[str]) -> str:
+    """The tag of a bento with both demo models, based on `base`."""
     python, bentoml = sys.executable, bentoml_command()[0]
     builder.run(python, "-m", "model_store_scripts.make_demo_models")
     chosen = ["--arg", "text_model=demo-text", "--arg", "image_model=demo-image"]
-    built = builder.run(bentoml, "build", ".", "-o", "tag", *chosen, "--arg", f"base_image={base}")
+    built = builder.run(bentoml, "build", ".", "-o", "tag", *chosen, "--arg", f"base_image={BASE}")
     return built.split("__tag__:")[-1]
 
 
 @pytest.fixture(scope="module")
-def image(builder: Builder, bento: str) -> str:
-    """`bentoml containerize` of the bento."""
+def image(builder: Builder, base: Future[str], bento: str) -> str:
+    """The image of the bento, by `bentoml containerize`."""
+    assert base.result() == BASE
     labels = builder.run(sys.executable, "-m", "deploy.labels", bento).split()
     containerize = (bentoml_command()[0], "containerize", bento, "--backend", "buildah")
     builder.run(*containerize, "-t", IMAGE, *labels)
@@ -142,14 +157,14 @@ def image(builder: Builder, bento: str) -> str:
 
 @pytest.fixture
 def container(builder: Builder, bento: str, image: str) -> Iterator[tuple[str, str]]:
-    """A container of the image, run as `deploy.render` says: its id and its address."""
+    """The id and the address of a container, run by the command of `deploy.render`."""
     port = free_port()
     render = (sys.executable, "-m", "deploy.render", "run", "--bento", bento, "--image", image)
     rendered = replace(builder, env=builder.env | {"PORT": str(port)}).run(*render)
     options = [
         option
         for line in rendered.split("\\\n")[1:]
-        if not NOT_HERE.fullmatch((option := shlex.split(line))[0])
+        if not DROPPED.fullmatch((option := shlex.split(line))[0])
     ]
     started = builder.run("podman", *PODMAN, "run", *RUN, *LIMITS, *chain.from_iterable(options))
     try:
@@ -158,7 +173,7 @@ def container(builder: Builder, bento: str, image: str) -> Iterator[tuple[str, s
         subprocess.run(["podman", *PODMAN, "rm", "-f", started], env=builder.env, check=False)
 
 
-def test_the_image_serves_text_and_pictures_and_leaves_nothing(
+def test_the_image_serves_text_and_images_and_stops_cleanly(
     builder: Builder, container: tuple[str, str]
 ) -> None:
     name, url = container
@@ -180,16 +195,16 @@ def test_the_image_serves_text_and_pictures_and_leaves_nothing(
     )
     family = [main, *main.children(recursive=True)]
     assert len(family) > 3
-    assert {process.uids().real for process in family} == {1034}, "somebody is root"
+    assert {process.uids().real for process in family} == {1034}, "a process runs as root"
 
-    asked = {"prompt": "Where does Fenna live?", "max_new_tokens": 8, "temperature": 0}
-    text = httpx.post(f"{url}/generate", json=asked, timeout=120)
+    request = {"prompt": "Where does Fenna live?", "max_new_tokens": 8, "temperature": 0}
+    text = httpx.post(f"{url}/generate", json=request, timeout=120)
     assert text.status_code == 200, text.text
     assert text.json()["outputs"][0]["generated_text"].strip()
-    wish = {"prompt": "a red circle", "n": 1, "size": "64x64", "seed": 1}
-    picture = httpx.post(f"{url}/v1/images/generations", json=wish, timeout=300)
-    assert picture.status_code == 200, picture.text
-    assert base64.b64decode(picture.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
+    request = {"prompt": "a red circle", "n": 1, "size": "64x64", "seed": 1}
+    images = httpx.post(f"{url}/v1/images/generations", json=request, timeout=300)
+    assert images.status_code == 200, images.text
+    assert base64.b64decode(images.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
 
     builder.run("podman", *PODMAN, "kill", "--signal", "TERM", name)
     builder.run("podman", *PODMAN, "wait", name, timeout=120)
@@ -198,7 +213,7 @@ def test_the_image_serves_text_and_pictures_and_leaves_nothing(
     assert not alive(family)
 
 
-def test_the_image_says_what_it_needs(builder: Builder, image: str) -> None:
+def test_the_labels_and_variables_of_the_image(builder: Builder, image: str) -> None:
     config = json.loads(builder.run("buildah", "inspect", "--type", "image", image))["OCIv1"][
         "config"
     ]

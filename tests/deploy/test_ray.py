@@ -1,4 +1,4 @@
-"""The service under Ray Serve: what is rendered, deployed on a local Ray, two replicas."""
+"""The service under Ray Serve: two replicas on a local Ray, deployed from the rendered config."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COUNT, LIMIT, KEY = 24, 4, "sesame"
 
 @dataclass(frozen=True)
 class Deployed:
-    """The application: where it listens, and its config file."""
+    """The application, a client for it, and its config file."""
 
     cluster: RayCluster
     client: httpx.Client
@@ -41,14 +41,16 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline."""
     from tests.support.image_models import write_image_model
 
-    return write_image_model("stable-diffusion", tmp_path_factory.mktemp("models") / "painter")
+    return write_image_model(
+        "stable-diffusion", tmp_path_factory.mktemp("models") / "tiny-diffusion"
+    )
 
 
 @pytest.fixture(scope="module")
 def ray(
     text_model: Path, image_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Deployed]:
-    """Two replicas of a text and an image model; nothing of them or of Ray is left afterwards."""
+    """Two replicas of a text and an image model. No process or file of them or of Ray remains."""
     home, port = tmp_path_factory.mktemp("ray"), free_port()
     models = []
     for model in (text_model, image_model):
@@ -79,19 +81,19 @@ def ray(
         shutil.rmtree(tasks, ignore_errors=True)
 
 
-def test_text_streams_as_it_is_made(ray: Deployed, text_model: Path) -> None:
+def test_text_is_streamed_as_it_is_generated(ray: Deployed, text_model: Path) -> None:
     [want] = greedy(text_model, ["hello"], COUNT)
     body = {"prompt": "hello", "max_new_tokens": COUNT, "ignore_eos": True, "temperature": 0}
-    ids, arrivals = [], 0
+    ids, chunks = [], 0
     with ray.client.stream("POST", "/generate_stream", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         for chunk in answer.iter_text():
-            arrivals += 1
+            chunks += 1
             for line in chunk.splitlines():
                 if line.startswith("data: "):
                     ids += json.loads(line.removeprefix("data: ")).get("token_ids", [])
     assert ids == want
-    assert arrivals > COUNT / 4, "the answer came in one piece"
+    assert chunks > COUNT / 4, "the answer came in one piece"
 
 
 def test_both_replicas_answer(ray: Deployed) -> None:
@@ -112,7 +114,7 @@ def test_bad_input_keeps_its_status(ray: Deployed) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
 
 
-def test_one_more_than_there_is_room_for_is_refused_and_keeps_no_probe_waiting(
+def test_a_request_above_the_limit_is_refused_and_probes_are_still_answered(
     ray: Deployed,
 ) -> None:
     body = {"prompt": "hello", "max_new_tokens": 8000, "ignore_eos": True}
@@ -135,7 +137,7 @@ def test_metrics(ray: Deployed) -> None:
     assert 'triptych_requests_total{route="' in text
 
 
-def test_the_key_is_the_one_ray_was_started_with(ray: Deployed) -> None:
+def test_the_api_key_is_that_of_the_environment_of_ray_start(ray: Deployed) -> None:
     url = ray.client.base_url
     assert httpx.get(f"{url}/v1/models").status_code == 401
     assert httpx.get(f"{url}/readyz").status_code == 200
@@ -143,23 +145,23 @@ def test_the_key_is_the_one_ray_was_started_with(ray: Deployed) -> None:
     assert KEY not in ray.config + ray.cluster.status()
 
 
-def test_any_replica_knows_of_a_task(ray: Deployed) -> None:
-    wish = {"prompt": "a red circle", "num_inference_steps": 40}
-    answer = ray.client.post("/generate_image_task/submit", json=wish)
+def test_any_replica_knows_a_job(ray: Deployed) -> None:
+    request = {"prompt": "a red circle", "num_inference_steps": 40}
+    answer = ray.client.post("/generate_image_task/submit", json=request)
     assert answer.status_code == 200, answer.text
-    task = {"task_id": answer.json()["task_id"]}
-    told: list[str] = []
+    job = {"task_id": answer.json()["task_id"]}
+    states: list[str] = []
 
     def completed() -> bool:
-        status = ray.client.get("/generate_image_task/status", params=task)
-        assert status.status_code == 200, f"after {told}: {status.text}"
-        told.append(status.json()["status"])
-        return bool(told[-1] == "completed")
+        status = ray.client.get("/generate_image_task/status", params=job)
+        assert status.status_code == 200, f"after {states}: {status.text}"
+        states.append(status.json()["status"])
+        return states[-1] == "completed"
 
-    wait_until(completed, 60, "the picture is painted")
+    wait_until(completed, 60, "the image is generated")
     for _ in range(8):
-        picture = ray.client.get("/generate_image_task/get", params=task)
-        assert picture.headers["content-type"] == "image/png", picture.text
+        image = ray.client.get("/generate_image_task/get", params=job)
+        assert image.headers["content-type"] == "image/png", image.text
     [application] = yaml.safe_load(ray.config)["applications"]
     folder = Path(application["runtime_env"]["env_vars"]["BENTOML_RESULT_STORE"]).parent
     assert folder.stat().st_mode & 0o777 == 0o700

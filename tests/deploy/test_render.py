@@ -1,4 +1,4 @@
-"""Rendered manifests: they fit the schemas of what reads them, and say what the models need."""
+"""Rendered manifests: they match the schemas of what reads them, and have what the models need."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def pod(manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[
 
 def test_kubernetes(render: Render, store: Home) -> None:
     text = render("kubernetes", "--bento", store.bento, "--image", "registry.example/triptych:1")
-    found = check_kubernetes(text)
-    assert set(found) == {"Service", "Deployment", "PodDisruptionBudget"}
-    spec, container, env = pod(found["Deployment"])
+    manifests = check_kubernetes(text)
+    assert set(manifests) == {"Service", "Deployment", "PodDisruptionBudget"}
+    spec, container, env = pod(manifests["Deployment"])
     # The split text model's two ranks and the image model's one.
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "3"
     assert container["image"] == "registry.example/triptych:1"
@@ -56,22 +56,22 @@ def test_kubernetes(render: Render, store: Home) -> None:
     assert not spec["enableServiceLinks"]
     assert not [name for name in env if name.startswith("TRIPTYCH_")]
     assert env["MAX_JOBS"] == container["resources"]["requests"]["cpu"]
-    deployment = found["Deployment"]["spec"]
+    deployment = manifests["Deployment"]["spec"]
     assert deployment["replicas"] == 1
-    # A start that is allowed is no failed rollout.
+    # A start within start_timeout is not a failed rollout.
     allowed = spec["terminationGracePeriodSeconds"] + 900
     assert deployment["progressDeadlineSeconds"] > allowed
     assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
-    assert "sessionAffinity" not in found["Service"]["spec"]
+    assert "sessionAffinity" not in manifests["Service"]["spec"]
 
 
-def test_an_update_may_have_to_do_without_one_more_replica(render: Render, store: Home) -> None:
-    found = check_kubernetes(render("kubernetes", "--bento", store.bento, "--no-surge"))
-    update = found["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+def test_an_update_without_surge_stops_a_replica_first(render: Render, store: Home) -> None:
+    manifests = check_kubernetes(render("kubernetes", "--bento", store.bento, "--no-surge"))
+    update = manifests["Deployment"]["spec"]["strategy"]["rollingUpdate"]
     assert update == {"maxSurge": 0, "maxUnavailable": 1}
 
 
-def test_limits_that_are_set_here_hold_there(render: Render, store: Home) -> None:
+def test_settings_made_here_apply_to_the_deployment(render: Render, store: Home) -> None:
     set_here = {
         "TRIPTYCH_REQUEST_TIMEOUT": "7200",
         "TRIPTYCH_START_TIMEOUT": "1800",
@@ -80,8 +80,8 @@ def test_limits_that_are_set_here_hold_there(render: Render, store: Home) -> Non
         "PORT": "8080",
     }
     text = render("kubernetes", "--bento", store.bento, "--max-replicas", "3", **set_here)
-    found = check_kubernetes(text)
-    spec, container, env = pod(found["Deployment"])
+    manifests = check_kubernetes(text)
+    spec, container, env = pod(manifests["Deployment"])
     assert spec["terminationGracePeriodSeconds"] > 7200
     assert 10 * container["startupProbe"]["failureThreshold"] > 1800
     assert container["ports"] == [{"name": "http", "containerPort": 8080}]
@@ -90,56 +90,59 @@ def test_limits_that_are_set_here_hold_there(render: Render, store: Home) -> Non
         "TRIPTYCH_REQUEST_TIMEOUT": "7200.0",
         "TRIPTYCH_START_TIMEOUT": "1800.0",
     }
-    thresholds = [t["metadata"]["threshold"] for t in found["ScaledObject"]["spec"]["triggers"]]
+    thresholds = [t["metadata"]["threshold"] for t in manifests["ScaledObject"]["spec"]["triggers"]]
     assert thresholds == ["5", "4"]
 
 
 @pytest.mark.parametrize("scaler", ["keda", "hpa"])
-def test_scaling_by_what_is_in_the_house(render: Render, store: Home, scaler: str) -> None:
+def test_scaling_by_admitted_requests(render: Render, store: Home, scaler: str) -> None:
     options = ["--replicas", "2", "--max-replicas", "5", "--autoscaler", scaler]
     key = ["--api-key-secret", "door"]
-    found = check_kubernetes(render("kubernetes", "--bento", store.bento, *options, *key))
-    assert "replicas" not in found["Deployment"]["spec"]
-    # A task is asked for where it was submitted.
-    assert found["Service"]["spec"]["sessionAffinity"] == "ClientIP"
-    [common] = {str(manifest["metadata"]["labels"]) for manifest in found.values()}
+    manifests = check_kubernetes(render("kubernetes", "--bento", store.bento, *options, *key))
+    assert "replicas" not in manifests["Deployment"]["spec"]
+    # A job is looked up at the replica that accepted it.
+    assert manifests["Service"]["spec"]["sessionAffinity"] == "ClientIP"
+    [common] = {str(manifest["metadata"]["labels"]) for manifest in manifests.values()}
     assert "'app.kubernetes.io/instance': 'triptych'" in common
-    [endpoint] = found["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    [endpoint] = manifests["PodMonitor"]["spec"]["podMetricsEndpoints"]
     secret = {"name": "door", "key": "api-key"}
     assert endpoint["authorization"]["credentials"] == secret
-    _, _, env = pod(found["Deployment"])
+    _, _, env = pod(manifests["Deployment"])
     assert env["TRIPTYCH_API_KEY"] == {"secretKeyRef": secret}
-    selected = found["PodMonitor"]["spec"]["selector"]["matchLabels"]
-    assert selected.items() <= found["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+    selected = manifests["PodMonitor"]["spec"]["selector"]["matchLabels"]
+    assert (
+        selected.items()
+        <= manifests["Deployment"]["spec"]["template"]["metadata"]["labels"].items()
+    )
     if scaler == "keda":
-        spec = found["ScaledObject"]["spec"]
+        spec = manifests["ScaledObject"]["spec"]
         assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (2, 5)
-        asked = [t["metadata"] for t in spec["triggers"]]
-        assert [a["threshold"] for a in asked] == ["8", "4"]
-        for model, one in zip(("split", "painter"), asked, strict=True):
-            assert one["query"].startswith("sum(triptych_admitted_sequences{")
-            assert f'model="{model}"' in one["query"]
-            pods = re.search(r'pod=~"([^"]+)"', one["query"])
+        triggers = [t["metadata"] for t in spec["triggers"]]
+        assert [t["threshold"] for t in triggers] == ["8", "4"]
+        for model, trigger in zip(("split", "diffusion"), triggers, strict=True):
+            assert trigger["query"].startswith("sum(triptych_admitted_sequences{")
+            assert f'model="{model}"' in trigger["query"]
+            pods = re.search(r'pod=~"([^"]+)"', trigger["query"])
             assert pods is not None
             assert re.fullmatch(pods[1], "triptych-7d9c5b8f6c-x2x9z")
             assert not re.fullmatch(pods[1], "triptych-second-7d9c5b8f6c-x2x9z")
     else:
-        spec = found["HorizontalPodAutoscaler"]["spec"]
+        spec = manifests["HorizontalPodAutoscaler"]["spec"]
         assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 5)
-        asked = [m["pods"] for m in spec["metrics"]]
-        assert [a["target"]["averageValue"] for a in asked] == ["8", "4"]
-        names = [a["metric"]["selector"]["matchLabels"]["model"] for a in asked]
-        assert names == ["split", "painter"]
+        metrics = [m["pods"] for m in spec["metrics"]]
+        assert [m["target"]["averageValue"] for m in metrics] == ["8", "4"]
+        names = [m["metric"]["selector"]["matchLabels"]["model"] for m in metrics]
+        assert names == ["split", "diffusion"]
 
 
 def test_models_on_a_volume_and_on_cpus(render: Render, store: Home) -> None:
     options = ["--text-model", "plain", "--model-volume", "weights", "--image", "t:1"]
-    found = check_kubernetes(render("kubernetes", *options, "--cpus", "5", "--memory", "9"))
-    spec, container, env = pod(found["Deployment"])
+    manifests = check_kubernetes(render("kubernetes", *options, "--cpus", "5", "--memory", "9"))
+    spec, container, env = pod(manifests["Deployment"])
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
     assert "tolerations" not in spec
     assert container["resources"]["requests"] == {"cpu": "5", "memory": "9Gi"}
-    # A container sees the machine's cores: how many it has, it must be told.
+    # A container sees all cores of the machine, so the number of threads is set.
     assert env["TRIPTYCH_NUM_THREADS"] == "4"
     assert env["TRIPTYCH_TEXT_MODEL"] == "/models/plain"
     mount = {"name": "models", "mountPath": "/models", "readOnly": True}
@@ -149,21 +152,21 @@ def test_models_on_a_volume_and_on_cpus(render: Render, store: Home) -> None:
 
 
 HALF = 2**30
-"""Parameters, of which a file of half precision has 2 GiB."""
+"""Parameters, which take 2 GiB in half precision."""
 
 
 @pytest.mark.parametrize(
     ("setup", "gib"),
     [
         ({"gpus": 1}, 2),
-        # It may be computed in float32 there.
+        # A CPU may compute it in float32.
         ({"gpus": 0}, 4),
         ({"gpus": 0, "dtype": "bfloat16"}, 2),
         ({"gpus": 2, "engine": "deepspeed", "tensor_parallel": 2}, 2),
         ({"gpus": 3, "engine": "mii", "mii": {"mode": "persistent", "replica_num": 3}}, 6),
     ],
 )
-def test_there_is_memory_for_each_copy_of_the_weights(
+def test_memory_covers_each_copy_of_the_weights(
     render: Render, tmp_path: Path, setup: dict[str, Any], gib: int
 ) -> None:
     model = tmp_path / "halves"
@@ -183,44 +186,44 @@ def test_there_is_memory_for_each_copy_of_the_weights(
     assert memory == 1 + 2 * ranks + math.ceil(1.25 * gib + 0.01) + shared
 
 
-def test_a_model_on_cpus_beside_one_on_gpus_is_told_its_threads(
+def test_a_model_on_cpus_next_to_one_on_gpus_has_its_threads_set(
     render: Render, store: Home
 ) -> None:
-    options = ["--text-model", "plain", "--image-model", "painter", "--model-volume", "v"]
+    options = ["--text-model", "plain", "--image-model", "diffusion", "--model-volume", "v"]
     service = yaml.safe_load(render("compose", *options, "--image", "t:1"))["services"]["triptych"]
     assert service["environment"]["TRIPTYCH_NUM_THREADS"] == "1"
     assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 1
 
 
-def test_a_model_over_several_machines(render: Render, store: Home) -> None:
-    found = check_kubernetes(render("kubernetes", "--bento", store.bento, **NODES))
-    assert set(found) == {
+def test_a_model_over_several_nodes(render: Render, store: Home) -> None:
+    manifests = check_kubernetes(render("kubernetes", "--bento", store.bento, **NODES))
+    assert set(manifests) == {
         *("Service", "Service/nodes", "NetworkPolicy", "PodDisruptionBudget"),
         *("StatefulSet", "StatefulSet/ranks"),
     }
-    first, others = found["StatefulSet"], found["StatefulSet/ranks"]
+    first, others = manifests["StatefulSet"], manifests["StatefulSet/ranks"]
     assert [s["spec"]["replicas"] for s in (first, others)] == [1, 1]
-    # The pods' own index is the node's rank: 0 serves.
+    # The index of a pod is its node rank; node 0 serves.
     assert [s["spec"]["ordinals"]["start"] for s in (first, others)] == [0, 1]
-    _, server, served = pod(first)
-    _, holder, held = pod(others)
+    _, server, server_env = pod(first)
+    _, ranks, ranks_env = pod(others)
     assert server["args"][0] == "serve"
-    *joining, drained = holder["args"]
-    assert joining == ["python", "-m", "cli.join", "--drain"]
+    *command, drain = ranks["args"]
+    assert command == ["python", "-m", "cli.join", "--drain"]
     grace = others["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert int(server["args"][-1]) < int(drained) < grace
-    assert "pod-index" in held["TRIPTYCH_NODE_RANK"]["fieldRef"]["fieldPath"]
-    assert "TRIPTYCH_NODE_RANK" not in served
-    headless = found["Service/nodes"]
-    meeting = f"{first['metadata']['name']}-0.{headless['metadata']['name']}:29400"
-    assert served["TRIPTYCH_RDZV_ENDPOINT"] == held["TRIPTYCH_RDZV_ENDPOINT"] == meeting
+    assert int(server["args"][-1]) < int(drain) < grace
+    assert "pod-index" in ranks_env["TRIPTYCH_NODE_RANK"]["fieldRef"]["fieldPath"]
+    assert "TRIPTYCH_NODE_RANK" not in server_env
+    headless = manifests["Service/nodes"]
+    endpoint = f"{first['metadata']['name']}-0.{headless['metadata']['name']}:29400"
+    assert server_env["TRIPTYCH_RDZV_ENDPOINT"] == ranks_env["TRIPTYCH_RDZV_ENDPOINT"] == endpoint
     assert headless["spec"]["clusterIP"] == "None"
     assert first["spec"]["serviceName"] == headless["metadata"]["name"]
-    # Two of the four ranks each; where it serves, the image model too.
-    gpus = [c["resources"]["limits"]["nvidia.com/gpu"] for c in (server, holder)]
+    # Two of the four ranks on each node, and the image model on the one that serves.
+    gpus = [c["resources"]["limits"]["nvidia.com/gpu"] for c in (server, ranks)]
     assert gpus == ["3", "2"]
     frozen = store.split.replace(":", "/")
-    assert held["TRIPTYCH_TEXT_MODEL"] == f"/home/bentoml/bento/models/{frozen}"
+    assert ranks_env["TRIPTYCH_TEXT_MODEL"] == f"/home/bentoml/bento/models/{frozen}"
 
 
 def test_compose(render: Render, store: Home, tmp_path: Path) -> None:
@@ -238,7 +241,7 @@ def test_compose(render: Render, store: Home, tmp_path: Path) -> None:
     options[3] = "models"
     text = render("compose", *options)
     assert check_compose(text, tmp_path)["volumes"] == ["models:/models:ro"]
-    # One that Compose would make is empty.
+    # Compose would create an empty volume.
     assert yaml.safe_load(text)["volumes"] == {"models": {"external": True}}
 
 
@@ -246,10 +249,10 @@ def test_run(render: Render, store: Home) -> None:
     text = render("run", "--bento", store.bento, "--api-key")
     words = shlex.split(text)
     assert words[:3] == ["docker", "run", "--rm"]
-    told = dict(itertools.pairwise(words))
-    assert (told["--gpus"], told["--shm-size"]) == ("3", "2g")
-    assert int(told["--stop-timeout"]) > int(words[-1]) > 600
-    # By the name that `bentoml containerize` gives the image.
+    options = dict(itertools.pairwise(words))
+    assert (options["--gpus"], options["--shm-size"]) == ("3", "2g")
+    assert int(options["--stop-timeout"]) > int(words[-1]) > 600
+    # `bentoml containerize` names the image after the bento.
     assert words[-4:-1] == [store.bento, "serve", "--timeout-graceful-shutdown"]
     assert render("run", "--bento", "triptych:latest", "--api-key") == text
     assert words[words.index("TRIPTYCH_API_KEY") - 1] == "--env"
@@ -280,7 +283,7 @@ def test_bentocloud(render: Render, store: Home) -> None:
     assert service["instance_type"] == "gpu.big"
     assert config["secrets"] == ["door"]
     assert config["envs"] == [{"name": "TRIPTYCH_MAX_QUEUE", "value": "9"}]
-    # What the bento's models ask for stands in the bento; only what is changed here is said again.
+    # The bento has the resources of its models; the file has those that settings change.
     assert "config_overrides" not in service
     changed = {"TRIPTYCH_MAX_BATCH_SIZE": "20", "TRIPTYCH_TENSOR_PARALLEL": "4"}
     changed["TRIPTYCH_REQUEST_TIMEOUT"] = "7200"
@@ -299,11 +302,11 @@ def test_the_file_for_bentocloud_is_what_is_rendered(render: Render, store: Home
 
 REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["kubernetes"], {}, "no model is chosen"),
-    (["kubernetes", "--bento", "triptych:none"], {}, "bentos there: triptych:"),
+    (["kubernetes", "--bento", "triptych:none"], {}, "its bentos are: triptych:"),
     (["kubernetes", "--text-model", "nothing"], {}, "neither a folder nor a tag"),
-    (["kubernetes", "--text-model", "plain"], {}, "where are the models?"),
+    (["kubernetes", "--text-model", "plain"], {}, "the deployment has no models"),
     (["kubernetes", "--text-model", "plain", "--model-volume", "v"], {}, "--image is needed"),
-    (["compose", "--text-model", "plain"], {}, "where are the models?"),
+    (["compose", "--text-model", "plain"], {}, "the deployment has no models"),
     (
         ["ray", "--text-model", "plain", "--replicas", "3", "--max-replicas", "2"],
         {},
@@ -313,7 +316,7 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
     (["compose", "--bento", "B"], {"TRIPTYCH_API_KEY": "k"}, "--api-key,"),
     (["ray", "--text-model", "plain"], {"TRIPTYCH_API_KEY": "k"}, "machines are started"),
     (["run", "--bento", "B", "--text-model", "plain"], {}, "leave out --bento"),
-    (["ray", "--text-model", "painter"], {}, "choose it with TRIPTYCH_IMAGE_MODEL"),
+    (["ray", "--text-model", "diffusion"], {}, "choose it with TRIPTYCH_IMAGE_MODEL"),
     (["ray", "--text-model", "plain"], {"TRIPTYCH_MAX_QUEUE": "x"}, "TRIPTYCH_MAX_QUEUE"),
     (["bentocloud", "--bento", "B", "--replicas", "2"], NODES, "on one"),
     (["ray", "--text-model", "split"], NODES, "on one"),
@@ -323,17 +326,17 @@ REFUSED: list[tuple[list[str], dict[str, str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "variables", "told"), REFUSED)
-def test_what_can_not_be_is_refused_with_a_sentence(
-    render: Render, store: Home, arguments: list[str], variables: dict[str, str], told: str
+@pytest.mark.parametrize(("arguments", "variables", "words"), REFUSED)
+def test_an_impossible_deployment_is_refused_in_one_sentence(
+    render: Render, store: Home, arguments: list[str], variables: dict[str, str], words: str
 ) -> None:
-    arguments = [store.bento if word == "B" else word for word in arguments]
+    arguments = [store.bento if each == "B" else each for each in arguments]
     [sentence] = render(*arguments, **variables).splitlines()
     assert sentence.startswith("error: ")
-    assert told in sentence
+    assert words in sentence
 
 
-def test_bad_usage_is_told(render: Render) -> None:
+def test_bad_usage_is_an_error(render: Render) -> None:
     for wrong in (["--name", "A_b"], ["--replicas", "0"], ["--max-replicas", "many"]):
         with pytest.raises(SystemExit, match="2"):
             render("kubernetes", *wrong)

@@ -1,7 +1,7 @@
 """BentoCloud's REST API, as far as `bentoml push` and `bentoml deploy` speak it, on loopback.
 
-Requests are held to BentoML's own schemas, uploads to the order in which they have to come and to
-what has to be in them. Answers are what the schemas of BentoML's client ask for.
+A fake for tests. It validates requests with BentoML's schemas, and uploads by their order and
+content. Its responses fit the schemas of BentoML's client.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KINDS = ("bento", "model")
 
 
 class BentoCloud:
-    """A running double. `transport` is how it wants to be sent files."""
+    """A running fake. `transport` is the way of uploading that it asks the client for."""
 
     def __init__(self, folder: Path, transport: Transport = "proxy") -> None:
         self.transport: Transport = transport
@@ -38,7 +38,7 @@ class BentoCloud:
         self.calls: list[str] = []
         """`METHOD path` of each request, in order."""
         self.stall: str | None = None
-        """`bento` or `model`: what is uploaded of that kind is not read to its end."""
+        """`bento` or `model`: uploads of that kind are never read to their end."""
         self.stalled = threading.Event()
         self._repositories: dict[tuple[str, str], dict[str, Any]] = {}
         self._blobs = Blobs(folder, lambda: self.url)
@@ -48,28 +48,28 @@ class BentoCloud:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address it listens on."""
         [server] = self._server.servers
         return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment that has `bentoml` talk to it."""
+        """The variables that make `bentoml` use it."""
         return {"BENTO_CLOUD_API_ENDPOINT": self.url, "BENTO_CLOUD_API_KEY": TOKEN}
 
-    def made(self, method: str, ending: str) -> list[str]:
-        """The calls of a method to paths that end so."""
+    def calls_to(self, method: str, ending: str) -> list[str]:
+        """The calls of a method to paths that end with `ending`."""
         return [c for c in self.calls if c.startswith(f"{method} ") and c.endswith(ending)]
 
     def __enter__(self) -> BentoCloud:
         self._thread.start()
         while not self._server.started:
-            assert self._thread.is_alive(), "the double did not start"
+            assert self._thread.is_alive(), "the fake did not start"
         return self
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        cls: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
@@ -120,8 +120,8 @@ class BentoCloud:
             wanted = await read(request, f"Create{kind.title()}RepositorySchema")
             if (kind, wanted["name"]) in self._repositories:
                 raise Refused(f"{kind} repository {wanted['name']} already exists")
-            made = resource(wanted["name"], f"{kind}_repository", **{f"latest_{kind}": None})
-            self._repositories[kind, wanted["name"]] = made | wanted
+            repository = resource(wanted["name"], f"{kind}_repository", **{f"latest_{kind}": None})
+            self._repositories[kind, wanted["name"]] = repository | wanted
         else:
             wanted = request.path_params
         return JSONResponse(self._known(kind, wanted["name"]))
@@ -135,8 +135,8 @@ class BentoCloud:
         name = request.path_params["name"]
         self._known(kind, name)
         if "version" not in request.path_params and request.method == "GET":
-            found = [item.answer() for key, item in self.items.items() if key[:2] == (kind, name)]
-            return JSONResponse(envelope(found[::-1][: int(request.query_params["count"])]))
+            items = [item.answer() for key, item in self.items.items() if key[:2] == (kind, name)]
+            return JSONResponse(envelope(items[::-1][: int(request.query_params["count"])]))
         if request.method == "POST":
             wanted = await read(request, f"Create{kind.title()}Schema")
             key = (kind, name, wanted["version"])
@@ -144,21 +144,21 @@ class BentoCloud:
                 raise Refused(f"{kind} {name}:{wanted['version']} already exists")
             self.items[key] = Item(kind, name, wanted, self.transport)
             return JSONResponse(self.items[key].answer())
-        item = self._found(request, kind)
+        item = self._existing(request, kind)
         if request.method == "PATCH":
             item.wanted |= await read(request, f"Update{kind.title()}Schema")
         return JSONResponse(item.answer())
 
-    def _found(self, request: Request, kind: str) -> Item:
+    def _existing(self, request: Request, kind: str) -> Item:
         key = (kind, request.path_params["name"], request.path_params["version"])
         if key not in self.items:
             raise Refused("record not found", 404)
         return self.items[key]
 
     async def _upload(self, request: Request, kind: str) -> Response:
-        item = self._found(request, kind)
+        item = self._existing(request, kind)
         if self.transport != "proxy" or item.status != "uploading":
-            raise Refused(f"{item.status}, by {self.transport}: nothing is uploaded here")
+            raise Refused(f"{item.status}, by {self.transport}: no upload is expected here")
         if request.headers.get("content-type") != "application/octet-stream":
             raise Refused("the archive is not sent as application/octet-stream")
         data = bytearray()
@@ -173,7 +173,7 @@ class BentoCloud:
         return JSONResponse({})
 
     async def _action(self, request: Request, kind: str) -> Response:
-        item, action = self._found(request, kind), request.path_params["action"]
+        item, action = self._existing(request, kind), request.path_params["action"]
         match action:
             case "start_upload":
                 item.status, item.archive = "uploading", None
@@ -234,6 +234,6 @@ class BentoCloud:
         return JSONResponse(self.deployments[wanted["name"]])
 
     async def _deployment(self, request: Request) -> Response:
-        if (found := self.deployments.get(request.path_params["name"])) is None:
+        if (deployment := self.deployments.get(request.path_params["name"])) is None:
             raise Refused("record not found", 404)
-        return JSONResponse(found)
+        return JSONResponse(deployment)

@@ -1,4 +1,4 @@
-"""What the double of BentoCloud keeps: bentos and models, by BentoML's own schemas."""
+"""Bentos and models of the fake BentoCloud, validated with BentoML's schemas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from starlette.requests import Request
 
 
 class Refused(Exception):
-    """A request that BentoCloud would not take, with the status it answers."""
+    """A request that BentoCloud would refuse, with the status of its response."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ async def read(request: Request, schema: str) -> dict[str, Any]:
 
 
 class Item:
-    """A bento or a model, and how far its upload is."""
+    """A bento or a model, and the state of its upload."""
 
     def __init__(self, kind: str, name: str, wanted: dict[str, Any], transport: str) -> None:
         self.kind, self.name, self.wanted = kind, name, wanted
@@ -69,8 +69,9 @@ class Item:
         self.upload_id: str | None = None
         self.archive: bytes | None = None
         self.uploads = 0
-        """How often all of it came."""
-        # None has the client ask for a presigned URL, and that strategy without one goes by parts.
+        """Number of complete uploads."""
+        # With None the client asks for a presigned URL. With presigned_url and no URL it uploads
+        # in parts.
         self._strategy = {"proxy": "proxy", "multipart": "presigned_url"}.get(transport)
 
     def answer(self, **more: Any) -> dict[str, Any]:
@@ -88,31 +89,31 @@ class Item:
         )
 
     def take(self, archive: bytes) -> None:
-        """Accept all of an upload. Raises: Refused if it is not what was announced."""
+        """Accept a complete upload. Raises: Refused if its content is not as announced."""
         self.names = _checked(archive, self.kind, self.name, self.wanted["version"])
         self.archive, self.status = archive, "success"
         self.uploads += 1
 
-    def finish(self, told: dict[str, Any]) -> None:
-        """Take note of how an upload ended. Raises: Refused if it did not."""
-        if told["status"] == "success":
+    def finish(self, outcome: dict[str, Any]) -> None:
+        """Record the outcome of an upload. Raises: Refused if nothing was uploaded."""
+        if outcome["status"] == "success":
             if self.archive is None:
                 raise Refused("nothing was uploaded")
             self.take(self.archive)
-        self.status, self.reason = told["status"], told["reason"]
+        self.status, self.reason = outcome["status"], outcome["reason"]
 
 
 def _checked(archive: bytes, kind: str, name: str, version: str) -> list[str]:
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
             names = [member.name.removeprefix("./") for member in tar.getmembers()]
-            about = tar.extractfile(f"./{kind}.yaml")
-            assert about is not None
-            told = yaml.safe_load(about)
+            file = tar.extractfile(f"./{kind}.yaml")
+            assert file is not None
+            info = yaml.safe_load(file)
     except (tarfile.TarError, KeyError, AssertionError, yaml.YAMLError) as error:
         raise Refused(f"not the archive of a {kind}: {error}") from None
-    if (told["name"], told["version"]) != (name, version):
-        raise Refused(f"the archive is that of {told['name']}:{told['version']}")
+    if (info["name"], info["version"]) != (name, version):
+        raise Refused(f"the archive is that of {info['name']}:{info['version']}")
     if kind == "bento" and any(n.split("/")[0] == "models" for n in names):
-        raise Refused("models are pushed beside a bento, not in it")
+        raise Refused("models are pushed next to a bento, not in it")
     return names

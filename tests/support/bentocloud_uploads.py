@@ -1,5 +1,4 @@
-"""The object store behind the double of BentoCloud: presigned URLs, whole or in parts, as S3 has
-them."""
+"""The object store of the fake BentoCloud: presigned URLs for whole files or parts, as in S3."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from starlette.responses import Response
 from tests.support.bentocloud_items import Item, Refused
 
 SMALLEST_PART = 5 * 2**20
-"""Of S3; the last part may be smaller."""
+"""S3's limit; the last part may be smaller."""
 
 
 @dataclass
@@ -27,7 +26,7 @@ class _Parts:
 
 
 class Blobs:
-    """Uploads by URL: whoever knows one may put one object, once asked for, and needs no token."""
+    """Uploads to presigned URLs, which take one object each and no token."""
 
     def __init__(self, folder: Path, url: Callable[[], str]) -> None:
         self._folder, self._url = folder, url
@@ -35,28 +34,28 @@ class Blobs:
         self._uploads: dict[str, _Parts] = {}
 
     def presign(self, item: Item) -> str:
-        """Where to put all of an item."""
+        """The URL for a whole item."""
         return self._sign(item, None, 0)
 
     def start(self, item: Item) -> str:
-        """Begin an upload in parts; returns its id."""
+        """Begin an upload in parts. Returns its id."""
         upload_id = secrets.token_hex(8)
         self._uploads[upload_id] = _Parts(item)
         return upload_id
 
     def presign_part(self, item: Item, upload_id: str, number: int) -> str:
-        """Where to put a part, counted from 1. Raises: Refused."""
+        """The URL for a part, counted from 1. Raises: Refused."""
         if not 1 <= number <= 10_000:
             raise Refused("part_number must be from 1 to 10000")
         return self._sign(item, self._parts(item, upload_id), number)
 
-    def complete(self, item: Item, upload_id: str, told: list[dict[str, Any]]) -> None:
-        """Put the parts together. Raises: Refused."""
+    def complete(self, item: Item, upload_id: str, listed: list[dict[str, Any]]) -> None:
+        """Join the parts. Raises: Refused."""
         parts = self._parts(item, upload_id)
-        numbers = [part["part_number"] for part in told]
+        numbers = [part["part_number"] for part in listed]
         if numbers != list(range(1, len(parts.files) + 1)):
-            raise Refused(f"parts {sorted(parts.files)} were put, not {numbers}")
-        if any(parts.etags[part["part_number"]] != part["etag"] for part in told):
+            raise Refused(f"parts {sorted(parts.files)} were uploaded, not {numbers}")
+        if any(parts.etags[part["part_number"]] != part["etag"] for part in listed):
             raise Refused("an ETag is not that of its part")
         if any(parts.files[n].stat().st_size < SMALLEST_PART for n in numbers[:-1]):
             raise Refused("a part but the last is smaller than 5 MiB")
@@ -64,12 +63,12 @@ class Blobs:
         del self._uploads[upload_id]
 
     async def put(self, request: Request) -> Response:
-        """The object store's own PUT."""
+        """PUT of an object."""
         signed = self._presigned.get(request.path_params["secret"])
         if signed is None:
             return Response("SignatureDoesNotMatch", 403)
         if "x-yatai-api-token" in request.headers:
-            return Response("the token of BentoCloud is nothing for an object store", 400)
+            return Response("the token of BentoCloud is not for the object store", 400)
         item, parts, number = signed
         if item.status != "uploading":
             return Response("the upload was not started", 409)

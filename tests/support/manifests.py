@@ -1,7 +1,7 @@
-"""The schemas that manifests are held to: those of the systems that will read them.
+"""Checks of rendered manifests against the schemas of the systems that read them.
 
-Kubernetes' are its own OpenAPI, by the package kubernetes-validate; those of custom resources are
-models made from the operators' definitions; Compose's is the one of its specification.
+Kubernetes' schemas are its OpenAPI, from the package kubernetes-validate. Those of custom resources
+are models generated from the operators' definitions. Compose's schema is that of its specification.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import kubernetes_validate
 import yaml
 
 KUBERNETES = ("1.31", kubernetes_validate.latest_version())
-"""The oldest that has all we use, and the newest."""
+"""The oldest version that has every field in use, and the newest."""
 
 
 def check_kubernetes(text: str) -> dict[str, dict[str, Any]]:
-    """The manifests of a text, by kind (and the name's last part, where several are of one).
+    """The manifests of a text by kind, or by kind and last part of the name if a kind repeats.
 
-    Raises: an error of the schema that one of them does not fit.
+    Raises: an error of the schema that a manifest violates.
     """
-    found: dict[str, dict[str, Any]] = {}
+    manifests: dict[str, dict[str, Any]] = {}
     for manifest in yaml.safe_load_all(text):
         kind = manifest["kind"]
         if kind in ("ScaledObject", "PodMonitor"):
@@ -33,8 +33,8 @@ def check_kubernetes(text: str) -> dict[str, dict[str, Any]]:
             for version in KUBERNETES:
                 kubernetes_validate.validate(manifest, version, strict=True)
         name = manifest["metadata"]["name"].rpartition("-")[2]
-        found[f"{kind}/{name}" if kind in found else kind] = manifest
-    return found
+        manifests[f"{kind}/{name}" if kind in manifests else kind] = manifest
+    return manifests
 
 
 def _custom(kind: str) -> Any:
@@ -45,7 +45,7 @@ def _custom(kind: str) -> Any:
 
 
 def check_compose(text: str, folder: Path) -> dict[str, Any]:
-    """The one service of a Compose file. Raises: AssertionError if it does not fit the schema."""
+    """The only service of a Compose file. Raises: AssertionError if it violates the schema."""
     (folder / "compose.yaml").write_text(text)
     schema = ["--builtin-schema", "vendor.compose-spec"]
     done = subprocess.run(
@@ -55,18 +55,18 @@ def check_compose(text: str, folder: Path) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    service: dict[str, Any]
     [service] = yaml.safe_load(text)["services"].values()
-    found: dict[str, Any] = service
-    return found
+    return service
 
 
 def check_ray(text: str) -> dict[str, Any]:
-    """The application of a Ray Serve config. Raises: an error of Ray's schema."""
-    with warnings.catch_warnings(action="ignore"):  # its own of pydantic
+    """The only application of a Ray Serve config. Raises: an error of Ray's schema."""
+    with warnings.catch_warnings(action="ignore"):  # Ray uses deprecated parts of pydantic
         from ray.serve.schema import ServeDeploySchema
 
     content = yaml.safe_load(text)
     ServeDeploySchema.model_validate(content, extra="forbid")
+    application: dict[str, Any]
     [application] = content["applications"]
-    found: dict[str, Any] = application
-    return found
+    return application

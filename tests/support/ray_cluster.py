@@ -1,4 +1,4 @@
-"""A Ray cluster of this machine alone, whose applications are deployed as an operator does it."""
+"""A Ray cluster on this machine, with applications deployed by `serve deploy`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-se
 
 
 class RayCluster:
-    """`ray start --head`. As a context manager it runs inside and leaves nothing outside."""
+    """`ray start --head`. As a context manager it leaves no process and no file behind."""
 
     def __init__(self, home: Path, variables: Mapping[str, str]) -> None:
-        # Short: Ray has sockets in it, whose paths may have 107 characters.
+        # A short path: Ray's sockets are in it, and their paths are limited to 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))
         self.temporary = self._folder / "tmp"
-        """Where its processes put temporary files."""
+        """The folder for temporary files of its processes."""
         self.temporary.mkdir()
         self._log = home / "ray.log"
-        told = {"HOME": str(home), "TMPDIR": str(self.temporary)}
-        self._env = environment(home, RAY_USAGE_STATS_ENABLED="0", **told) | dict(variables)
+        folders = {"HOME": str(home), "TMPDIR": str(self.temporary)}
+        self._env = environment(home, RAY_USAGE_STATS_ENABLED="0", **folders) | dict(variables)
         ports = {name: free_port() for name in PORTS}
         self._dashboard = f"http://{LOOPBACK}:{ports['dashboard-port']}"
         self._command = [
@@ -46,14 +46,14 @@ class RayCluster:
 
     @property
     def pid(self) -> int:
-        """The process id of `ray start`, below which all others are."""
+        """The process id of `ray start`, the ancestor of all others."""
         assert self._process is not None
         return self._process.pid
 
     def deploy(self, config: Path, timeout: float = 180) -> None:
         """`serve deploy`, and wait until all applications run.
 
-        Raises: AssertionError with what Ray says of them.
+        Raises: AssertionError with Ray's status of them.
         """
         self._serve("deploy", str(config))
         wait_until(lambda: self._applications() == {"RUNNING"}, timeout, "the application runs")
@@ -64,19 +64,19 @@ class RayCluster:
         wait_until(lambda: not self._applications(), 60, "the application is gone")
 
     def status(self) -> str:
-        """What `serve status` says."""
+        """The output of `serve status`."""
         return self._serve("status")
 
     def answered(self, request_id: str) -> list[int]:
-        """How many requests of this X-Request-ID each replica answered with 200, as Ray logs."""
+        """How many requests of an X-Request-ID each replica answered with 200, by Ray's logs."""
         logs = (self._folder / "ray/session_latest/logs/serve").glob("replica_*.log")
         return [log.read_text().count(f" {request_id} -- POST / 200 ") for log in logs]
 
     def _applications(self) -> set[str]:
         status = self.status()
-        found = {each["status"] for each in yaml.safe_load(status)["applications"].values()}
-        assert not found & {"DEPLOY_FAILED", "UNHEALTHY"}, status
-        return found
+        states = {each["status"] for each in yaml.safe_load(status)["applications"].values()}
+        assert not states & {"DEPLOY_FAILED", "UNHEALTHY"}, status
+        return states
 
     def _serve(self, *arguments: str) -> str:
         command = [_program("serve"), *arguments, "--address", self._dashboard]
@@ -114,7 +114,7 @@ class RayCluster:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        cls: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
