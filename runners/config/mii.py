@@ -24,7 +24,7 @@ class _Section(BaseModel):
 
 
 class MemorySection(_Section):
-    """How much KV there is."""
+    """Size of the KV cache."""
 
     mode: Literal["reserve", "allocate"] = "reserve"
     """`allocate`: `size` blocks of 128 tokens; `reserve`: all memory but `size` bytes, on a GPU."""
@@ -36,7 +36,7 @@ class StateManagerSection(_Section):
     """Bounds of MII's ragged batches."""
 
     max_tracked_sequences: Count = 2048
-    """Sequences the engine knows at once."""
+    """Sequences that the engine tracks."""
     max_ragged_batch_size: Count | None = None
     """Tokens of one step. Default: `max_step_tokens`."""
     max_ragged_sequence_count: Count | None = None
@@ -44,13 +44,13 @@ class StateManagerSection(_Section):
     max_context: Count = 8192
     """Longest prompt plus output, in tokens."""
     memory_config: MemorySection = MemorySection()
-    """How much KV there is."""
+    """Size of the KV cache."""
     offload: Literal[False] = False
     """Only false: MII has no KV offload."""
 
 
 class TensorParallelSection(_Section):
-    """How many ranks hold the model."""
+    """Number of ranks."""
 
     tp_size: Count = 1
     """The same as `tensor_parallel`."""
@@ -69,7 +69,7 @@ class EngineSection(_Section):
     tensor_parallel: Annotated[
         TensorParallelSection | None, Field(validation_alias=AliasChoices("tensor_parallel", "tp"))
     ] = None
-    """How many ranks hold the model."""
+    """Number of ranks."""
     state_manager: Annotated[
         StateManagerSection, Field(validation_alias=AliasChoices("state_manager", "manager"))
     ] = StateManagerSection()
@@ -79,14 +79,14 @@ class EngineSection(_Section):
 
 
 class GenerateSection(_Section):
-    """`GenerateParamsConfig`: what a request gets that does not say."""
+    """`GenerateParamsConfig`: the defaults of requests."""
 
     max_length: Count | None = None
     """Prompt plus output in tokens, at most."""
     max_new_tokens: Count | None = None
-    """How many tokens are generated. The same as the top-level `max_new_tokens`."""
+    """Generated tokens, at most. The same as the top-level `max_new_tokens`."""
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    """The end token is not taken before this many tokens."""
+    """The end token is not sampled before this many tokens."""
     ignore_eos: bool = False
     """Generate on after the end token."""
     return_full_text: Literal[False] = False
@@ -94,9 +94,9 @@ class GenerateSection(_Section):
     do_sample: bool | None = None
     """False: greedy. Default: as the model's `generation_config.json` says."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Keep the likeliest tokens that reach this probability together."""
+    """Keep the most likely tokens whose probabilities add up to this."""
     top_k: Count | None = None
-    """Keep this many of the likeliest tokens."""
+    """Keep this many of the most likely tokens."""
     temperature: Annotated[float, Field(gt=0)] | None = None
     """Divides the logits."""
     stop: list[str] = []
@@ -120,47 +120,47 @@ class ReplicaSection(_Section):
     gpu_indices: list[Annotated[int, Field(ge=0)]] = []
     """GPU of each rank."""
     zmq_port: Port | None = None
-    """Port over which the first rank tells the others what to compute. Default: a free one."""
+    """Port over which the first rank sends its steps to the others. Default: a free one."""
 
 
 class MIISection(_Section):
     """The section `mii`."""
 
     mode: Literal["pipeline", "persistent"] = "pipeline"
-    """`pipeline`: the model lives in Triptych's own ranks, driven by its scheduler. `persistent`: a
-    deployment as `mii.serve` makes it, in processes of its own, with MII's scheduler."""
+    """`pipeline`: the model is in Triptych's ranks, driven by its scheduler. `persistent`: a
+    deployment as `mii.serve` starts it, in separate processes, with MII's scheduler."""
     host: Annotated[str, Field(pattern=r"^[\w.:-]+$")] | None = None
-    """Where a deployment already runs, which listens on `port_number`: nothing is started."""
+    """Host of a running deployment that listens on `port_number`: nothing is started."""
     keep_alive: bool = False
-    """Whether a deployment that was started here outlives the server; the next one finds it."""
+    """Whether a deployment that was started here goes on after the server; the next server uses it."""
     deployment_name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
-    """What `mii.client` finds the deployment by. Default: the model's name and `-mii-deployment`,
-    which it finds by the model's name too."""
+    """The deployment's name for `mii.client`. Default: the model's name and `-mii-deployment`; the
+    model's name alone works too."""
     deployment_type: Literal["local"] = "local"
     """Only `local`: MII's support of AML is gone."""
     port_number: Port | None = None
     """gRPC port of the load balancer, on loopback. Default: a free one."""
     enable_restful_api: bool = False
-    """Whether the deployment answers `POST /mii/{deployment_name}` too."""
+    """Whether the deployment also answers `POST /mii/{deployment_name}`."""
     restful_api_host: str = "localhost"
-    """Where the REST gateway listens."""
+    """Address that the REST gateway listens on."""
     restful_api_port: Port | None = None
     """The REST gateway's port. Default: a free one."""
     restful_processes: Count = 32
-    """Requests that the REST gateway serves at once."""
+    """Requests that the REST gateway serves concurrently."""
     replica_num: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Copies of the model, which take turns; each has `tensor_parallel` ranks."""
+    """Copies of the model, used in turn; each has `tensor_parallel` ranks."""
     replica_configs: list[ReplicaSection] = []
-    """Where each replica runs. Default: all on this machine."""
+    """Placement of each replica. Default: all on this machine."""
     device_map: Literal["auto"] | dict[str, list[list[int]]] | list[list[int]] | list[int] | int = (
         "auto"
     )
     """GPU indices of each replica."""
     torch_dist_port: Port | None = None
-    """Port of the ranks' rendezvous, 100 more for each further replica. Default: free ones."""
+    """Port of the ranks' rendezvous, plus 100 for each further replica. Default: free ones."""
     zmq_port_number: Port | None = None
-    """Port over which a replica's first rank tells the others what to compute, one more for each
-    further replica. Default: free ones."""
+    """Port over which a replica's first rank sends its steps to the others, plus one for each further
+    replica. Default: free ones."""
     model_name_or_path: str | None = None
     """A record; the folder decides which model it is."""
     tokenizer: str | None = None
@@ -170,13 +170,13 @@ class MIISection(_Section):
     max_length: Count | None = None
     """Longest prompt plus output in tokens. Default: what the model's context holds."""
     sync_debug: bool = False
-    """Has a deployment wait for the device after each part of a step."""
+    """Whether a deployment synchronises with the device after each part of a step."""
     profile_model_time: bool = False
-    """Has a deployment log how long its steps take."""
+    """Whether a deployment logs the duration of its steps."""
     inference_engine_config: EngineSection = EngineSection()
     """DeepSpeed's `RaggedInferenceEngineConfig`."""
     generate: GenerateSection = GenerateSection()
-    """`GenerateParamsConfig`: what a request gets that does not say."""
+    """`GenerateParamsConfig`: the defaults of requests."""
 
     @field_validator("deployment_type", mode="before")
     @classmethod

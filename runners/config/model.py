@@ -107,7 +107,7 @@ class MIITextConfig(MIIConfig, TextConfig):
     @property
     @override
     def world_size(self) -> int:
-        # A persistent deployment has ranks of its own beside our one process.
+        # A persistent deployment has separate ranks, apart from our one process.
         return self.tensor_parallel if self.mii.mode == "pipeline" else 1
 
     @override
