@@ -132,7 +132,7 @@ class MIISection(_Section):
     host: Annotated[str, Field(pattern=r"^[\w.:-]+$")] | None = None
     """Host of a running deployment that listens on `port_number`: nothing is started."""
     keep_alive: bool = False
-    """Whether a deployment that was started here goes on after the server; the next server uses it."""
+    """Whether a deployment that was started here outlasts the server; the next server uses it."""
     deployment_name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
     """The deployment's name for `mii.client`. Default: the model's name and `-mii-deployment`; the
     model's name alone works too."""
@@ -159,7 +159,7 @@ class MIISection(_Section):
     torch_dist_port: Port | None = None
     """Port of the ranks' rendezvous, plus 100 for each further replica. Default: free ones."""
     zmq_port_number: Port | None = None
-    """Port over which a replica's first rank sends its steps to the others, plus one for each further
+    """Port over which a replica's first rank sends its steps, plus one for each further
     replica. Default: free ones."""
     model_name_or_path: str | None = None
     """A record; the folder decides which model it is."""

@@ -157,3 +157,42 @@ def test_a_pipelines_folder_alone_is_an_image_model(tmp_path: Path) -> None:
     config: Any
     config, warnings = load_setup_config(tmp_path, name="painter")
     assert (config.task, config.max_batch_images, warnings) == ("text-to-image", 8, [])
+
+
+@pytest.mark.parametrize(
+    ("setup", "field", "owner"),
+    [
+        ({"vae_tiling": True}, "vae_tiling", "an image model"),
+        ({"engine": "deepspeed", "cpu_offload": "model"}, "cpu_offload", "an image model"),
+    ],
+)
+def test_a_field_of_another_task_is_an_error_that_says_where_it_belongs(
+    tmp_path: Path, setup: dict[str, Any], field: str, owner: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_setup_config(folder(tmp_path, setup), name="m")
+    assert caught.value.field == field
+    assert owner in caught.value.reason
+    assert "and this is a text model on" in caught.value.reason
+
+
+def test_text_fields_on_an_image_model_are_an_error_too(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "setup_config.json").write_text(json.dumps({"max_kv_tokens": 64}))
+    with pytest.raises(ConfigError, match=r"max_kv_tokens: belongs to a text model on Accelerate"):
+        load_setup_config(tmp_path, name="m")
+
+
+def test_a_published_file_may_have_fields_of_another_task(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    (tmp_path / "model-config.yaml").write_text("handler:\n    max_length: 50\n")
+    config, warnings = load_setup_config(tmp_path, name="m")
+    assert config.task == "text-to-image"
+    assert any("max_length is ignored: it belongs to a text model" in each for each in warnings)
+
+
+def test_a_setting_of_another_task_is_ignored_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForMaskedLM"]}))
+    config, warnings = load_setup_config(tmp_path, name="m", overrides={"max_kv_tokens": 64})
+    assert config.task == "fill-mask"
+    assert warnings == ["max_kv_tokens is ignored: a model for fill-mask has no such field"]
