@@ -128,7 +128,7 @@ class MIISection(_Section):
 
     mode: Literal["pipeline", "persistent"] = "pipeline"
     """`pipeline`: the model lives in Triptych's own ranks, driven by its scheduler. `persistent`: a
-    deployment as `mii.serve` makes it, in processes of its own, with MII's scheduler."""
+    deployment as `mii.serve` makes it, in separate processes, with MII's scheduler."""
     host: Annotated[str, Field(pattern=r"^[\w.:-]+$")] | None = None
     """Where a deployment already runs, which listens on `port_number`: nothing is started."""
     keep_alive: bool = False
