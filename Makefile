@@ -63,7 +63,7 @@ $(VENV)/.installed: pyproject.toml
 		echo "the packages could not be installed; see pip's message above, then run make again" >&2; exit 1; }
 	@touch $@
 
-# The tables in the README are generated from the types.
+# Writes the generated tables of the README and of docs/.
 docs: setup
 	@$(BIN)/python -m tests.support.readme --write
 

@@ -24,9 +24,9 @@ from tests.support.server import ROOT, environment
 
 GUIDE = ROOT / "docs/deploy.md"
 STUB = """#!/bin/sh
-echo "$(basename "$0") $*" >>"$ASKED/calls"
+echo "$(basename "$0") $*" >>"$RECORDS/calls"
 case "$*" in
-    "apply -f -") cat >"$ASKED/applied" ;;
+    "apply -f -") cat >"$RECORDS/applied" ;;
     version*) echo '"28.0.0"' ;;
 esac
 """
@@ -47,15 +47,15 @@ def test_the_commands_of_the_guide_run(tmp_path: Path) -> None:
         (stubs / name).chmod(0o700)
     with BentoCloud(tmp_path) as cloud:
         path = os.pathsep.join([str(stubs), str(Path(sys.executable).parent), os.environ["PATH"]])
-        env = environment(tmp_path / "home", PATH=path, ASKED=str(tmp_path), **cloud.variables)
-        for code, promised in commands(GUIDE):
+        env = environment(tmp_path / "home", PATH=path, RECORDS=str(tmp_path), **cloud.variables)
+        for code, expected in commands(GUIDE):
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", code],
                 cwd=checkout, env=env, capture_output=True, text=True, timeout=120, check=False,
             )  # fmt: skip
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
-            same = doctest.OutputChecker().check_output(promised, done.stdout, doctest.ELLIPSIS)
-            assert not promised or same, f"promised:\n{promised}\nprinted:\n{done.stdout}"
+            same = doctest.OutputChecker().check_output(expected, done.stdout, doctest.ELLIPSIS)
+            assert not expected or same, f"expected:\n{expected}\nprinted:\n{done.stdout}"
     assert cloud.deployments
     calls = (tmp_path / "calls").read_text()
     for call in ("docker build -t triptych-base deploy", "docker compose up", "serve deploy"):

@@ -1,4 +1,8 @@
-"""The README tells the truth: its examples print what they promise, its tables are the types'."""
+"""The examples of the README and of the documentation's pages print what is written there.
+
+All run against one server of the demo models. The guides, which need other models, have tests of
+their own: `test_torchserve`, `test_mii` and `tests/deploy/test_docs`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import write_model
-from tests.support.readme import README, Example, examples, with_tables
+from tests.support.readme import DEMO_PAGES, Example, examples
 from tests.support.server import ROOT, Server, environment
+
+EXAMPLES = [
+    pytest.param(example, id=f"{page.stem}: {example.code.splitlines()[0][:40]}")
+    for page in DEMO_PAGES
+    for example in examples(page)
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,23 +41,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the examples run: a checkout with somebody's own model in it."""
+    """Where the examples run: a checkout that contains the user's model."""
     folder = tmp_path_factory.mktemp("checkout")
     write_model("opt", folder / "my-model")
     return folder
 
 
-@pytest.mark.parametrize("example", examples(), ids=lambda e: e.code.splitlines()[0][:40])
-def test_examples_print_what_they_promise(example: Example, demo: Server, workdir: Path) -> None:
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_prints_what_is_written(example: Example, demo: Server, workdir: Path) -> None:
     example.check(url=demo.url, cwd=workdir, env=environment(workdir / "store"))
-
-
-def test_there_are_examples_of_all_kinds() -> None:
-    code = "\n".join(example.code for example in examples())
-    for needed in ("curl ", "openai", "bentoml.SyncHTTPClient", "import_model"):
-        assert needed in code
-
-
-def test_tables_are_those_of_the_types() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert with_tables(text) == text, "run: make docs"
