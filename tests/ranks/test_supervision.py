@@ -103,7 +103,7 @@ async def test_a_stopped_rank_is_taken_for_hung(model: Path) -> None:
         [rank] = own_ranks()
         os.kill(rank.pid, signal.SIGSTOP)
         reason = await went_down(runner, timeout=6)
-        assert reason == "rank 0 hangs: no sign of life for 3 s"
+        assert reason == "rank 0 hangs: no heartbeat for 3 s"
         await wait_ready(runner)
         assert alive([rank]) == []
 
@@ -118,7 +118,7 @@ async def test_a_model_that_can_not_load_fails_for_good_with_the_reason(tmp_path
         async with asyncio.timeout(60):
             while runner.health().state is not RunnerState.FAILED:
                 await asyncio.sleep(0.05)
-        assert "broken can not be loaded" in runner.health().detail
+        assert "broken cannot be loaded" in runner.health().detail
     finally:
         await runner.stop()
 
