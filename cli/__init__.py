@@ -1,1 +1,1 @@
-"""Commands beside the server. Each runs in a process of its own."""
+"""Commands that run outside the server, each in a separate process."""

@@ -31,11 +31,11 @@ def service_app() -> ASGIApp:
 
     Raises: RuntimeError with the sentence for the operator if there is nothing to serve.
     """
-    # Without it /metrics fails. BentoML sets it in its workers; `api.http.metrics` makes a folder.
+    # Without it /metrics fails. BentoML sets it in its workers; the service replaces it.
     os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.gettempdir())
     shared = TASK_RESULTS in os.environ
-    # In the replica only: metrics find their folder, a service its settings, as it is imported.
-    from api.http.metrics import remove_files
+    # In the replica only: prometheus_client and the service read variables when imported.
+    from api.http.metrics import remove_private_folder
 
     try:
         import service
@@ -43,7 +43,7 @@ def service_app() -> ASGIApp:
         triptych: Any = service.Triptych  # what its decorator, which has no types, made of it
         triptych.inner.check_model()
     except SystemExit as stop:
-        remove_files()
+        remove_private_folder()
         raise RuntimeError(str(stop)) from None
     results = Path(os.environ[TASK_RESULTS])
     _make_table(results)
@@ -57,7 +57,7 @@ def service_app() -> ASGIApp:
                     message = {"type": "lifespan.startup.failed", "message": failure}
             if message["type"] != "lifespan.startup.complete":
                 # Not at the process' end, which Ray does not wait for.
-                remove_files()
+                remove_private_folder()
                 if not shared:
                     shutil.rmtree(results.parent, ignore_errors=True)
             await send(message)
