@@ -1,4 +1,7 @@
-"""From "which model" to a runner for it: a folder or a tag of the BentoML model store."""
+"""From the choice of a model, a folder or a tag of the BentoML model store, to its runner.
+
+`service.py`, `cli` and `deploy` call it.
+"""
 
 from __future__ import annotations
 
@@ -39,26 +42,25 @@ OVERRIDES = {
     "cpu_kernels": "cpu_kernels",
     "num_threads": "num_threads",
 }
-"""Field of the runner's config to the setting that overrides it."""
-
+"""Field of a text model's config to the setting that overrides it."""
 
 IMAGE_OVERRIDES = {
     "engine": "image_engine",
     "start_timeout": "start_timeout",
     "num_threads": "num_threads",
 }
-"""The same for an image model: the others speak of text."""
+"""The same for an image model; the other settings are for text models."""
 
 
 def is_folder(choice: str) -> bool:
-    """Whether a choice names a folder; else it is a store tag."""
-    # Unlike pathlib's, the functions of os.path return False for a user or name that cannot exist.
+    """Whether a choice names a folder; otherwise it is a store tag."""
+    # pathlib raises an error for a user or a name that cannot exist; os.path returns False.
     return os.path.isdir(os.path.expanduser(choice))
 
 
 @dataclass(frozen=True)
 class Runners:
-    """What was chosen, not yet started; not both of `text` and `task`."""
+    """Runners of the chosen models, not started yet; not both of `text` and `task`."""
 
     text: TextRunner | None = None
     task: TaskRunner | None = None
@@ -66,7 +68,7 @@ class Runners:
 
 
 def chosen_runners(text: str, image: str, settings: Settings) -> Runners:
-    """Runners for the chosen models, empty for none. Raises: ConfigError for the operator."""
+    """Runners of a text and an image model, each empty for none. Raises: ConfigError."""
     if not (text or image):
         raise ConfigError(
             f"no model is chosen: set {PREFIX}TEXT_MODEL or {PREFIX}IMAGE_MODEL to a folder or a "
@@ -87,26 +89,27 @@ def chosen_runners(text: str, image: str, settings: Settings) -> Runners:
 def chosen_configs(
     text: str, image: str, settings: Settings, *, overriding: bool = True
 ) -> dict[str, BaseRunnerConfig]:
-    """`text` and `image`, as far as they are chosen, to how the model is run.
+    """The configs of a text and an image model, by `text` and `image`; an empty choice has none.
 
-    `overriding`: whether the settings go before the models' own configs. Raises: ConfigError.
+    `overriding`: whether settings take precedence over the models' own configs. Raises:
+    ConfigError.
     """
     configs = {}
     if text:
-        settable = OVERRIDES if overriding else {}
-        configs["text"] = config = model_config(text, settings, settable)
+        overridable = OVERRIDES if overriding else {}
+        configs["text"] = config = model_config(text, settings, overridable)
         if isinstance(config, ImageConfig):
             raise _misplaced("TEXT_MODEL", text, config, "IMAGE_MODEL")
     if image:
-        settable = IMAGE_OVERRIDES if overriding else {}
-        configs["image"] = config = model_config(image, settings, settable)
+        overridable = IMAGE_OVERRIDES if overriding else {}
+        configs["image"] = config = model_config(image, settings, overridable)
         if not isinstance(config, ImageConfig):
             raise _misplaced("IMAGE_MODEL", image, config, "TEXT_MODEL")
     return configs
 
 
 def frozen_tag(bento: Bento, built: str) -> str:
-    """The model that a bento was built with, in the version of that time; empty: not in it."""
+    """The tag, with version, of the model that a bento was built with; empty if it has none."""
     if is_folder(built):
         return ""
     name = built.partition(":")[0]
@@ -115,7 +118,7 @@ def frozen_tag(bento: Bento, built: str) -> str:
 
 
 def _with_gpu_shares(configs: Mapping[str, BaseRunnerConfig]) -> dict[str, BaseRunnerConfig]:
-    """Several models, each with its share of the GPUs that all of them request."""
+    """The configs; of several models, each with its share of the GPUs that all of them request."""
     counts = [config.requested_gpus for config in configs.values()]
     if len(counts) < 2:
         return dict(configs)
@@ -126,25 +129,26 @@ def _with_gpu_shares(configs: Mapping[str, BaseRunnerConfig]) -> dict[str, BaseR
     }
 
 
-def _misplaced(variable: str, choice: str, config: BaseRunnerConfig, right: str) -> ConfigError:
+def _misplaced(name: str, choice: str, config: BaseRunnerConfig, right_name: str) -> ConfigError:
     return ConfigError(
-        f"{PREFIX}{variable}={choice} is a model for {config.task}: choose it with {PREFIX}{right}"
+        f"{PREFIX}{name}={choice} is a model for {config.task}: choose it with {PREFIX}{right_name}"
     )
 
 
 def model_config(
-    choice: str, settings: Settings, settable: Mapping[str, str] = OVERRIDES
+    choice: str, settings: Settings, overridable: Mapping[str, str] = OVERRIDES
 ) -> BaseRunnerConfig:
-    """How to run the chosen model. Raises: ConfigError, one sentence for the operator.
+    """The config of the chosen model.
 
-    `settable`: field of the config to the setting that overrides it.
+    `overridable`: field of the config to the setting that overrides it. Raises: ConfigError.
     """
     name, folder = _locate(choice)
-    overrides = {field: getattr(settings, setting) for field, setting in settable.items()}
+    values = settings.model_dump()
+    overrides = {field: values[setting] for field, setting in overridable.items()}
     try:
         config, warnings = load_setup_config(folder, name=name, overrides=overrides)
     except ConfigError as error:
-        raise _blame_setting(error, folder, overrides, settable) from None
+        raise _in_terms_of_setting(error, folder, overrides, overridable) from None
     for warning in warnings:
         logger.warning("%s", warning)
     return config
@@ -164,24 +168,32 @@ def _locate(choice: str) -> tuple[str, Path]:
     return model.tag.name, Path(model.path)
 
 
-def _blame_setting(
-    error: ConfigError, folder: Path, overrides: Mapping[str, object], settable: Mapping[str, str]
+def _in_terms_of_setting(
+    error: ConfigError,
+    folder: Path,
+    overrides: Mapping[str, object],
+    overridable: Mapping[str, str],
 ) -> ConfigError:
-    """The error in terms of the variable that causes it; the error itself if none does."""
-    # The engine last: what it allows is said of the others.
+    """The error of the variable without which the config is valid; `error` if there is none.
+
+    The field that `error` names is not enough: an engine chosen by variable makes a field of the
+    file invalid. So the config is loaded once without each override.
+    """
+    # The engine last: another setting may be invalid with this engine only.
     for field in reversed([field for field, value in overrides.items() if value is not None]):
         try:
             config, _ = load_setup_config(folder, name="", overrides={**overrides, field: None})
         except ConfigError:
             continue
-        setting = f"{variable(settable[field])}={overrides[field]}"
-        known = type(config).model_fields
-        meaning = known[field].description if field in known and field != "engine" else None
-        return ConfigError(f"{setting} does not fit this model: {meaning or error.reason}")
+        setting = f"{variable(overridable[field])}={overrides[field]}"
+        fields = type(config).model_fields
+        description = fields[field].description if field in fields and field != "engine" else None
+        return ConfigError(f"{setting} does not fit this model: {description or error.reason}")
     return error
 
 
 def _models_in_store() -> str:
+    """The tags of all models in the store, in words."""
     parts = []
     for task, head in (("text", "config.json"), ("image", "model_index.json")):
         tags = sorted(

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="untyped-decorator"
-"""The BentoML service: what it serves, its life, its native routes, and the mounted OpenAI routes.
+"""The BentoML service: its models, its lifecycle, its native routes and the mounted app.
 
-Importing this module loads no model and neither torch nor transformers: the ranks do that.
+BentoML imports this module in the process of `bentoml serve` and in its worker. The import loads
+no model, and neither torch nor transformers: the ranks do that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import bentoml
 from pydantic import BaseModel
@@ -19,18 +20,17 @@ from starlette.exceptions import HTTPException
 
 from api.app import create_app, serve_models
 from api.http.admission import Admission
-from api.http.async_tasks import TaskGateMiddleware
+from api.http.async_tasks import JobMiddleware, choose_result_store, make_result_folder
 from api.http.context import current_request, current_request_id
-from api.http.metrics import RunnerMetrics, remove_files
+from api.http.metrics import RunnerMetrics, remove_private_folder, use_private_folder
 from api.http.middleware import (
     ApiKeyMiddleware,
     BodyMiddleware,
     RequestContextMiddleware,
     UnknownRouteMiddleware,
 )
-from api.http.task_results import choose_file, make_folder
 from api.models.images import ImageModel
-from api.models.served import Served
+from api.models.served import ServedModels
 from api.models.tasks import TaskModel
 from api.models.text import TextModel
 from api.native import images, routes
@@ -44,7 +44,7 @@ from api.native.schemas import (
     TokenizeRequest,
     TokenizeResponse,
 )
-from model_choice import chosen_configs, chosen_runners, frozen_tag, is_folder
+from model_choice import Runners, chosen_configs, chosen_runners, frozen_tag, is_folder
 from runners.contracts.errors import ConfigError, ModelNotFound
 from runners.contracts.runner import Runner, RunnerHealth, RunnerState
 from runners.protocol.logs import configure_logging
@@ -52,14 +52,16 @@ from settings import Settings, get_settings, unknown_variables
 
 logger = logging.getLogger("triptych.service")
 
+TASK_ROUTE = "/generate_image_task"
+
 
 class BuildArguments(BaseModel):
-    """`bentoml build --arg text_model=TAG`: what a bento serves unless the environment says."""
+    """`bentoml build --arg text_model=TAG`: a bento's models, if the environment names none."""
 
     text_model: str = ""
     image_model: str = ""
     base_image: str = "triptych-base"
-    """What its OCI image is made from: `deploy/Containerfile`, built under this name."""
+    """The base of its OCI image: `deploy/Containerfile`, built under this name."""
 
 
 def _settings() -> Settings:
@@ -69,38 +71,50 @@ def _settings() -> Settings:
         raise SystemExit(f"triptych: {error}") from None
 
 
+def _prepare_process() -> None:
+    """Set the variables that are read before BentoML calls any hook of the service."""
+    # BentoML's metrics middleware opens the files before the service is created.
+    use_private_folder()
+    # Ranks choose their GPUs themselves; BentoML would hide some and number missing ones.
+    os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
+    choose_result_store()
+
+
 def _tracing() -> dict[str, Any]:
-    """Spans cost 1 ms a request even if nobody collects them, so: none unless asked for."""
-    configured = [os.environ.get(f"BENTOML_CONFIG_{kind}", "") for kind in ("OPTIONS", "OVERRIDES")]
+    """Options that turn tracing off unless an exporter is configured: spans cost 1 ms a request."""
+    variables = ("BENTOML_CONFIG_OPTIONS", "BENTOML_CONFIG_OVERRIDES")
+    texts = [os.environ.get(variable, "") for variable in variables]
     file = Path(os.environ.get("BENTOML_CONFIG", ""))
     if file.is_file():
-        configured.append(file.read_text(encoding="utf-8"))
-    asked_for = any("exporter_type" in text for text in configured)
-    return {} if asked_for else {"tracing": {"excluded_urls": ".*"}}
+        texts.append(file.read_text(encoding="utf-8"))
+    has_exporter = any("exporter_type" in text for text in texts)
+    return {} if has_exporter else {"tracing": {"excluded_urls": ".*"}}
 
 
-def _demands() -> dict[str, Any]:
-    """What a bento's models ask for, by their own configs: GPUs, and requests at a time."""
-    built = (arguments.text_model, arguments.image_model)
+def _resources() -> dict[str, Any]:
+    """Options of GPUs and concurrency, as the configs of a bento's models request them."""
+    models = (arguments.text_model, arguments.image_model)
     try:
-        configs = list(chosen_configs(*built, settings, overriding=False).values())
-    except ModelNotFound:  # which is told where the model is needed
+        configs = list(chosen_configs(*models, settings, overriding=False).values())
+    except ModelNotFound:  # reported when the model is served
         configs = []
     except ConfigError as error:
         raise SystemExit(f"triptych: {error}") from None
     gpus = sum(config.requested_gpus for config in configs)
-    # BentoCloud hands out this many at once: BentoML's own default, for services with tasks, is 1.
-    concurrency = sum(config.max_concurrency for config in configs) or settings.max_queue
+    # BentoCloud sends a worker this many requests at a time; for a service with async tasks,
+    # BentoML's default is 1.
+    concurrency = (
+        sum(config.max_concurrency for config in configs) if configs else settings.max_queue
+    )
     traffic = {"timeout": settings.timer, "concurrency": concurrency}
     return {"traffic": traffic} | ({"resources": {"gpu": gpus}} if gpus else {})
 
 
-# The ranks place themselves on the GPUs there are; BentoML hides some and makes up missing ones.
-os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
+# At import, because BentoML reads these variables and the decorator's options right after it.
+_prepare_process()
 settings = _settings()
 arguments = bentoml.use_arguments(BuildArguments)
-openai_app = create_app()
-choose_file()
+mounted_app = create_app()
 
 
 @bentoml.service(
@@ -112,14 +126,14 @@ choose_file()
     ).build_include("pyproject.toml"),
     workers=1,
     http={"port": settings.port},
-    **_demands(),
+    **_resources(),
     **_tracing(),
 )
-@bentoml.asgi_app(openai_app)
+@bentoml.asgi_app(mounted_app)
 class Triptych:
     """Large Hugging Face models behind one typed API."""
 
-    # Records the models in the bento, which is then built and pushed with them.
+    # Records the models in the bento, so that they are built and pushed with it.
     if arguments.text_model and not is_folder(arguments.text_model):
         text_model_in_bento = bentoml.models.BentoModel(arguments.text_model)
     if arguments.image_model and not is_folder(arguments.image_model):
@@ -127,21 +141,21 @@ class Triptych:
 
     def __init__(self) -> None:
         configure_logging(request_id=current_request_id)
-        runners = chosen_runners(_chosen("text"), _chosen("image"), settings)
+        runners = _create_runners()
         self.runners: list[tuple[Runner[Any, Any], Admission]] = []
         text = task = image = None
         if runners.text is not None:
-            text = TextModel(runners.text, self._admitted(runners.text, settings.max_queue))
+            text = TextModel(runners.text, self._admission(runners.text, settings.max_queue))
         if runners.task is not None:
-            task = TaskModel(runners.task, self._admitted(runners.task, settings.max_queue))
+            task = TaskModel(runners.task, self._admission(runners.task, settings.max_queue))
         if runners.image is not None:
             limit = settings.max_image_queue
-            image = ImageModel(runners.image, self._admitted(runners.image, limit, "pictures"))
-        self.served = Served(text, task, image)
+            image = ImageModel(runners.image, self._admission(runners.image, limit, "images"))
+        self.served = ServedModels(text, task, image)
         self.metrics = RunnerMetrics(self.runners)
-        serve_models(openai_app, self.served)
+        serve_models(mounted_app, self.served)
 
-    def _admitted(self, runner: Runner[Any, Any], limit: int, *noun: str) -> Admission:
+    def _admission(self, runner: Runner[Any, Any], limit: int, *noun: str) -> Admission:
         admission = Admission(limit, *noun)
         self.runners.append((runner, admission))
         return admission
@@ -149,19 +163,19 @@ class Triptych:
     @bentoml.on_deployment
     @staticmethod
     def check_model() -> None:
-        """Before any worker starts: stop with one sentence if there is nothing to serve."""
+        """Before any worker starts, exit with one sentence if the models cannot be served."""
         configure_logging()
-        if (ignored := unknown_variables()) is not None:
-            logger.warning("%s", ignored)
+        if (warning := unknown_variables()) is not None:
+            logger.warning("%s", warning)
         try:
-            chosen_runners(_chosen("text"), _chosen("image"), settings)
+            _create_runners()
         except ConfigError as error:
             raise SystemExit(f"triptych: {error}") from None
-        make_folder()
+        make_result_folder()
 
     @bentoml.on_startup
     async def start(self) -> None:
-        """Begin loading the models; `/readyz` tells when they are there."""
+        """Begin to load the models; `/readyz` tells when they are ready."""
         for runner, _ in self.runners:
             await runner.start()
 
@@ -169,87 +183,92 @@ class Triptych:
     async def stop(self) -> None:
         """End the ranks."""
         await asyncio.gather(*(runner.stop() for runner, _ in self.runners))
-        remove_files()
+        remove_private_folder()
 
     async def __is_alive__(self) -> bool:
-        """503 on `/livez` once a runner has given up for good: only a new process can help."""
-        self._refuse(lambda health: health.state is RunnerState.FAILED)
+        """503 on `/livez` once a runner has failed for good: only a new process can help."""
+        self._refuse_if(lambda health: health.state is RunnerState.FAILED)
         return True
 
     async def __is_ready__(self) -> bool:
-        """503 on `/readyz`, with what the runners are doing, until all of them serve."""
-        self._refuse(lambda health: not health.ready)
+        """503 on `/readyz`, with the state of the runners, until all of them are ready."""
+        self._refuse_if(lambda health: not health.ready)
         return True
 
-    def _refuse(self, bad: Callable[[RunnerHealth], bool]) -> None:
-        """503 that names the state of each runner whose health is bad."""
-        told = [
-            (runner.name, health) for runner, _ in self.runners if bad(health := runner.health())
-        ]
-        if told:
-            # The name says something only where there is more than one.
-            several = len(self.runners) > 1
-            said = (f"{name}: " * several + f"{h.state}: {h.detail}" for name, h in told)
-            raise HTTPException(503, "; ".join(said))
+    def _refuse_if(self, is_bad: Callable[[RunnerHealth], bool]) -> None:
+        """503 that names the state of each runner whose health is bad, if there is one."""
+        texts = []
+        for runner, _ in self.runners:
+            health = runner.health()
+            if is_bad(health):
+                name = f"{runner.name}: " if len(self.runners) > 1 else ""
+                texts.append(f"{name}{health.state}: {health.detail}")
+        if texts:
+            raise HTTPException(503, "; ".join(texts))
 
     async def __metrics__(self, collected: str) -> str:
-        """The runners' state, appended to what BentoML collects for `/metrics`."""
+        """The state of the runners, appended to what BentoML collects for `/metrics`."""
         return collected + self.metrics.text()
 
+    # BentoML derives clients and docs from the declared types; the methods return a `Response`.
+
     @bentoml.api
-    @routes.answers
+    @routes.handler
     async def generate(self, body: GenerateRequest, /) -> GenerateResponse:
         """Continue one prompt or several."""
         return await routes.generate(self.served.text, body)
 
+    @routes.streamed
     @bentoml.api
-    async def generate_stream(
-        self, body: StreamRequest, /, ctx: bentoml.Context
-    ) -> AsyncGenerator[str, None]:
+    @routes.handler
+    async def generate_stream(self, body: StreamRequest, /) -> AsyncGenerator[str, None]:
         """Continue one prompt and send the text as it grows, as server-sent events."""
-        async for event in routes.generate_stream(self.served, body, ctx.response):
-            yield event
+        response = await routes.generate_stream(self.served.text, body)
+        return cast(AsyncGenerator[str, None], response)
 
     @bentoml.api
-    @routes.answers
+    @routes.handler
     async def tokenize(self, body: TokenizeRequest, /) -> TokenizeResponse:
         """Token ids of a text or a conversation."""
         return await routes.tokenize(self.served.text, body)
 
     @bentoml.api
-    @routes.answers
+    @routes.handler
     async def detokenize(self, body: DetokenizeRequest, /) -> DetokenizeResponse:
         """The text of token ids."""
         return await routes.detokenize(self.served.text, body)
 
     @bentoml.api
-    @routes.answers
+    @routes.handler
     async def generate_image(self, body: GenerateImageRequest, /) -> GenerateImageResponse:
-        """Paint what a prompt says: a picture's file, or several pictures in JSON."""
-        answer: GenerateImageResponse = await images.generate_image(self.served, body)
-        return answer
+        """Generate images from a prompt; returns one image as its file, several as JSON."""
+        return cast(GenerateImageResponse, await images.generate_image(self.served, body))
 
-    @bentoml.task
-    @routes.answers
+    @bentoml.task(route=TASK_ROUTE)
+    @routes.handler
     async def generate_image_task(self, body: GenerateImageRequest, /) -> GenerateImageResponse:
-        """As `/generate_image`, for work that outlasts a connection: submit, ask, fetch."""
+        """As `/generate_image`, as a job that outlasts a connection: submit, poll, fetch."""
         current_request().timeout = settings.task_timeout
-        answer: GenerateImageResponse = await images.generate_image(self.served, body)
-        return answer
+        return cast(GenerateImageResponse, await images.generate_image(self.served, body))
 
 
-def _chosen(kind: Literal["text", "image"]) -> str:
-    """The environment's choice, else the one made at build time, in the version of that time."""
-    chosen: str = getattr(settings, f"{kind}_model")
-    built: str = getattr(arguments, f"{kind}_model")
+def _create_runners() -> Runners:
+    """Runners of the chosen models. Raises: ConfigError."""
+    text = _choose(settings.text_model, arguments.text_model)
+    image = _choose(settings.image_model, arguments.image_model)
+    return chosen_runners(text, image, settings)
+
+
+def _choose(model: str, built_model: str) -> str:
+    """The environment's choice, else that of the build, in the version of the build."""
     bento = _service().bento
-    if chosen or bento is None:
-        return chosen or built
-    return frozen_tag(bento, built) or built
+    if model or bento is None:
+        return model or built_model
+    return frozen_tag(bento, built_model) or built_model
 
 
 def _service() -> Any:
-    """Triptych as what its decorator, which has no types, made of it."""
+    """Triptych as the service that its untyped decorator made of it."""
     return Triptych
 
 
@@ -258,8 +277,8 @@ if settings.api_key is not None:
     _service().add_asgi_middleware(ApiKeyMiddleware, key=settings.api_key)
 _service().add_asgi_middleware(BodyMiddleware, max_bytes=settings.max_body_bytes)
 _service().add_asgi_middleware(
-    TaskGateMiddleware,
-    route="/generate_image_task",
-    check=lambda body: images.check_image_request(openai_app.state.served, body),
+    JobMiddleware,
+    route=TASK_ROUTE,
+    check=lambda body: images.check_image_request(mounted_app.state.served, body),
 )
 _service().add_asgi_middleware(UnknownRouteMiddleware)

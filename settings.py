@@ -26,15 +26,15 @@ from runners.contracts.errors import ConfigError
 from runners.contracts.validation import problems_of
 
 PREFIX = "TRIPTYCH_"
-TIMER_SLACK_S = 30.0
+BENTOML_SLACK_S = 30.0
 
 
-def _bare(key: SecretStr) -> SecretStr:
+def _stripped(key: SecretStr) -> SecretStr:
     """A key without the line end of its file."""
-    bare = key.get_secret_value().strip()
-    if not bare:
+    text = key.get_secret_value().strip()
+    if not text:
         raise ValueError("is blank; unset it to serve without a key")
-    return SecretStr(bare)
+    return SecretStr(text)
 
 
 def _upper_case(value: object) -> object:
@@ -42,7 +42,7 @@ def _upper_case(value: object) -> object:
 
 
 class Settings(BaseSettings):
-    """The models to serve, and the limits."""
+    """The models to serve, how they are run, and the limits of requests."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, use_attribute_docstrings=True, extra="ignore"
@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     max_image_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     """Maximum admitted images (running + queued); further requests get 429 with Retry-After."""
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Sequences in one step; overrides the model's own."""
+    """Maximum sequences in one step; overrides the model's own."""
     max_kv_tokens: Annotated[int, Field(ge=32)] | None = None
     """Size of the KV cache in tokens. Default: from the free memory."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     """Whether float32 models on a CPU run on Triptych's own kernels; overrides the model's own."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads per rank. Default: the machine's cores divided by the ranks."""
-    api_key: Annotated[SecretStr, AfterValidator(_bare)] | None = None
+    api_key: Annotated[SecretStr, AfterValidator(_stripped)] | None = None
     """If set, every route except the health probes requires `Authorization: Bearer <key>`."""
     port: Annotated[int, Field(ge=1, le=65_535, validation_alias="PORT")] = 3000
     """HTTP port (the variable is `PORT`, without prefix)."""
@@ -98,13 +98,13 @@ class Settings(BaseSettings):
 
     @property
     def timer(self) -> float:
-        """Seconds of BentoML's timer, which ends at the first byte: later than ours."""
-        return self.request_timeout + TIMER_SLACK_S
+        """Seconds of BentoML's timer for the first byte of a response: later than our deadline."""
+        return self.request_timeout + BENTOML_SLACK_S
 
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
-        # Except for the key: a secret that failed to arrive must not open the server to everyone.
+        # Except for the key: a secret that is empty by mistake must not open the server to all.
         return {name: v for name, v in values.items() if v != "" or name == "api_key"}
 
 

@@ -1,5 +1,6 @@
-"""The FastAPI app with the OpenAI-compatible routes, those of tasks and TorchServe's, mounted into
-the BentoML service.
+"""The FastAPI app of all routes but the native ones, which `service.py` mounts.
+
+It has the OpenAI-compatible routes, those of the pipeline tasks, and TorchServe's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from api.http.errors import as_response
-from api.models.served import Served
+from api.models.served import ServedModels
 from api.openai.chat import create_chat_completion
 from api.openai.completions import create_completion
 from api.openai.images import ImageGenerationRequest, ImagesResponse, create_images
@@ -26,49 +27,49 @@ from runners.contracts.errors import ModelNotServed
 STARTED = int(time.time())
 
 
-def serve_models(app: FastAPI, served: Served) -> None:
-    """Give the app its models, which come later than the app: routes must exist at import."""
+def serve_models(app: FastAPI, served: ServedModels) -> None:
+    """Set the app's models, which are created after the app."""
     app.state.served = served
 
 
 def create_app() -> FastAPI:
-    """The app, still without models."""
-    # BentoML's own docs page covers these routes.
+    """The app, without its models."""
+    # BentoML's docs page shows these routes too.
     app = FastAPI(title="Triptych", docs_url=None, redoc_url=None, openapi_url=None)
-    # Starlette's plain answer instead, which `UnknownRouteMiddleware` words for all routes alike.
+    # Starlette answers in plain text then, which `UnknownRouteMiddleware` replaces.
     del app.exception_handlers[HTTPException]
 
     @app.post("/v1/completions", **_documented(CompletionRequest, Completion))
     @as_response
     async def completions(request: Request) -> Response:
-        """Continue prompts, as OpenAI's completions API does."""
+        """Continue prompts, as OpenAI's completions API."""
         body = CompletionRequest.parse(await request.body())
         return await create_completion(_served(request).text, body)
 
     @app.post("/v1/chat/completions", **_documented(ChatRequest, ChatCompletion))
     @as_response
     async def chat_completions(request: Request) -> Response:
-        """Answer a conversation, as OpenAI's chat API does."""
+        """Generate the next turn of a conversation, as OpenAI's chat API."""
         body = ChatRequest.parse(await request.body())
         return await create_chat_completion(_served(request).text, body)
 
     @app.post("/v1/images/generations", **_documented(ImageGenerationRequest, ImagesResponse))
     @as_response
     async def images(request: Request) -> Response:
-        """Paint what a prompt says, as OpenAI's images API does."""
+        """Generate images from a prompt, as OpenAI's images API."""
         body = ImageGenerationRequest.parse(await request.body())
         return await create_images(_served(request).image, body)
 
     @app.get("/v1/models", response_model=ModelList)
     @as_response
     async def list_models(request: Request) -> Response:
-        """The models this server holds."""
+        """The served models."""
         return _json(ModelList(data=_cards(_served(request))))
 
     @app.get("/v1/models/{model_id:path}", response_model=Model)
     @as_response
     async def retrieve_model(request: Request, model_id: str) -> Response:
-        """One of the models this server holds."""
+        """One of the served models."""
         for card in _cards(_served(request)):
             if card.id == model_id:
                 return _json(card)
@@ -85,16 +86,16 @@ def _add_task(app: FastAPI, task: str, route: TaskRoute) -> None:
     async def run_task(request: Request) -> Response:
         return _json(await route.handle(_served(request), await request.body()))
 
-    documented = _documented(route.body, route.answer) | {"description": route.body.__doc__}
+    documented = _documented(route.body, route.response) | {"description": route.body.__doc__}
     app.post(f"/tasks/{task}", name=task, **documented)(run_task)
 
 
-def _served(request: Request) -> Served:
-    served: Served = request.app.state.served
+def _served(request: Request) -> ServedModels:
+    served: ServedModels = request.app.state.served
     return served
 
 
-def _cards(served: Served) -> list[Model]:
+def _cards(served: ServedModels) -> list[Model]:
     cards = []
     for model in (served.text_model, served.task_model):
         if model is not None:
@@ -109,21 +110,21 @@ def _json(content: BaseModel) -> Response:
     return Response(content.model_dump_json(), media_type="application/json")
 
 
-def _documented(body: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
-    """What the docs show of a route that parses its own body (see `WireModel.parse`)."""
+def _documented(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+    """What the docs show of a route that parses its body itself (see `WireModel.parse`)."""
     schema = body.model_json_schema()
     definitions = schema.pop("$defs", {})
 
-    def inlined(node: Any) -> Any:
+    def inline(node: Any) -> Any:
         if isinstance(node, dict):
             if "$ref" in node:
-                return inlined(definitions[node["$ref"].rpartition("/")[2]])
-            return {key: inlined(value) for key, value in node.items()}
-        return [inlined(item) for item in node] if isinstance(node, list) else node
+                return inline(definitions[node["$ref"].rpartition("/")[2]])
+            return {key: inline(value) for key, value in node.items()}
+        return [inline(item) for item in node] if isinstance(node, list) else node
 
-    content = {"application/json": {"schema": inlined(schema)}}
+    content = {"application/json": {"schema": inline(schema)}}
     return {
-        "response_model": answer,
+        "response_model": response,
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
         "responses": {"4XX": {"model": Error}, "5XX": {"model": Error}},
     }

@@ -1,1 +1,1 @@
-"""Commands besides the server."""
+"""Commands besides the server, each a separate process."""

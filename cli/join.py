@@ -1,8 +1,8 @@
-"""`python -m cli.join`: runs another machine's ranks of a model that is split over machines.
+"""`python -m cli.join`: runs the ranks of one node of a model that is split over several machines.
 
 The service runs on node 0; this command runs on each of the other nodes, with the same model and
 settings and another node rank, until it is stopped. Ranks that end are started again: node 0 does
-the same, and all meet again at `rdzv_endpoint`. Under torchrun, which starts and watches the
+the same, and all meet again at `rdzv_endpoint`. Under torchrun, which starts and supervises the
 processes, each process is one rank.
 """
 
@@ -35,7 +35,7 @@ WATCH_S = 0.5
 
 
 def main() -> None:
-    """Run until SIGTERM or Ctrl-C, or until it is clear that the model cannot be served."""
+    """Run until SIGTERM or Ctrl-C, or until the ranks have failed for good."""
     arguments = _arguments()
     try:
         config, program = _choose(arguments)
@@ -51,28 +51,28 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m cli.join",
-        description="Holds this machine's ranks of a model that is split over several machines.",
+        description="Runs this machine's ranks of a model that is split over several machines.",
         epilog="Each option has a variable: TRIPTYCH_TEXT_MODEL, TRIPTYCH_NODE_RANK, ...",
     )
     parser.add_argument("text_model", nargs="?", help="a folder or a tag of the model store")
-    parser.add_argument("--nnodes", type=int, help="how many machines there are")
-    parser.add_argument("--node-rank", type=int, help="which of them this is, from 1")
-    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where node 0 waits")
-    parser.add_argument("--tensor-parallel", type=int, help="how many ranks there are in all")
+    parser.add_argument("--nnodes", type=int, help="number of machines")
+    parser.add_argument("--node-rank", type=int, help="index of this machine, from 1")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="address of node 0")
+    parser.add_argument("--tensor-parallel", type=int, help="number of ranks on all machines")
     parser.add_argument(
         "--drain",
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="for how long after SIGTERM to hold the ranks while node 0 still serves (default: 0)",
+        help="how long the ranks run on after SIGTERM while node 0 still serves (default: 0)",
     )
     return parser.parse_args()
 
 
 def _choose(arguments: argparse.Namespace) -> tuple[BaseRunnerConfig, str]:
     """The config of the model, and the program that loads it. Raises: ConfigError."""
-    chosen = {k: v for k, v in vars(arguments).items() if v is not None}
-    settings = get_settings().model_copy(update=chosen)
+    changes = {k: v for k, v in vars(arguments).items() if v is not None}
+    settings = get_settings().model_copy(update=changes)
     config = model_config(settings.text_model, settings)
     if config.rendezvous is None or not config.first_rank:
         raise ConfigError(
@@ -119,7 +119,7 @@ def _run_as_rank(config: BaseRunnerConfig, program: str) -> None:
     rank = config.first_rank + int(os.environ["LOCAL_RANK"])
     os.environ |= rank_variables(config, spec.num_threads) | {"RANK": str(rank)}
     configure_logging(rank=rank)
-    # Not at the top: torch reads these variables when it is imported.
+    # Not at the top: this imports torch, which reads these variables when it is imported.
     from runners.rank.worker import load
 
     with tempfile.TemporaryDirectory(prefix=f"triptych-{os.getpid()}-") as folder:

@@ -36,7 +36,7 @@ def service_app() -> ASGIApp:
     os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.gettempdir())
     shared = TASK_RESULTS in os.environ
     # Imported in the replica only: the imports read the variable above and the replica's settings.
-    from api.http.metrics import remove_files
+    from api.http.metrics import remove_private_folder
 
     try:
         import service
@@ -44,7 +44,7 @@ def service_app() -> ASGIApp:
         triptych: Any = service.Triptych  # the decorator is untyped
         triptych.inner.check_model()
     except SystemExit as stop:
-        remove_files()
+        remove_private_folder()
         raise RuntimeError(str(stop)) from None
     results = Path(os.environ[TASK_RESULTS])
     _make_table(results)
@@ -58,7 +58,7 @@ def service_app() -> ASGIApp:
                     message = {"type": "lifespan.startup.failed", "message": failure}
             if message["type"] != "lifespan.startup.complete":
                 # Here, since Ray does not wait for the process to exit.
-                remove_files()
+                remove_private_folder()
                 if not shared:
                     shutil.rmtree(results.parent, ignore_errors=True)
             await send(message)

@@ -1,4 +1,4 @@
-"""Admission: how many sequences may be in the house at once."""
+"""Admission: how many sequences a model accepts at once, running and queued."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from runners.contracts.errors import InvalidRequest, Overloaded
 
 
 class Admission:
-    """Counts sequences in; `limit` of them, running and waiting together, fill the house.
+    """Counts the sequences that are admitted; there are never more than `limit`.
 
-    `what` they are called: sequences, pictures.
+    `noun` is what errors call them: sequences or images.
     """
 
-    def __init__(self, limit: int, what: str = "sequences") -> None:
+    def __init__(self, limit: int, noun: str = "sequences") -> None:
         self.limit = limit
-        self.what = what
-        self.inside = 0
+        self.noun = noun
+        self.admitted = 0
 
     @contextmanager
     def admit(self, count: int) -> Iterator[None]:
-        """Hold room for `count` sequences.
+        """Admit `count` sequences until the block is left.
 
-        Raises: Overloaded if there is no room now, InvalidRequest if there never can be.
+        Raises: Overloaded if they exceed the limit now, InvalidRequest if they always will.
         """
         if count > self.limit:
             raise InvalidRequest(
-                f"the request asks for {count} {self.what}; this server holds {self.limit} at most"
+                f"the request asks for {count} {self.noun}; this server admits at most {self.limit}"
             )
-        if self.inside + count > self.limit:
+        if self.admitted + count > self.limit:
             raise Overloaded(
-                f"the server is full: {self.inside} of {self.limit} {self.what} are in work; "
-                "try again shortly"
+                f"the server is full: {self.admitted} of {self.limit} {self.noun} are running or "
+                "queued; try again shortly"
             )
-        self.inside += count
+        self.admitted += count
         try:
             yield
         finally:
-            self.inside -= count
+            self.admitted -= count

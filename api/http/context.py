@@ -1,4 +1,4 @@
-"""What belongs to one HTTP request: its id, its deadline, and all it must give back at its end."""
+"""The context of one HTTP request: its id, its deadline, and what is released at its end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 
-from api.http.error_shapes import OPENAI, Shape
+from api.http.error_formats import OPENAI, ErrorFormat
 from runners.contracts.errors import DeadlineExceeded
+
+_part_numbers = count(1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -17,15 +20,18 @@ class RequestContext:
     """One HTTP request in flight.
 
     Whatever a handler acquires goes onto `resources`. The outermost middleware closes them when the
-    ASGI call ends, however it ends: an async generator that nobody exhausted is otherwise closed
-    only when the garbage collector finds it.
+    ASGI call ends, however it ends: an async generator that is not exhausted is otherwise closed
+    only by the garbage collector.
     """
 
     request_id: str
     route: str
+    """The label of its route in the metrics."""
     timeout: float
-    error_shape: Shape = OPENAI
+    """Seconds from arrival to deadline."""
+    error_format: ErrorFormat = OPENAI
     arrived: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    """Time of the event loop at its arrival, in seconds."""
     resources: AsyncExitStack = field(default_factory=AsyncExitStack)
 
     @property
@@ -33,9 +39,16 @@ class RequestContext:
         """Seconds until the deadline; negative after it."""
         return self.arrived + self.timeout - asyncio.get_running_loop().time()
 
+    def new_part_id(self) -> str:
+        """An id for a sequence, image or input of this request.
+
+        It is unique in this process: clients may reuse a request id.
+        """
+        return f"{self.request_id}-{next(_part_numbers)}"
+
     @asynccontextmanager
     async def within_deadline(self) -> AsyncIterator[None]:
-        """Abort the block when the request's time is over. Raises: DeadlineExceeded."""
+        """Abort the block at the request's deadline. Raises: DeadlineExceeded."""
         try:
             async with asyncio.timeout_at(self.arrived + self.timeout) as limit:
                 yield
@@ -43,7 +56,7 @@ class RequestContext:
             if not limit.expired():
                 raise
             raise DeadlineExceeded(
-                f"the request took longer than the {self.timeout:g} s it may take"
+                f"the request exceeded its time limit of {self.timeout:g} s"
             ) from None
 
 
@@ -61,10 +74,10 @@ def current_request_id() -> str | None:
     return None if request is None else request.request_id
 
 
-def current_shape() -> Shape:
-    """What errors of that request look like."""
+def current_error_format() -> ErrorFormat:
+    """The format of that request's errors."""
     request = _current.get(None)
-    return OPENAI if request is None else request.error_shape
+    return OPENAI if request is None else request.error_format
 
 
 def enter_request(context: RequestContext) -> None:

@@ -1,6 +1,6 @@
-"""Errors on the wire, in the shape that the route's clients know (`error_shapes`).
+"""Errors as HTTP responses, in the format that the route's clients know (`error_formats`).
 
-No message repeats what a body holds.
+No message repeats the content of a body.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import ParamSpec
 from pydantic import ValidationError
 from starlette.responses import Response
 
-from api.http.context import current_request, current_shape
-from api.http.error_shapes import Kind
+from api.http.context import current_error_format, current_request
+from api.http.error_formats import ErrorStatus
 from runners.contracts.errors import InvalidRequest, Overloaded, TriptychError, Unauthorized
 from runners.contracts.validation import problems_of
 
@@ -26,91 +26,84 @@ P = ParamSpec("P")
 MAX_PROBLEMS = 4
 """How many validation problems one message names."""
 MAX_LISTED = 10_000
-"""Describing more problems than this would hold up all other requests."""
+"""How many validation problems are looked at: more would delay all other requests."""
 
 
-def kind_of(error: Exception) -> Kind:
-    """Status, type and code of an error; a 500 for what nobody raises on purpose."""
-    shape = current_shape()
+def status_of(error: Exception) -> ErrorStatus:
+    """HTTP status, type and code of an error; 500 for unexpected errors."""
+    error_format = current_error_format()
+    statuses = error_format.statuses
     classes = type(error).__mro__
-    return next((shape.kinds[cls] for cls in classes if cls in shape.kinds), shape.internal)
+    return next((statuses[cls] for cls in classes if cls in statuses), error_format.internal)
 
 
 def error_body(error: Exception) -> str:
-    """An error as JSON. What nobody raises on purpose is logged here and not described."""
-    shape, kind = current_shape(), kind_of(error)
-    if isinstance(error, TriptychError) and kind is not shape.internal:
-        return shape.body(error.message, kind, error.field)
+    """An error as JSON. Unexpected errors are logged and not described."""
+    error_format, status = current_error_format(), status_of(error)
+    if isinstance(error, TriptychError) and status is not error_format.internal:
+        return error_format.body(error.message, status, error.field)
     log_unexpected(error)
-    return shape.body("the server failed on this request; its log has the request id", kind, None)
-
-
-def error_headers(error: Exception) -> dict[str, str]:
-    """What a client needs besides the body: when to come back, how to authenticate."""
-    match error:
-        case Overloaded():
-            return {"Retry-After": str(error.retry_after_s)}
-        case Unauthorized():
-            return {"WWW-Authenticate": "Bearer"}
-        case _:
-            return {}
+    message = "unexpected error; the server's log has the details under this request id"
+    return error_format.body(message, status, None)
 
 
 def error_response(error: Exception) -> Response:
-    """The HTTP answer to an error."""
-    body, status, headers = error_body(error), kind_of(error).status, error_headers(error)
+    """The HTTP response to an error."""
+    headers = {}
+    match error:
+        case Overloaded():
+            headers["Retry-After"] = str(error.retry_after_s)
+        case Unauthorized():
+            headers["WWW-Authenticate"] = "Bearer"
+    body, status = error_body(error), status_of(error).status
     return Response(body, status, headers, media_type="application/json")
 
 
 def as_response(
     handler: Callable[P, Awaitable[Response]],
 ) -> Callable[P, Awaitable[Response]]:
-    """A handler that answers with its errors instead of raising them."""
+    """A handler that returns its errors as responses instead of raising them."""
 
     @functools.wraps(handler)
-    async def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
+    async def respond(*args: P.args, **kwargs: P.kwargs) -> Response:
         try:
             return await handler(*args, **kwargs)
         except Exception as error:
             return error_response(error)
 
-    return answer
+    return respond
 
 
-def no_such_route(status: int, method: str, path: str, allow: str | None) -> Response:
-    """The HTTP answer to a path (404) or a method (405) that does not exist."""
+def unknown_route_response(status: int, method: str, path: str, allow: str | None) -> Response:
+    """The HTTP response to an unknown path (404) or a method that a path does not take (405).
+
+    `allow`: the path's methods, separated by commas.
+    """
     path = path[:100]
     methods = sorted(allow.split(", ")) if allow else []
-    allow = ", ".join(methods)
-    message = (
-        f"{path} takes {' or '.join(methods)}, not {method}"
-        if allow
-        else f"there is no {method} {path} here"
-    )
-    shape = current_shape()
-    kind = shape.not_allowed if status == shape.not_allowed.status else shape.unknown
-    headers = {"Allow": allow} if allow else {}
-    body = shape.body(message, kind, None)
+    if methods:
+        message = f"{path} takes {' or '.join(methods)}, not {method}"
+    else:
+        message = f"there is no {method} {path}"
+    error_format = current_error_format()
+    is_method = status == error_format.unknown_method.status
+    error_status = error_format.unknown_method if is_method else error_format.unknown_path
+    headers = {"Allow": ", ".join(methods)} if methods else {}
+    body = error_format.body(message, error_status, None)
     return Response(body, status, headers, media_type="application/json")
 
 
 def log_unexpected(error: BaseException) -> None:
-    """Log a fault of ours as its type and place: the message might quote what a client sent."""
+    """Log an unexpected error as its type and stack: its message may quote the request."""
     stack = "".join(traceback.format_tb(error.__traceback__))
-    request = current_request()
-    logger.error(
-        "request %s on %s failed with %s\n%s",
-        request.request_id,
-        request.route,
-        type(error).__name__,
-        stack,
-    )
+    route = current_request().route
+    logger.error("a request on %s failed with %s\n%s", route, type(error).__name__, stack)
 
 
-def refusal(error: ValidationError) -> InvalidRequest:
-    """A validation error as the error for the client: which field, and what is allowed there."""
+def invalid_request(error: ValidationError) -> InvalidRequest:
+    """A validation error as one that names the fields at fault and what is allowed there."""
     if error.error_count() > MAX_LISTED:
-        return InvalidRequest(f"the body has {error.error_count()} faults, too many to name")
+        return InvalidRequest(f"the body has {error.error_count()} errors, too many to list")
     by_field: dict[str, list[str]] = {}
     for problem in problems_of(error):
         by_field.setdefault(problem.field[:100], []).append(problem.requirement)

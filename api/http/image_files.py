@@ -1,4 +1,4 @@
-"""Pictures as files, made in a thread: a large one takes longer than others should wait."""
+"""Images as files. They are encoded in a thread, because a large one would block the event loop."""
 
 from __future__ import annotations
 
@@ -20,38 +20,38 @@ _OPTIONS: dict[Format, dict[str, int]] = {
 }
 
 
-async def as_file(picture: RawImage, kind: Format) -> bytes:
-    """The picture as the content of a file."""
-    return await asyncio.to_thread(_encode, picture, kind)
+async def as_file(image: RawImage, file_format: Format) -> bytes:
+    """The content of the image's file."""
+    return await asyncio.to_thread(_encode, image, file_format)
 
 
-async def as_base64(picture: RawImage, kind: Format) -> str:
-    """The file's content in base64."""
-    return base64.b64encode(await as_file(picture, kind)).decode("ascii")
+async def as_base64(image: RawImage, file_format: Format) -> str:
+    """The content of the image's file, in base64."""
+    return base64.b64encode(await as_file(image, file_format)).decode("ascii")
 
 
-async def as_nested_lists(picture: RawImage) -> bytes:
-    """The pixels as JSON: rows of pixels of red, green and blue, each from 0 to 255."""
-    return await asyncio.to_thread(_nested, picture)
+async def as_nested_lists(image: RawImage) -> bytes:
+    """The pixels as JSON of shape height x width x 3 (red, green, blue), each from 0 to 255."""
+    return await asyncio.to_thread(_nested_lists, image)
 
 
-def media_type(kind: Format) -> str:
+def media_type(file_format: Format) -> str:
     """The file's Content-Type."""
-    return f"image/{kind}"
+    return f"image/{file_format}"
 
 
-def _encode(picture: RawImage, kind: Format) -> bytes:
-    image = Image.frombytes("RGB", (picture.width, picture.height), picture.data)
+def _encode(image: RawImage, file_format: Format) -> bytes:
+    pixels = Image.frombytes("RGB", (image.width, image.height), image.data)
     file = io.BytesIO()
-    image.save(file, kind, **_OPTIONS[kind])
+    pixels.save(file, file_format, **_OPTIONS[file_format])
     return file.getvalue()
 
 
-def _nested(picture: RawImage) -> bytes:
-    length = 3 * picture.width
+def _nested_lists(image: RawImage) -> bytes:
+    length = 3 * image.width
     rows = []
-    # Row by row: while all of it is written at once, no other thread runs.
-    for start in range(0, len(picture.data), length):
-        row = picture.data[start : start + length]
+    # Row by row: json.dumps of the whole image would keep the interpreter's lock throughout.
+    for start in range(0, len(image.data), length):
+        row = image.data[start : start + length]
         rows.append(json.dumps([list(row[i : i + 3]) for i in range(0, length, 3)]))
     return f"[{','.join(rows)}]".encode()

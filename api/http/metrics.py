@@ -1,7 +1,7 @@
-"""Prometheus metrics, on BentoML's `/metrics`.
+"""Prometheus metrics of the HTTP worker, on BentoML's `/metrics`.
 
 Counters and histograms go through prometheus_client's multiprocess files, which BentoML's endpoint
-reads. The state of the runner is asked for at each scrape instead and appended as text: a gauge in
+reads. The state of the runners is read at each scrape instead and appended as text: a gauge in
 those files would be as old as its last update, and would outlive its worker.
 """
 
@@ -10,107 +10,116 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from starlette.routing import BaseRoute, Mount, Route
 
 from api.http.admission import Admission
 from runners.contracts.runner import Runner
 
-FILES = "PROMETHEUS_MULTIPROC_DIR"
-if FILES in os.environ:
-    # BentoML sets it, in workers only, to a folder in its home, which each `bentoml serve` empties:
-    # of two servers with one home the older would lose its metrics. So each worker has its own.
-    os.environ[FILES] = tempfile.mkdtemp(prefix="triptych-metrics-")
-
-
-def remove_files() -> None:
-    """Leave nothing on disk; the process is about to end."""
-    if FILES in os.environ:
-        shutil.rmtree(os.environ[FILES], ignore_errors=True)
-
-
-ROUTES = frozenset(
-    {
-        "/generate",
-        "/generate_stream",
-        "/tokenize",
-        "/detokenize",
-        "/generate_image",
-        "/generate_image_task",
-        "/generate_image_task/submit",
-        "/generate_image_task/status",
-        "/generate_image_task/get",
-        "/generate_image_task/retry",
-        "/tasks/fill-mask",
-        "/tasks/token-classification",
-        "/tasks/question-answering",
-        "/tasks/text-classification",
-        "/tasks/conversational",
-        "/v1/completions",
-        "/v1/chat/completions",
-        "/v1/images/generations",
-        "/v1/models",
-    }
-)
-"""Values of the label `route`."""
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""The environment variable that names the folder of the multiprocess files."""
+_PREFIX = "triptych-metrics-"
 NO_ROUTE = "other"
-"""Its value for all else, or a scanner would fill the memory."""
-TORCHSERVE = frozenset({"/ping", "/predictions", "/models"})
-"""TorchServe's, each for all that lies below it, too."""
+"""The label `route` of paths that no route matches."""
 
 REQUESTS = Counter(
-    "triptych_requests", "HTTP requests; status 499: the client left", ["route", "status"]
+    "triptych_requests",
+    "HTTP requests by status; 499: the client disconnected",
+    ["route", "status"],
 )
 DURATION = Histogram(
     "triptych_request_duration_seconds",
-    "Arrival to the end of the answer",
+    "Seconds from the arrival of a request to the end of its response",
     ["route"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0),
 )
-SEQUENCES = Counter("triptych_sequences", "Sequences by how they ended", ["route", "finish_reason"])
-PROMPT_TOKENS = Counter("triptych_prompt_tokens", "Prompt tokens accepted", ["route"])
-TASK_INPUTS = Counter("triptych_task_inputs", "Inputs of tasks answered", ["route"])
-GENERATED_TOKENS = Counter("triptych_generated_tokens", "Tokens generated", ["route"])
+SEQUENCES = Counter(
+    "triptych_sequences", "Finished sequences by finish reason", ["route", "finish_reason"]
+)
+PROMPT_TOKENS = Counter("triptych_prompt_tokens", "Accepted prompt tokens", ["route"])
+TASK_INPUTS = Counter("triptych_task_inputs", "Completed inputs of pipeline tasks", ["route"])
+GENERATED_TOKENS = Counter("triptych_generated_tokens", "Generated tokens", ["route"])
 FIRST_TOKEN = Histogram(
     "triptych_time_to_first_token_seconds",
-    "Arrival of the request to the first token of a sequence",
+    "Seconds from the arrival of a request to the first token of a sequence",
     ["route"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 60.0),
 )
 PER_TOKEN = Histogram(
     "triptych_time_per_output_token_seconds",
-    "Mean time between the tokens of a sequence",
+    "Mean seconds between the tokens of a sequence",
     ["route"],
     buckets=(0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 0.8, 2.0),
 )
+IMAGES = Counter("triptych_pictures", "Requested images by outcome", ["route", "outcome"])
+DENOISING_STEPS = Counter("triptych_denoising_steps", "Completed denoising steps", ["route"])
 
 
-PICTURES = Counter("triptych_pictures", "Pictures by how they ended", ["route", "outcome"])
-DENOISING_STEPS = Counter("triptych_denoising_steps", "Denoising steps of pictures", ["route"])
+def use_private_folder() -> None:
+    """Keep the metrics of this process in a new folder; to be called before any value exists.
+
+    BentoML sets the variable in its workers, to a folder in its home that each `bentoml serve`
+    empties: of two servers with one home, the older would lose its metrics.
+    """
+    if FOLDER in os.environ:
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix=_PREFIX)
 
 
-def route_label(path: str) -> str:
-    """The path if it is one of ours, or what stands for it."""
-    top = "/" + path.lstrip("/").partition("/")[0]
-    return path if path in ROUTES else top if top in TORCHSERVE else NO_ROUTE
+def remove_private_folder() -> None:
+    """Remove that folder, if there is one; the process is about to end."""
+    folder = Path(os.environ.get(FOLDER, ""))
+    if folder.name.startswith(_PREFIX):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class RouteLabels:
+    """The values of the label `route`: the templates of an app's routes, up to a parameter.
+
+    Other paths share one value: with a value for each, a scanner would exhaust the memory.
+    """
+
+    def __init__(self, routes: Iterable[BaseRoute]) -> None:
+        parts = [template.partition("/{") for template in _templates(routes)]
+        self._labels = {label for label, _, _ in parts}
+        self._prefixes = {label for label, _, parameter in parts if parameter}
+
+    def label(self, path: str) -> str:
+        """The value for a path."""
+        if path in self._labels:
+            return path
+        prefixes = (prefix for prefix in self._prefixes if path.startswith(f"{prefix}/"))
+        return max(prefixes, key=len, default=NO_ROUTE)
+
+
+def _templates(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[str]:
+    for route in routes:
+        if isinstance(route, Mount):
+            yield from _templates(route.routes, prefix + route.path)
+        elif isinstance(route, Route):
+            yield prefix + route.path
 
 
 class RunnerMetrics:
-    """The runners' state as gauges; a prometheus_client collector. A picture is a sequence, too."""
+    """The runners' state as gauges; a prometheus_client collector. An image counts as a sequence.
+
+    Each runner comes with the admission of its model.
+    """
 
     def __init__(self, runners: Sequence[tuple[Runner[Any, Any], Admission]]) -> None:
         self._runners = runners
 
     def collect(self) -> list[Metric]:
-        """The gauges as they are right now."""
+        """The current gauges."""
         gauges: dict[str, GaugeMetricFamily] = {}
         for runner, admission in self._runners:
-            for name, (meaning, value) in _state(runner, admission).items():
+            for name, (text, value) in _state(runner, admission).items():
                 if name not in gauges:
-                    gauges[name] = GaugeMetricFamily(f"triptych_{name}", meaning, labels=["model"])
+                    gauges[name] = GaugeMetricFamily(f"triptych_{name}", text, labels=["model"])
                 gauges[name].add_metric([runner.name], value)
         return list(gauges.values())
 
@@ -122,14 +131,15 @@ class RunnerMetrics:
 
 
 def _state(runner: Runner[Any, Any], admission: Admission) -> dict[str, tuple[str, float]]:
+    """The help text and the value of each gauge, by its name."""
     health = runner.health()
     return {
-        "ready": ("1 while requests are served", health.ready),
-        "restarts": ("Times the rank group was started again", health.restarts),
-        "admitted_sequences": ("Sequences in the house", admission.inside),
-        "admission_limit": ("Sequences that may be in the house", admission.limit),
-        "running_sequences": ("Sequences being generated", health.running),
-        "waiting_sequences": ("Sequences that wait for room", health.waiting),
-        "kv_tokens_used": ("KV cache in use, in tokens", health.kv_tokens_used),
-        "kv_tokens_total": ("KV cache there is, in tokens", health.kv_tokens_total),
+        "ready": ("1 if the model serves requests, else 0", health.ready),
+        "restarts": ("Restarts of the rank group", health.restarts),
+        "admitted_sequences": ("Admitted sequences, running and queued", admission.admitted),
+        "admission_limit": ("Maximum of admitted sequences", admission.limit),
+        "running_sequences": ("Sequences in the current batch", health.running),
+        "waiting_sequences": ("Sequences queued for the batch", health.waiting),
+        "kv_tokens_used": ("Used KV cache in tokens", health.kv_tokens_used),
+        "kv_tokens_total": ("Size of the KV cache in tokens", health.kv_tokens_total),
     }

@@ -15,47 +15,49 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http import metrics
 from api.http.context import RequestContext, current_request, enter_request
-from api.http.error_shapes import OPENAI, TORCHSERVE
-from api.http.errors import error_response, log_unexpected, no_such_route
+from api.http.error_formats import OPENAI, TORCHSERVE
+from api.http.errors import error_response, log_unexpected, unknown_route_response
 from runners.contracts.errors import DeadlineExceeded, InvalidRequest, PayloadTooLarge, Unauthorized
 
 REQUEST_ID = "X-Request-ID"
-SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/ping"})
 PREDICTIONS = "/predictions"
-"""TorchServe's route, which takes a body of any type."""
+TORCHSERVE_ROOTS = frozenset({"ping", "predictions", "models"})
+"""The first parts of TorchServe's paths."""
 SEND_GRACE_S = 5.0
-"""How long past its deadline a client may take to receive; one that reads nothing holds a place."""
-CLIENT_LEFT = 499
-"""nginx's status for it; nobody reads the answer, but logs and metrics do."""
+"""Seconds past its deadline until a request is cut off whose client reads nothing."""
+CLIENT_DISCONNECTED = 499
+"""nginx's status for it, which only logs and metrics show."""
 
 
 class RequestContextMiddleware:
-    """Gives each request its id and deadline, counts it, and closes what it leaves open."""
+    """Gives each request its id and deadline, counts it, and releases its resources."""
 
     def __init__(self, app: ASGIApp, *, timeout: float) -> None:
         self.app = app
         self.timeout = timeout
+        self._labels: metrics.RouteLabels | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request from its first byte to its last clean-up."""
+        """Serve one request from its first byte to the release of its resources."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        given = Headers(scope=scope).get(REQUEST_ID, "")
-        route = metrics.route_label(scope["path"])
-        theirs = route in metrics.TORCHSERVE
-        if theirs:  # there a slash at the end means nothing
+        root = scope["path"].lstrip("/").partition("/")[0]
+        is_torchserve = root in TORCHSERVE_ROOTS
+        if is_torchserve:  # TorchServe ignores a slash at the end
             scope = {**scope, "path": scope["path"].rstrip("/")}
+        client_id = Headers(scope=scope).get(REQUEST_ID, "")
         context = RequestContext(
-            request_id=given if SANE_REQUEST_ID.fullmatch(given) else uuid4().hex,
-            route=route,
+            request_id=client_id if VALID_REQUEST_ID.fullmatch(client_id) else uuid4().hex,
+            route=self._label(scope),
             timeout=self.timeout,
-            error_shape=TORCHSERVE if theirs else OPENAI,
+            error_format=TORCHSERVE if is_torchserve else OPENAI,
         )
         enter_request(context)
-        status = 0
+        status: int | None = None
 
-        async def tagged(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -63,21 +65,30 @@ class RequestContextMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, receive, tagged)
+            await self.app(scope, receive, send_with_id)
         except Exception as error:
-            if status:  # too late for an answer: the server cuts the connection
+            if status is None:
+                await error_response(error)(scope, receive, send_with_id)
+            else:  # the response has begun: the server closes the connection
                 log_unexpected(error)
-            else:
-                await error_response(error)(scope, receive, tagged)
         finally:
             await context.resources.aclose()
-            metrics.REQUESTS.labels(context.route, status or CLIENT_LEFT).inc()
+            if status is None:
+                status = CLIENT_DISCONNECTED
+            metrics.REQUESTS.labels(context.route, status).inc()
             elapsed = asyncio.get_running_loop().time() - context.arrived
             metrics.DURATION.labels(context.route).observe(elapsed)
 
+    def _label(self, scope: Scope) -> str:
+        if self._labels is None:
+            # Not in the constructor: BentoML adds routes to its app after the middlewares.
+            app = scope.get("app")
+            self._labels = metrics.RouteLabels([] if app is None else app.routes)
+        return self._labels.label(scope["path"])
+
 
 class ApiKeyMiddleware:
-    """Asks for `Authorization: Bearer <key>` everywhere but at the health probes."""
+    """Requires `Authorization: Bearer <key>` everywhere except for the health probes."""
 
     def __init__(self, app: ASGIApp, *, key: SecretStr) -> None:
         self.app = app
@@ -86,24 +97,24 @@ class ApiKeyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the request pass, or answer 401."""
         if scope["type"] == "http" and not self._may_pass(scope):
-            error = Unauthorized("this server asks for its API key as Authorization: Bearer <key>")
+            error = Unauthorized("this server requires its API key, as Authorization: Bearer <key>")
             return await error_response(error)(scope, receive, send)
         return await self.app(scope, receive, send)
 
     def _may_pass(self, scope: Scope) -> bool:
-        # OPTIONS: a CORS preflight can not carry the header, and its answer holds nothing.
+        # OPTIONS: a CORS preflight cannot carry the header, and its response has no content.
         if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = given.partition(b" ")
+        header = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = header.partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.key)
 
 
 class BodyMiddleware:
-    """Reads the body, within its limit, and ends the handler when the client leaves.
+    """Reads the body, up to its limit, and cancels the handler when the client disconnects.
 
-    Neither BentoML nor FastAPI ends a unary handler whose client is gone. The body is read here
-    because only then is a disconnect the one thing left to receive.
+    Neither BentoML nor FastAPI cancels a handler that does not stream. The body is read here
+    because afterwards a disconnect is the only message left to receive.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
@@ -120,10 +131,14 @@ class BodyMiddleware:
         except Exception as error:
             return await error_response(error)(scope, receive, send)
         if body is None:
-            return await _nobody_there(scope, receive, send)
+            return await _respond_to_disconnected(scope, receive, send)
         return await self._serve(scope, receive, send, body)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None if the client disconnects before its end.
+
+        Raises: PayloadTooLarge, InvalidRequest.
+        """
         headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length[:20]) > self.max_bytes:
@@ -139,54 +154,55 @@ class BodyMiddleware:
             if not message.get("more_body", False):
                 break
         content_type = headers.get("content-type", "application/json").partition(";")[0]
-        # Of any type are TorchServe's bodies; and where there is no route, that is what to say.
-        json_alone = current_request().route not in (PREDICTIONS, metrics.NO_ROUTE)
-        if body and json_alone and content_type.strip().lower() != "application/json":
+        # TorchServe takes bodies of any type; where there is no route, the error is a 404.
+        only_json = current_request().route not in (PREDICTIONS, metrics.NO_ROUTE)
+        if body and only_json and content_type.strip().lower() != "application/json":
             raise InvalidRequest("must be application/json", field="Content-Type")
         return bytes(body)
 
     def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the body may have {self.max_bytes} bytes at most")
+        return PayloadTooLarge(f"the body exceeds the limit of {self.max_bytes} bytes")
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        """Run the app until it is done, the client has left, or it does not take its answer."""
-        started = answered = False
+        """Run the app until it is done, the client disconnects, or does not read the response."""
+        started = complete = False
         pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-        gone = asyncio.ensure_future(receive())
+        disconnect = asyncio.ensure_future(receive())
 
         async def replay() -> Message:
-            return pending.pop() if pending else await asyncio.shield(gone)
+            return pending.pop() if pending else await asyncio.shield(disconnect)
 
-        async def watched(message: Message) -> None:
-            nonlocal started, answered
+        async def watched_send(message: Message) -> None:
+            nonlocal started, complete
             started = True
             await send(message)
             last = not message.get("more_body", False)
-            answered = message["type"] == "http.response.body" and last
+            complete = message["type"] == "http.response.body" and last
 
-        handler = asyncio.ensure_future(self.app(scope, replay, watched))
+        handler = asyncio.ensure_future(self.app(scope, replay, watched_send))
         try:
-            patience = current_request().remaining + SEND_GRACE_S
-            await asyncio.wait({handler, gone}, timeout=patience, return_when=FIRST_COMPLETED)
-            # Once all is sent the server, too, reports a disconnect; what is left is clean-up.
-            if not handler.done() and not answered:
+            timeout = current_request().remaining + SEND_GRACE_S
+            await asyncio.wait({handler, disconnect}, timeout=timeout, return_when=FIRST_COMPLETED)
+            # After a complete response the server reports a disconnect too; the handler then only
+            # has to clean up, which is not cancelled.
+            if not handler.done() and not complete:
                 handler.cancel()
             await asyncio.wait({handler})
         finally:
-            left = gone.done()
+            disconnected = disconnect.done()
             handler.cancel()
-            gone.cancel()
-            await asyncio.gather(handler, gone, return_exceptions=True)
+            disconnect.cancel()
+            await asyncio.gather(handler, disconnect, return_exceptions=True)
         if not handler.cancelled():
             handler.result()
-        elif left:
-            await _nobody_there(scope, receive, send)
+        elif disconnected:
+            await _respond_to_disconnected(scope, receive, send)
         elif not started:
-            raise DeadlineExceeded("the request took too long")
+            raise DeadlineExceeded("the request exceeded its time limit")
 
 
 class UnknownRouteMiddleware:
-    """Puts the plain-text 404 and 405 of BentoML's router into the shape of all other errors."""
+    """Turns the plain-text 404 and 405 of BentoML's router into the format of all other errors."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -197,20 +213,22 @@ class UnknownRouteMiddleware:
             return await self.app(scope, receive, send)
         replaced = False
 
-        async def worded(message: Message) -> None:
+        async def send_formatted(message: Message) -> None:
             nonlocal replaced
             if message["type"] == "http.response.start" and message["status"] in (404, 405):
                 headers = Headers(raw=message["headers"])
                 replaced = headers.get("content-type", "").startswith("text/plain")
                 if replaced:
-                    route = (scope["method"], scope["path"], headers.get("allow"))
-                    await no_such_route(message["status"], *route)(scope, receive, send)
+                    response = unknown_route_response(
+                        message["status"], scope["method"], scope["path"], headers.get("allow")
+                    )
+                    await response(scope, receive, send)
             if not replaced:
                 await send(message)
 
-        return await self.app(scope, receive, worded)
+        return await self.app(scope, receive, send_formatted)
 
 
-async def _nobody_there(scope: Scope, receive: Receive, send: Send) -> None:
-    """End a request whose client has left: BentoML's timer waits for an answer to be sent."""
-    await Response(status_code=CLIENT_LEFT)(scope, receive, send)
+async def _respond_to_disconnected(scope: Scope, receive: Receive, send: Send) -> None:
+    """End a request whose client has disconnected: BentoML's timer waits for a response."""
+    await Response(status_code=CLIENT_DISCONNECTED)(scope, receive, send)

@@ -1,8 +1,9 @@
-"""What request bodies of all routes have in common: strictness, bounds, sampling parameters."""
+"""What request bodies have in common: strictness, bounds, and the fields of text and images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import SystemRandom
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -14,8 +15,10 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from api.http.errors import refusal
+from api.http.context import current_request
+from api.http.errors import invalid_request
 from runners.contracts.errors import InvalidRequest
+from runners.contracts.images import ImageRequest
 from runners.contracts.text import ChatMessage, ChatPrompt, SamplingParams
 
 MAX_NEW_TOKENS = 1_000_000
@@ -23,6 +26,15 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_MESSAGES = 4096
+MAX_IMAGES = 10
+"""Images per request."""
+MAX_SIDE = 16_383
+"""In pixels: the limit of WebP."""
+MAX_STEPS = 1000
+SEEDS = 2**63
+"""Seeds are below this number."""
+
+_random = SystemRandom()
 
 
 class WireModel(BaseModel):
@@ -48,21 +60,26 @@ class WireModel(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise refusal(error) from None
+            raise invalid_request(error) from None
 
 
 def read_json(body: str | bytes | bytearray) -> Any:
-    """A JSON body. Raises: InvalidRequest.
+    """The values in a JSON body. Raises: InvalidRequest.
 
-    Other than `json.loads`, pydantic's parser refuses lone surrogates, takes integers of any length
-    and does not run into the recursion limit. It makes Python objects, from which a model is made
-    then: `model_validate_json` takes twice the time and five times the memory for a body of many
-    small lists, and nothing else runs meanwhile.
+    Unlike `json.loads`, pydantic's parser refuses lone surrogates, takes integers of any length and
+    does not reach the recursion limit. It makes Python objects, which are validated afterwards:
+    `model_validate_json` takes twice the time and five times the memory for a body of many small
+    lists, and it blocks the event loop meanwhile.
     """
     try:
         return from_json(body)
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
+
+
+def nth_seed(seed: int, index: int) -> int:
+    """The seed of sequence or image `index` of a request with a seed."""
+    return (seed + index) % SEEDS
 
 
 def _as_list(value: object) -> object:
@@ -71,6 +88,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+ModelName = Annotated[str, Field(max_length=256)]
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]],
     Field(max_length=MAX_STOP_STRINGS),
@@ -89,21 +107,21 @@ class SamplingFields(WireModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     """0 is greedy. Default: the model's own, else 0 for the native routes and 1 for `/v1`."""
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Keep the likeliest tokens that reach this probability together. Default: the model's own."""
+    """Keep the most likely tokens whose probabilities add up to this. Default: the model's own."""
     top_k: Annotated[int, Field(ge=-1, le=MAX_NEW_TOKENS)] | None = None
-    """Keep this many of the likeliest tokens; 0 or -1 keeps all. Default: the model's own."""
+    """Keep this many of the most likely tokens; 0 or -1 keeps all. Default: the model's own."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     """Above 1: tokens of the prompt and the output become less likely. Default: the model's own."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    """Subtracted from the score of tokens generated already. Default: 0."""
+    """Subtracted from the score of tokens that were generated already. Default: 0."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Subtracted from a token's score for each time it was generated. Default: 0."""
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Same seed, same request, same text."""
+    seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
+    """The same request with the same seed gives the same text."""
     stop: StopStrings = []
     """Up to 16 strings of up to 256 characters; the text ends before the first that appears."""
     ignore_eos: bool | None = None
-    """Generate on after the end token, up to the token limit. Default: false."""
+    """Continue after the end token, up to the token limit. Default: false."""
 
     def sampling(
         self,
@@ -114,7 +132,9 @@ class SamplingFields(WireModel):
         default_new_tokens: int | None = None,
         default_temperature: float | None = None,
     ) -> SamplingParams:
-        """These fields, with what the routes name differently, for the runner."""
+        """The sampling parameters of these fields and of those that the routes name differently."""
+        penalties = (self.presence_penalty, self.frequency_penalty)
+        presence, frequency = (0.0 if penalty is None else penalty for penalty in penalties)
         temperature = default_temperature if self.temperature is None else self.temperature
         return SamplingParams(
             max_new_tokens=max_new_tokens,
@@ -124,8 +144,8 @@ class SamplingFields(WireModel):
             top_p=self.top_p,
             top_k=None if self.top_k is None else max(self.top_k, 0),
             repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=presence,
+            frequency_penalty=frequency,
             seed=self.seed,
             stop=self.stop or None,
             ignore_eos=self.ignore_eos,
@@ -134,7 +154,7 @@ class SamplingFields(WireModel):
 
 
 class TextPart(WireModel):
-    """A piece of a message's content."""
+    """A part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -150,10 +170,10 @@ class Message(WireModel):
     content: str | Annotated[list[TextPart], Field(min_length=1, max_length=1024)]
     """Text, or text parts, which are joined by line ends."""
     name: Annotated[str, Field(max_length=256)] | None = None
-    """Taken for compatibility; chat templates have no place for it."""
+    """Accepted for compatibility and ignored: chat templates do not use it."""
 
     def for_template(self) -> ChatMessage:
-        """The turn as chat templates know it: `developer` is the newer name of `system`."""
+        """The turn for a chat template, which knows `developer` by its older name `system`."""
         role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
             return ChatMessage(role=role, content=self.content)
@@ -165,5 +185,51 @@ Messages = Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fa
 
 
 def chat_prompt(messages: Sequence[Message]) -> ChatPrompt:
-    """A conversation to be answered."""
+    """The prompt of a conversation."""
     return ChatPrompt(messages=[message.for_template() for message in messages])
+
+
+Side = Annotated[int, Field(ge=8, le=MAX_SIDE)]
+ImagePrompt = Annotated[str, Field(min_length=1, max_length=32_000)]
+ImageCount = Annotated[int, Field(ge=1, le=MAX_IMAGES)]
+
+
+class ImageFields(WireModel):
+    """How an image is generated; null means the model's own default."""
+
+    prompt: ImagePrompt
+    """What the image shows."""
+    negative_prompt: Annotated[str, Field(max_length=32_000)] | None = None
+    """What the image must not show."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
+    """Denoising steps."""
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    """How closely the image follows the prompt; up to 1 there is no guidance."""
+    scheduler: Annotated[str, Field(max_length=64)] | None = None
+    """Such as `ddim`, `euler` or `dpm++_2m`; an error lists those that fit the model."""
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = None
+    """The same request with the same seed gives the same pixels; image i has `seed + i`."""
+
+    def to_requests(
+        self, n: int, *, height: int | None, width: int | None, previews: int = 0
+    ) -> list[ImageRequest]:
+        """The requests for `n` images, with consecutive seeds; the first is random if none is set.
+
+        `height` and `width` are in pixels.
+        """
+        seed = _random.getrandbits(31) if self.seed is None else self.seed
+        return [
+            ImageRequest(
+                request_id=current_request().new_part_id(),
+                prompt=self.prompt,
+                negative_prompt=self.negative_prompt,
+                height=height,
+                width=width,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                scheduler=self.scheduler,
+                seed=nth_seed(seed, i),
+                previews=previews,
+            )
+            for i in range(n)
+        ]

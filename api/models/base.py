@@ -1,4 +1,4 @@
-"""What the models of all tasks have in common for the routes."""
+"""What the served models of all tasks have in common."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from runners.contracts.runner import Runner
 R = TypeVar("R", bound=Runner[Any, Any])
 
 
-class HeldModel(Generic[R]):
-    """A model this server holds: its runner, and how much of it may be in work at once."""
+class ServedModel(Generic[R]):
+    """A model that this server serves: its runner and its admission."""
 
     def __init__(self, runner: R, admission: Admission) -> None:
         self.runner = runner
@@ -24,6 +24,6 @@ class HeldModel(Generic[R]):
         return self.runner.name
 
     def require(self, name: str | None) -> None:
-        """Check that this is the model a request names. Raises: ModelNotServed."""
+        """Check that a request that names a model names this one. Raises: ModelNotServed."""
         if name is not None and name != self.name:
             raise ModelNotServed(f"is not served here; use {self.name}", field="model")

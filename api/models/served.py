@@ -1,4 +1,4 @@
-"""The models a server holds: one for text, one for images, or both."""
+"""The models that a server serves."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from runners.contracts.errors import ModelNotServed
 
 
 @dataclass(frozen=True)
-class Served:
-    """What there is; at least one of them, and not both of `text_model` and `task_model`."""
+class ServedModels:
+    """At least one model, and not both of `text_model` and `task_model`."""
 
     text_model: TextModel | None = None
     task_model: TaskModel | None = None
@@ -20,43 +20,45 @@ class Served:
 
     @property
     def models(self) -> list[TextModel | TaskModel | ImageModel]:
-        """All there are."""
-        held = (self.text_model, self.task_model, self.image_model)
-        return [model for model in held if model is not None]
+        """All models."""
+        models = (self.text_model, self.task_model, self.image_model)
+        return [model for model in models if model is not None]
 
     @property
     def text(self) -> TextModel:
         """The text model. Raises: ModelNotServed."""
         if self.text_model is None:
-            raise self._missing("that generates text")
+            raise self._missing("text-generation")
         return self.text_model
 
     @property
-    def conversing(self) -> TextModel:
+    def chat(self) -> TextModel:
         """The text model, for a conversation. Raises: ModelNotServed."""
         if self.text_model is None:
-            raise self._missing("that converses, which needs a text-generation model")
+            raise self._missing("conversational, which needs a text-generation model")
         return self.text_model
 
     def task(self, name: str) -> TaskModel:
-        """The model for a task. Raises: ModelNotServed."""
+        """The model for a pipeline task. Raises: ModelNotServed."""
         if self.task_model is None or self.task_model.task != name:
-            raise self._missing(f"for {name}")
+            raise self._missing(name)
         return self.task_model
 
     @property
     def image(self) -> ImageModel:
         """The image model. Raises: ModelNotServed."""
         if self.image_model is None:
-            raise self._missing("that paints images")
+            raise self._missing("text-to-image")
         return self.image_model
 
-    def _missing(self, what: str) -> ModelNotServed:
-        held = []
+    def _missing(self, task: str) -> ModelNotServed:
+        served = []
         if self.text_model is not None:
-            held.append("one for text-generation")
+            served.append("text-generation")
         if self.task_model is not None:
-            held.append(f"one for {self.task_model.task} (POST /tasks/{self.task_model.task})")
+            served.append(f"{self.task_model.task} (POST /tasks/{self.task_model.task})")
         if self.image_model is not None:
-            held.append("one for text-to-image")
-        return ModelNotServed(f"this server holds no model {what}, only {' and '.join(held)}")
+            served.append("text-to-image")
+        return ModelNotServed(
+            f"this server has no model for {task}, only one for {' and one for '.join(served)}"
+        )

@@ -1,9 +1,9 @@
-"""Several streams of one request: opened together, merged in the order of arrival."""
+"""Several streams of one request: opened together, merged in the order in which events arrive."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any, Generic, TypeVar
 
 from runners.contracts.errors import EngineFailure
@@ -14,7 +14,7 @@ StreamT = TypeVar("StreamT", bound=Stream[Any])
 
 
 async def open_all(openings: Sequence[Awaitable[StreamT]]) -> list[StreamT]:
-    """Open all streams at once; if one is refused, none stays open."""
+    """Open all streams concurrently; if one is refused, all are closed."""
     if len(openings) == 1:
         return [await openings[0]]
     tasks = [asyncio.ensure_future(opening) for opening in openings]
@@ -34,24 +34,29 @@ class MergedStream(Generic[EventT]):
 
     def __init__(self, streams: Sequence[Stream[EventT]]) -> None:
         self._streams = streams
+        self._only = aiter(streams[0]) if len(streams) == 1 else None
         self._queue: asyncio.Queue[tuple[int, EventT] | Exception] = asyncio.Queue()
         self._pumps: list[asyncio.Task[None]] = []
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, EventT]]:
-        """Yield events; never ends by itself. Raises: what a stream raises."""
-        if len(self._streams) == 1:  # the common case needs no task and no queue
-            async for event in self._streams[0]:
-                yield 0, event
-            return
-        self._pumps = [
-            asyncio.create_task(self._pump(index, stream))
-            for index, stream in enumerate(self._streams)
-        ]
-        while True:
-            item = await self._queue.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
+    async def next(self) -> tuple[int, EventT]:
+        """The next event, with the index of its stream; not to be called after the last.
+
+        Raises: what a stream raises, EngineFailure if one ends without its last event.
+        """
+        if self._only is not None:  # the common case needs no task and no queue
+            event = await anext(self._only, None)
+            if event is None:
+                raise truncated()
+            return 0, event
+        if not self._pumps:
+            self._pumps = [
+                asyncio.create_task(self._pump(index, stream))
+                for index, stream in enumerate(self._streams)
+            ]
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     async def aclose(self) -> None:
         """Abort what still runs."""

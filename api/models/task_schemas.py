@@ -1,6 +1,6 @@
-"""Bodies and answers of the pipeline tasks, for `/tasks/{task}` and TorchServe's `/predictions`.
+"""Requests and responses of the pipeline tasks, on `/tasks/{task}` and TorchServe's routes.
 
-Where `transformers.pipeline` has a name, it is used.
+Names are those of `transformers.pipeline` where it has one.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
+from typing_extensions import override
 
-from api.http.schemas import SamplingFields, TokenCount, WireModel
+from api.http.context import current_request
+from api.http.schemas import ModelName, SamplingFields, TokenCount, WireModel
 from runners.contracts.errors import InvalidRequest
 from runners.contracts.tasks import Finding, TaskOptions, TaskRequest
 from runners.contracts.text import ChatMessage, ChatPrompt
@@ -25,39 +27,42 @@ Word = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class TaskBody(WireModel):
-    """What all bodies have."""
+    """What all bodies have in common."""
 
-    model: Annotated[str, Field(max_length=256)] | None = None
-    """The model's name, as `/v1/models` lists it. Default: the one this server holds."""
+    model: ModelName | None = None
+    """The model's name, as `/v1/models` lists it. Default: the model that is served."""
 
 
 class PipelineBody(TaskBody):
-    """A body for a pipeline: one input or several, each answered by itself."""
+    """One input or several, which are independent of each other."""
 
     inputs: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
     """A text, or several."""
 
     def options(self) -> TaskOptions:
-        """What the request wants of its answers."""
+        """The options of all inputs."""
         return TaskOptions()
 
     def requests(self) -> list[TaskRequest]:
-        """One for each input; their ids come later."""
+        """One request for each input."""
         texts = [self.inputs] if isinstance(self.inputs, str) else self.inputs
-        options = self.options()
-        return [TaskRequest(request_id="", text=text, options=options) for text in texts]
+        context, options = current_request(), self.options()
+        return [
+            TaskRequest(request_id=context.new_part_id(), text=text, options=options)
+            for text in texts
+        ]
 
 
 class FillMaskBody(PipelineBody):
     """Fill the mask tokens (`[MASK]` for BERT, `<mask>` for RoBERTa) of a text."""
 
     top_k: Count | None = None
-    """How many candidates for each mask. Default: 5."""
+    """Candidates per mask. Default: 5."""
     targets: Annotated[list[Word], Field(min_length=1, max_length=MAX_TOP_K)] | None = None
-    """The only tokens to choose among."""
+    """The only candidates. Default: all tokens."""
 
+    @override
     def options(self) -> TaskOptions:
-        """What the request wants of its answers."""
         return TaskOptions(top_k=self.top_k, targets=self.targets)
 
 
@@ -65,12 +70,12 @@ class TokenClassificationBody(PipelineBody):
     """Label the tokens of a text."""
 
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = None
-    """How tokens are put together to entities. Default: `none`, each by itself."""
+    """How tokens are merged into entities. Default: `none`, which merges none."""
     ignore_labels: Annotated[list[Word], Field(max_length=MAX_TOP_K)] | None = None
-    """Labels that are left out. Default: `O`."""
+    """Labels to leave out. Default: `O`."""
 
+    @override
     def options(self) -> TaskOptions:
-        """What the request wants of its answers."""
         return TaskOptions(
             aggregation_strategy=self.aggregation_strategy, ignore_labels=self.ignore_labels
         )
@@ -80,12 +85,12 @@ class TextClassificationBody(PipelineBody):
     """Label a text as a whole."""
 
     top_k: Count | None = None
-    """How many labels, the best first. Default: 1."""
+    """Labels per input, best first. Default: 1."""
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
-    """From logits to scores. Default: as the model's config says."""
+    """How scores are computed from logits. Default: as the model's config says."""
 
+    @override
     def options(self) -> TaskOptions:
-        """What the request wants of its answers."""
         return TaskOptions(top_k=self.top_k, function_to_apply=self.function_to_apply)
 
 
@@ -94,23 +99,26 @@ class QuestionAnsweringBody(TaskBody):
 
     question: Annotated[str, Field(min_length=1, max_length=10_000)]
     context: Text
-    """Where the answer is; longer than the model's context, it is read in windows."""
+    """The text to search. One that exceeds the model's context is split into windows."""
     top_k: Count | None = None
-    """How many answers at most. Default: 1."""
+    """Maximum number of answers. Default: 1."""
     max_answer_len: Annotated[int, Field(ge=1, le=512)] = 15
-    """In tokens."""
+    """Maximum length of an answer in tokens."""
     handle_impossible_answer: bool = False
-    """Whether an empty answer may be the best."""
+    """Whether an empty answer is a candidate."""
 
     def requests(self) -> list[TaskRequest]:
-        """The one request; its id comes later."""
+        """The request, the only one."""
         options = TaskOptions(
             top_k=self.top_k,
             max_answer_len=self.max_answer_len,
             handle_impossible_answer=self.handle_impossible_answer,
         )
         request = TaskRequest(
-            request_id="", text=self.context, question=self.question, options=options
+            request_id=current_request().new_part_id(),
+            text=self.context,
+            question=self.question,
+            options=options,
         )
         return [request]
 
@@ -122,36 +130,35 @@ Turns = Annotated[
 
 
 class ConversationalBody(TaskBody, SamplingFields):
-    """Go on with a conversation: a text model with a chat template answers."""
+    """Continue a conversation, with a text model that has a chat template."""
 
     text: Turn
-    """What the user says now."""
+    """The user's new turn."""
     past_user_inputs: Turns = Field(default=[])
-    """What the user said before."""
+    """The user's earlier turns."""
     generated_responses: Turns = Field(default=[])
-    """What the model answered to each of them."""
+    """The model's responses to them."""
     max_new_tokens: TokenCount | None = None
-    """Upper bound on generated tokens. Default: the server's."""
+    """Maximum number of generated tokens. Default: that of the model's configuration."""
 
     def prompt(self) -> ChatPrompt:
         """The conversation so far. Raises: InvalidRequest."""
-        said, answered = self.past_user_inputs, self.generated_responses
-        if len(said) != len(answered):
+        inputs, responses = self.past_user_inputs, self.generated_responses
+        if len(inputs) != len(responses):
             raise InvalidRequest(
-                f"has {len(answered)} texts, but past_user_inputs has {len(said)}: each needs its "
-                "answer",
+                f"must have as many texts as past_user_inputs, which has {len(inputs)}",
                 field="generated_responses",
             )
         turns = [
             ChatMessage(role=role, content=content)
-            for pair in zip(said, answered, strict=True)
+            for pair in zip(inputs, responses, strict=True)
             for role, content in zip(("user", "assistant"), pair, strict=True)
         ]
         return ChatPrompt(messages=[*turns, ChatMessage(role="user", content=self.text)])
 
 
-class TaskAnswer(BaseModel):
-    """What all answers have."""
+class TaskResponse(BaseModel):
+    """What all responses have in common."""
 
     request_id: str
     model: str
@@ -161,27 +168,27 @@ class FilledToken(BaseModel):
     """A candidate for a mask."""
 
     mask: int
-    """Which of the text's masks, from 0."""
+    """Index of the mask in the text, from 0."""
     score: float
     token: int
     token_str: str
     sequence: str
-    """The text with it."""
+    """The text with this token in place of the mask."""
 
 
 class Entity(BaseModel):
-    """A token or, put together, an entity."""
+    """A token, or an entity of merged tokens."""
 
     label: str
     """`entity` or `entity_group` of the pipeline."""
     score: float
     word: str
     start: int | None = None
-    """The first character in the text."""
+    """Index of its first character in the text."""
     end: int | None = None
-    """The character after the last."""
+    """Index of the character after its last."""
     index: int | None = None
-    """The token's place, unless put together."""
+    """Index of the token, unless tokens are merged."""
 
 
 class Label(BaseModel):
@@ -192,124 +199,137 @@ class Label(BaseModel):
 
 
 class Answer(BaseModel):
-    """A part of the context; empty: there is no answer."""
+    """A part of the context; empty if there is no answer."""
 
     answer: str
     score: float
     start: int
-    """The first character in the context."""
+    """Index of its first character in the context."""
     end: int
-    """The character after the last."""
+    """Index of the character after its last."""
 
 
-class FillMaskAnswer(TaskAnswer):
+class FillMaskResponse(TaskResponse):
     """Candidates for the masks of each input."""
 
     outputs: list[list[FilledToken]]
 
 
-class TokenClassificationAnswer(TaskAnswer):
-    """Labelled tokens or entities of each input."""
+class TokenClassificationResponse(TaskResponse):
+    """Labelled tokens or entities for each input."""
 
     outputs: list[list[Entity]]
 
 
-class TextClassificationAnswer(TaskAnswer):
-    """Labels of each input."""
+class TextClassificationResponse(TaskResponse):
+    """Labels for each input."""
 
     outputs: list[list[Label]]
 
 
-class QuestionAnsweringAnswer(TaskAnswer):
-    """Answers, the best first."""
+class QuestionAnsweringResponse(TaskResponse):
+    """Answers, best first."""
 
     outputs: list[Answer]
 
 
-class ConversationalAnswer(TaskAnswer):
-    """What the model says, and the conversation with it, ready for the next `text`."""
+class ConversationalResponse(TaskResponse):
+    """The model's response, and the conversation that includes it, for the next request."""
 
     generated_text: str
     past_user_inputs: list[str]
     generated_responses: list[str]
 
 
-def fill_mask(request_id: str, model: str, found: list[list[Finding]]) -> FillMaskAnswer:
-    """Findings as an answer."""
+def fill_mask(request_id: str, model: str, findings: list[list[Finding]]) -> FillMaskResponse:
+    """The response of `findings`, one list per input."""
     outputs = [
         [
             FilledToken(
-                mask=f.mask,
-                score=f.score,
-                token=f.token_id or 0,
-                token_str=f.text or "",
-                sequence=f.sequence or "",
+                mask=finding.mask,
+                score=finding.score,
+                token=_integer(finding.token_id),
+                token_str=finding.text or "",
+                sequence=finding.sequence or "",
             )
-            for f in each
+            for finding in of_input
         ]
-        for each in found
+        for of_input in findings
     ]
-    return FillMaskAnswer(request_id=request_id, model=model, outputs=outputs)
+    return FillMaskResponse(request_id=request_id, model=model, outputs=outputs)
 
 
 def token_classification(
-    request_id: str, model: str, found: list[list[Finding]]
-) -> TokenClassificationAnswer:
-    """Findings as an answer."""
+    request_id: str, model: str, findings: list[list[Finding]]
+) -> TokenClassificationResponse:
+    """The response of `findings`, one list per input."""
     outputs = [
         [
             Entity(
-                label=f.label or "",
-                score=f.score,
-                word=f.text or "",
-                start=f.start,
-                end=f.end,
-                index=f.index,
+                label=finding.label or "",
+                score=finding.score,
+                word=finding.text or "",
+                start=finding.start,
+                end=finding.end,
+                index=finding.index,
             )
-            for f in each
+            for finding in of_input
         ]
-        for each in found
+        for of_input in findings
     ]
-    return TokenClassificationAnswer(request_id=request_id, model=model, outputs=outputs)
+    return TokenClassificationResponse(request_id=request_id, model=model, outputs=outputs)
 
 
 def text_classification(
-    request_id: str, model: str, found: list[list[Finding]]
-) -> TextClassificationAnswer:
-    """Findings as an answer."""
-    outputs = [[Label(label=f.label or "", score=f.score) for f in each] for each in found]
-    return TextClassificationAnswer(request_id=request_id, model=model, outputs=outputs)
+    request_id: str, model: str, findings: list[list[Finding]]
+) -> TextClassificationResponse:
+    """The response of `findings`, one list per input."""
+    outputs = [
+        [Label(label=finding.label or "", score=finding.score) for finding in of_input]
+        for of_input in findings
+    ]
+    return TextClassificationResponse(request_id=request_id, model=model, outputs=outputs)
 
 
 def question_answering(
-    request_id: str, model: str, found: list[list[Finding]]
-) -> QuestionAnsweringAnswer:
-    """Findings as an answer."""
+    request_id: str, model: str, findings: list[list[Finding]]
+) -> QuestionAnsweringResponse:
+    """The response of `findings`, whose one list belongs to the one input."""
     outputs = [
-        Answer(answer=f.text or "", score=f.score, start=f.start or 0, end=f.end or 0)
-        for f in found[0]
+        Answer(
+            answer=finding.text or "",
+            score=finding.score,
+            start=_integer(finding.start),
+            end=_integer(finding.end),
+        )
+        for finding in findings[0]
     ]
-    return QuestionAnsweringAnswer(request_id=request_id, model=model, outputs=outputs)
+    return QuestionAnsweringResponse(request_id=request_id, model=model, outputs=outputs)
+
+
+def _integer(value: int | None) -> int:
+    return 0 if value is None else value
 
 
 class Pipeline(NamedTuple):
-    """The body of a task's request, and how its findings become an answer."""
+    """A pipeline task's request and response, and how its findings become the response."""
 
     body: type[PipelineBody | QuestionAnsweringBody]
-    answer: type[TaskAnswer]
-    to_answer: Callable[[str, str, list[list[Finding]]], TaskAnswer]
+    response: type[TaskResponse]
+    to_response: Callable[[str, str, list[list[Finding]]], TaskResponse]
+    """Takes the request id, the model's name, and the findings of each input."""
 
 
 PIPELINES = {
-    "fill-mask": Pipeline(FillMaskBody, FillMaskAnswer, fill_mask),
+    "fill-mask": Pipeline(FillMaskBody, FillMaskResponse, fill_mask),
     "token-classification": Pipeline(
-        TokenClassificationBody, TokenClassificationAnswer, token_classification
+        TokenClassificationBody, TokenClassificationResponse, token_classification
     ),
     "question-answering": Pipeline(
-        QuestionAnsweringBody, QuestionAnsweringAnswer, question_answering
+        QuestionAnsweringBody, QuestionAnsweringResponse, question_answering
     ),
     "text-classification": Pipeline(
-        TextClassificationBody, TextClassificationAnswer, text_classification
+        TextClassificationBody, TextClassificationResponse, text_classification
     ),
 }
 """The pipeline tasks by name."""

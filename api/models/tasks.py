@@ -1,61 +1,50 @@
-"""A model for a task as the routes see it."""
+"""The model of a pipeline task as the routes see it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from itertools import count
-
-import msgspec
 
 from api.http import metrics
 from api.http.context import current_request
-from api.models.base import HeldModel
+from api.models.base import ServedModel
 from api.models.streams import truncated
 from runners.contracts.tasks import Finding, TaskRequest, TaskRunner
 from runners.contracts.text import ModelInfo
 
-_input_numbers = count(1)
 
-
-class TaskModel(HeldModel[TaskRunner]):
-    """A model for one task: admission, the deadline and metrics of its inputs."""
+class TaskModel(ServedModel[TaskRunner]):
+    """A model for one task: admission, deadline and metrics of its inputs."""
 
     @property
     def task(self) -> str:
-        """What the model does."""
+        """The task, such as `fill-mask`."""
         return self.runner.task
 
     @property
     def info(self) -> ModelInfo | None:
-        """What the rank loaded; None until it was ready once."""
+        """What the rank loaded; None before it was ready once."""
         return self.runner.info
 
-    async def run(self, inputs: Sequence[TaskRequest]) -> list[list[Finding]]:
-        """The findings of each input; if one is refused, all are.
+    async def run(self, requests: Sequence[TaskRequest]) -> list[list[Finding]]:
+        """The findings of each input; if one input is refused, the others are aborted.
 
         Raises: Overloaded, DeadlineExceeded and what `TaskRunner.submit` does.
         """
-        request = current_request()
-        with self.admission.admit(len(inputs)):
-            running = [
-                asyncio.ensure_future(
-                    self._run(f"{request.request_id}-{next(_input_numbers)}", each)
-                )
-                for each in inputs
-            ]
+        context = current_request()
+        with self.admission.admit(len(requests)):
+            tasks = [asyncio.ensure_future(self._run(request)) for request in requests]
             try:
-                async with request.within_deadline():
-                    found = await asyncio.gather(*running)
+                async with context.within_deadline():
+                    findings = await asyncio.gather(*tasks)
             finally:
-                for task in running:
+                for task in tasks:
                     task.cancel()
-                await asyncio.gather(*running, return_exceptions=True)
-        metrics.TASK_INPUTS.labels(request.route).inc(len(inputs))
-        return found
+                await asyncio.gather(*tasks, return_exceptions=True)
+        metrics.TASK_INPUTS.labels(context.route).inc(len(requests))
+        return findings
 
-    async def _run(self, request_id: str, task_input: TaskRequest) -> list[Finding]:
-        request = msgspec.structs.replace(task_input, request_id=request_id)
+    async def _run(self, request: TaskRequest) -> list[Finding]:
         async with await self.runner.submit(request) as stream:
             async for result in stream:
                 return result.findings

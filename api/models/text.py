@@ -1,7 +1,7 @@
-"""From prompts to text: one or many sequences of one request, whole or as they grow.
+"""From prompts to text: one or many sequences per request, whole or as they grow.
 
-All routes come through here, so admission, the deadline, clean-up and metrics exist once. What a
-request starts is closed with it (`context.RequestContext.resources`).
+All text routes call this module, so admission, deadline, clean-up and metrics exist once. What a
+request starts is closed with it (`RequestContext.resources`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 
 from api.http import metrics
 from api.http.context import RequestContext, current_request
-from api.models.base import HeldModel
-from api.models.streams import MergedStream, open_all, truncated
+from api.http.schemas import nth_seed
+from api.models.base import ServedModel
+from api.models.streams import MergedStream, open_all
 from runners.contracts.runner import Stream
 from runners.contracts.text import (
     FinishReason,
@@ -28,9 +28,7 @@ from runners.contracts.text import (
 )
 
 MAX_SEQUENCES = 128
-"""Sequences one request may ask for: prompts times `n`."""
-
-_sequence_numbers = count(1)
+"""Sequences per request: prompts times `n`."""
 
 
 @dataclass(slots=True)
@@ -43,103 +41,98 @@ class Output:
     finish_reason: FinishReason = "stop"
 
 
-class TextModel(HeldModel[TextRunner]):
+class TextModel(ServedModel[TextRunner]):
     """A text model as the routes see it."""
 
     @property
     def info(self) -> ModelInfo | None:
-        """What the ranks loaded; None until they were ready once."""
+        """What the ranks loaded; None before they were ready once."""
         return self.runner.info
 
     @property
     def default_temperature(self) -> float | None:
-        """The temperature of the model's own generation config, if it names one."""
+        """The temperature of the model's own generation config, if it has one."""
         return self.info.default_temperature if self.info is not None else None
 
     async def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, n: int = 1
-    ) -> Generation:
+    ) -> TextGeneration:
         """Start `n` sequences for each prompt; those of prompt i are i*n ... i*n + n-1.
 
         Raises: Overloaded, DeadlineExceeded and what `TextRunner.submit` does.
         """
-        request = current_request()
-        request.resources.enter_context(self.admission.admit(len(prompts) * n))
+        context = current_request()
+        context.resources.enter_context(self.admission.admit(len(prompts) * n))
         requests = [
             GenerationRequest(
-                request_id=f"{request.request_id}-{next(_sequence_numbers)}",
-                prompt=prompt,
-                sampling=_with_own_seed(sampling, i),
+                request_id=context.new_part_id(), prompt=prompt, sampling=_nth(sampling, i)
             )
             for prompt in prompts
             for i in range(n)
         ]
-        async with request.within_deadline():
-            streams = await open_all([self.runner.submit(each) for each in requests])
-        generation = Generation(request, streams, n)
-        request.resources.push_async_callback(generation.aclose)
+        async with context.within_deadline():
+            streams = await open_all([self.runner.submit(request) for request in requests])
+        generation = TextGeneration(context, streams, n)
+        context.resources.push_async_callback(generation.aclose)
         return generation
 
     async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text or a conversation."""
-        request = current_request()
         with self.admission.admit(1):
-            async with request.within_deadline():
+            async with current_request().within_deadline():
                 return await self.runner.tokenize(prompt, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """The text of token ids."""
-        request = current_request()
         with self.admission.admit(1):
-            async with request.within_deadline():
+            async with current_request().within_deadline():
                 return await self.runner.detokenize(
                     token_ids, skip_special_tokens=skip_special_tokens
                 )
 
 
-class Generation:
-    """The running sequences of one request; iterate it, or `collect` it, once."""
+class TextGeneration:
+    """The running sequences of one HTTP request; iterate it, or `collect` it, once."""
 
-    def __init__(self, request: RequestContext, streams: list[Stream[TextDelta]], n: int) -> None:
-        self._request = request
-        self._streams = streams
-        self._clocks = [_Clock(request) for _ in streams]
-        self._merged = MergedStream(streams)
+    def __init__(self, context: RequestContext, streams: list[Stream[TextDelta]], n: int) -> None:
+        self._context = context
+        self._stream = MergedStream(streams)
+        self._timers = [_SequenceTimer(context) for _ in streams]
+        self._unfinished = len(streams)
         self.prompt_tokens = [stream.prompt_tokens for stream in streams]
         """Per sequence."""
         self.usage_prompt_tokens = sum(self.prompt_tokens[::n])
         """Over all prompts, each counted once."""
-        metrics.PROMPT_TOKENS.labels(request.route).inc(self.usage_prompt_tokens)
+        metrics.PROMPT_TOKENS.labels(context.route).inc(self.usage_prompt_tokens)
 
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self._timers)
 
     @property
     def generated_tokens(self) -> int:
         """Tokens generated so far, over all sequences."""
-        return sum(clock.tokens for clock in self._clocks)
+        return sum(timer.tokens for timer in self._timers)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, TextDelta]]:
-        """Yield what comes, with the index of its sequence, until all have finished.
+    def __aiter__(self) -> AsyncIterator[tuple[int, TextDelta]]:
+        """Yield deltas, each with the index of its sequence, until all sequences are finished.
 
         Raises: RunnerUnavailable, DeadlineExceeded, EngineFailure.
         """
-        unfinished = len(self._streams)
-        events = aiter(self._merged)
-        while unfinished:
-            async with self._request.within_deadline():
-                item = await anext(events, None)
-            if item is None:
-                raise truncated()
-            index, delta = item
-            self._clocks[index].saw(delta)
-            unfinished -= delta.finished
-            yield item
+        return self
+
+    async def __anext__(self) -> tuple[int, TextDelta]:
+        if not self._unfinished:
+            raise StopAsyncIteration
+        async with self._context.within_deadline():
+            index, delta = await self._stream.next()
+        self._timers[index].record(delta)
+        self._unfinished -= delta.finished
+        return index, delta
 
     async def collect(self) -> list[Output]:
         """Wait for all sequences. Raises: as iteration."""
-        outputs = [Output() for _ in self._streams]
-        texts: list[list[str]] = [[] for _ in self._streams]
+        outputs = [Output() for _ in self._timers]
+        texts: list[list[str]] = [[] for _ in outputs]
         async for index, delta in self:
             output = outputs[index]
             texts[index].append(delta.text)
@@ -153,44 +146,45 @@ class Generation:
 
     async def aclose(self) -> None:
         """Abort what still runs."""
-        await self._merged.aclose()
-        for clock in self._clocks:
-            clock.stop()
+        await self._stream.aclose()
+        for timer in self._timers:
+            timer.report()
 
 
-class _Clock:
-    """When a sequence's tokens came, for the metrics."""
+class _SequenceTimer:
+    """The times of a sequence's tokens, for the metrics."""
 
-    def __init__(self, request: RequestContext) -> None:
-        self._request = request
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
         self._first: float | None = None
         self._last = 0.0
-        self._end: str | None = None
+        self._finish_reason: FinishReason | None = None
         self.tokens = 0
 
-    def saw(self, delta: TextDelta) -> None:
-        """Take note of a delta."""
+    def record(self, delta: TextDelta) -> None:
+        """Count a delta that arrives now."""
         if delta.token_ids:
             self._last = asyncio.get_running_loop().time()
             self.tokens += len(delta.token_ids)
             if self._first is None:
                 self._first = self._last
-        self._end = delta.finish_reason
+        self._finish_reason = delta.finish_reason
 
-    def stop(self) -> None:
-        """Report; the sequence has ended."""
-        route = self._request.route
-        metrics.SEQUENCES.labels(route, self._end or "aborted").inc()
+    def report(self) -> None:
+        """Update the metrics; the sequence has ended."""
+        route = self._context.route
+        metrics.SEQUENCES.labels(route, self._finish_reason or "aborted").inc()
         if self._first is None:
             return
         metrics.GENERATED_TOKENS.labels(route).inc(self.tokens)
-        metrics.FIRST_TOKEN.labels(route).observe(self._first - self._request.arrived)
+        metrics.FIRST_TOKEN.labels(route).observe(self._first - self._context.arrived)
         if self.tokens > 1:
             mean = (self._last - self._first) / (self.tokens - 1)
             metrics.PER_TOKEN.labels(route).observe(mean)
 
 
-def _with_own_seed(sampling: SamplingParams, i: int) -> SamplingParams:
-    if sampling.seed is None or i == 0:
+def _nth(sampling: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of sequence `index` of a prompt, which differ in the seed."""
+    if sampling.seed is None or index == 0:
         return sampling
-    return replace(sampling, seed=(sampling.seed + i) % 2**63)
+    return replace(sampling, seed=nth_seed(sampling.seed, index))

@@ -1,1 +1,1 @@
-"""The native text routes: bodies, answers and handlers; `service.py` names the routes."""
+"""The native routes: bodies, responses and handlers; `service.py` names the routes."""

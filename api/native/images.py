@@ -1,41 +1,44 @@
-"""The native image route: its body, its answers, and what it does."""
+"""The native image route: its body, its responses and its handler."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from api.http.context import current_request
 from api.http.image_files import Format, as_base64, as_file, media_type
-from api.http.image_schemas import ImageCount, PaintingFields, Side
-from api.models.images import ImageModel, Painted
-from api.models.served import Served
-from api.native.schemas import NativeAnswer, NativeBody
+from api.http.schemas import ImageCount, ImageFields, Side
+from api.models.images import ImageModel, ImageResult
+from api.models.served import ServedModels
+from api.native.schemas import NativeBody, NativeResponse
 from runners.contracts.errors import InvalidRequest
+from runners.contracts.images import ImageRequest
+
+ImageEncoding = Literal["image", "b64_json", "numpy"]
 
 
-class GenerateImageRequest(NativeBody, PaintingFields):
-    """Paint what a prompt says."""
+class GenerateImageRequest(NativeBody, ImageFields):
+    """Generate images from a prompt."""
 
     height: Side | None = None
     """In pixels."""
     width: Side | None = None
     """In pixels."""
     num_images: ImageCount = 1
-    """How many pictures."""
+    """Number of images."""
     format: Format = "png"
-    """Of the picture's file."""
-    response_format: Literal["image", "b64_json", "numpy"] | None = None
-    """`image`: the file itself (default for one picture); `b64_json`: files in base64 (default for
+    """Format of the images' files."""
+    response_format: ImageEncoding | None = None
+    """`image`: the file itself (default for one image); `b64_json`: files in base64 (default for
     several); `numpy`: one array as its shape, dtype and bytes in base64."""
 
     @property
-    def answer_kind(self) -> Literal["image", "b64_json", "numpy"]:
-        """How to answer. Raises: InvalidRequest."""
+    def encoding(self) -> ImageEncoding:
+        """How images are returned. Raises: InvalidRequest."""
         if self.response_format == "image" and self.num_images > 1:
             raise InvalidRequest(
                 "image is for one image; use b64_json or numpy for several",
@@ -43,9 +46,13 @@ class GenerateImageRequest(NativeBody, PaintingFields):
             )
         return self.response_format or ("image" if self.num_images == 1 else "b64_json")
 
+    def requests(self) -> list[ImageRequest]:
+        """One request for each image."""
+        return self.to_requests(self.num_images, height=self.height, width=self.width)
+
 
 class ImageFile(BaseModel):
-    """One picture of several."""
+    """One of several images."""
 
     b64_json: str
     """The file's content in base64."""
@@ -53,17 +60,17 @@ class ImageFile(BaseModel):
 
 
 class ImageArray(BaseModel):
-    """Pictures as one array: `np.frombuffer(base64.b64decode(data), dtype).reshape(shape)`."""
+    """Images as one array: `np.frombuffer(base64.b64decode(data), dtype).reshape(shape)`."""
 
     shape: tuple[int, int, int, int]
-    """Pictures, height, width, 3 colours: red, green, blue."""
+    """Images, height, width, and 3 colours: red, green, blue."""
     dtype: Literal["uint8"] = "uint8"
     data: str
-    """The bytes in base64, the last dimension running fastest."""
+    """The bytes in base64, in row-major order."""
 
 
-class GenerateImageResponse(NativeAnswer):
-    """Pictures in JSON. A single one comes as its file instead, unless asked for otherwise."""
+class GenerateImageResponse(NativeResponse):
+    """Images in JSON. A single image is returned as its file unless `response_format` is set."""
 
     request_id: str
     model: str
@@ -74,58 +81,58 @@ class GenerateImageResponse(NativeAnswer):
     """With `numpy`."""
 
 
-def check_image_request(served: Served, body: bytes) -> None:
-    """Refuse a request before it becomes a task, whose answer comes much later.
+def check_image_request(served: ServedModels, body: bytes) -> None:
+    """Check a job when it is submitted, because its result is read much later.
 
-    Raises: as `generate_image`, before anything is painted.
+    Raises: as `generate_image`, but only what is known before an image is generated.
     """
-    asked = GenerateImageRequest.parse(body)
+    request = GenerateImageRequest.parse(body)
     model = served.image
-    model.require(asked.model)
-    _ = asked.answer_kind
-    model.check(asked.wish(asked.height, asked.width), n=asked.num_images)
+    model.require(request.model)
+    _ = request.encoding
+    model.check(request.requests())
 
 
-async def generate_image(served: Served, body: GenerateImageRequest) -> Any:
-    """Paint all pictures of a request, and answer with a file or with JSON."""
+async def generate_image(
+    served: ServedModels, body: GenerateImageRequest
+) -> GenerateImageResponse | Response:
+    """Generate all images of a request; returns a file or JSON."""
     model = served.image
     model.require(body.model)
-    kind = body.answer_kind
-    painting = await model.paint(
-        body.wish(body.height, body.width), seed=body.seed, n=body.num_images
-    )
-    pictures = await painting.collect()
-    if kind == "image":
-        content = await as_file(pictures[0].picture, body.format)
-        headers = {"X-Seed": str(pictures[0].seed)}
+    encoding = body.encoding
+    generation = await model.generate(body.requests())
+    results = await generation.collect()
+    if encoding == "image":
+        content = await as_file(results[0].image, body.format)
+        headers = {"X-Seed": str(results[0].seed)}
         return Response(content, headers=headers, media_type=media_type(body.format))
-    return await _in_json(model, pictures, kind, body.format)
+    return await _json_response(model, results, encoding, body.format)
 
 
-async def _in_json(
-    model: ImageModel, pictures: Sequence[Painted], kind: str, file: Format
+async def _json_response(
+    model: ImageModel, results: Sequence[ImageResult], encoding: ImageEncoding, file_format: Format
 ) -> GenerateImageResponse:
     images = array = None
-    if kind == "numpy":
-        array = _array(pictures)
+    if encoding == "numpy":
+        array = _array(results)
     else:
         images = [
-            ImageFile(b64_json=await as_base64(each.picture, file), seed=each.seed)
-            for each in pictures
+            ImageFile(b64_json=await as_base64(result.image, file_format), seed=result.seed)
+            for result in results
         ]
     return GenerateImageResponse(
         request_id=current_request().request_id,
         model=model.name,
-        seeds=[each.seed for each in pictures],
+        seeds=[result.seed for result in results],
         images=images,
         array=array,
     )
 
 
-def _array(pictures: Sequence[Painted]) -> ImageArray:
-    first = pictures[0].picture
-    data = b"".join(each.picture.data for each in pictures)
+def _array(results: Sequence[ImageResult]) -> ImageArray:
+    first = results[0].image
+    data = b"".join(result.image.data for result in results)
     return ImageArray(
-        shape=(len(pictures), first.height, first.width, 3),
+        shape=(len(results), first.height, first.width, 3),
         data=base64.b64encode(data).decode("ascii"),
     )

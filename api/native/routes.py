@@ -1,7 +1,7 @@
-"""What the native routes of `service.py` do.
+"""The handlers of the native routes, which `service.py` calls.
 
-Handlers answer with a ready `Response`: BentoML passes it through, so a success and an error are
-written here and nowhere else.
+They return a ready `Response`, which BentoML passes on, so that successes and errors have the same
+format as on all other routes.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar, cast
 
-from pydantic import BaseModel
+from fastapi.sse import format_sse_event
 from starlette.responses import Response
 
 from api.http import sse
 from api.http.context import current_request
-from api.http.errors import as_response, error_body, error_headers, kind_of
+from api.http.errors import as_response
 from api.http.schemas import chat_prompt
-from api.models.served import Served
-from api.models.text import Generation, Output, TextModel
+from api.models.text import Output, TextGeneration, TextModel
 from api.native.schemas import (
     Alternative,
     DetokenizeRequest,
@@ -41,21 +40,36 @@ S = TypeVar("S")
 B = TypeVar("B", bound=NativeBody)
 
 
-def answers(
-    handler: Callable[[S, B], Awaitable[BaseModel | Response]],
+def handler(
+    method: Callable[[S, B], Awaitable[Any]],
 ) -> Callable[[S, B], Awaitable[Any]]:
-    """Turn a handler's result or error into a `Response`, leaving out what is null."""
+    """Decorate a method of the service to return its result or error as a `Response`.
+
+    Fields that are null are left out. BentoML calls it with what `NativeBody` made of the body.
+    """
 
     @as_response
-    @functools.wraps(handler)
-    async def answer(self: S, body: B, /) -> Response:
-        body.require_valid()
-        content = await handler(self, body)
+    @functools.wraps(method)
+    async def respond(self: S, body: B | InvalidRequest, /) -> Response:
+        if isinstance(body, InvalidRequest):
+            raise body
+        content = await method(self, body)
         if isinstance(content, Response):
             return content
         return Response(content.model_dump_json(exclude_none=True), media_type="application/json")
 
-    return answer
+    return respond
+
+
+def streamed(method: Any) -> Any:
+    """Mark a BentoML API method whose handler returns a stream, for BentoML's clients and docs.
+
+    BentoML knows async generators alone as streams, whose items it passes through generators of its
+    own; a ready `Response` is sent as it is.
+    """
+    method.is_stream = True
+    method.output_spec.media_type = sse.MEDIA_TYPE
+    return method
 
 
 async def generate(model: TextModel, body: GenerateRequest) -> GenerateResponse:
@@ -66,27 +80,15 @@ async def generate(model: TextModel, body: GenerateRequest) -> GenerateResponse:
     return GenerateResponse(
         request_id=current_request().request_id,
         model=model.name,
-        outputs=[_whole(i, output, generation) for i, output in enumerate(outputs)],
+        outputs=[_text(i, output, generation) for i, output in enumerate(outputs)],
     )
 
 
-async def generate_stream(served: Served, body: StreamRequest, response: Any) -> AsyncIterator[str]:
-    """Server-sent events for one prompt; `response` is BentoML's, read after the first of them.
-
-    An error before the first token becomes the whole answer, with its own status.
-    """
-    try:
-        body.require_valid()
-        model = served.text
-        model.require(body.model)
-        generation = await model.generate([body.prompt], body.for_runner())
-        response.headers.update(sse.HEADERS)
-        async for each in sse.guarded(_frames(model, generation), error_event="error"):
-            yield each
-    except Exception as error:
-        response.status_code = kind_of(error).status
-        response.headers.update({"Content-Type": "application/json", **error_headers(error)})
-        yield error_body(error)
+async def generate_stream(model: TextModel, body: StreamRequest) -> Response:
+    """Continue one prompt, as server-sent events. Raises: errors before the first token."""
+    model.require(body.model)
+    generation = await model.generate([body.prompt], body.for_runner())
+    return await sse.stream_response(_frames(model, generation), error_event="error")
 
 
 async def tokenize(model: TextModel, body: TokenizeRequest) -> TokenizeResponse:
@@ -96,8 +98,8 @@ async def tokenize(model: TextModel, body: TokenizeRequest) -> TokenizeResponse:
         raise InvalidRequest("give either prompt or messages", field="prompt")
     prompt = chat_prompt(body.messages) if body.messages else body.prompt or ""
     tokens = await model.tokenize(prompt, add_special_tokens=body.add_special_tokens)
-    longest = model.info.max_model_len if model.info else 0
-    return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=longest)
+    max_model_len = model.info.max_model_len if model.info else 0
+    return TokenizeResponse(tokens=tokens, count=len(tokens), max_model_len=max_model_len)
 
 
 async def detokenize(model: TextModel, body: DetokenizeRequest) -> DetokenizeResponse:
@@ -107,10 +109,11 @@ async def detokenize(model: TextModel, body: DetokenizeRequest) -> DetokenizeRes
     return DetokenizeResponse(text=text)
 
 
-async def _frames(model: TextModel, generation: Generation) -> AsyncIterator[str]:
+async def _frames(model: TextModel, generation: TextGeneration) -> AsyncIterator[bytes]:
     request_id = current_request().request_id
     async for index, delta in generation:
-        yield sse.frame(_piece(request_id, index, delta).model_dump_json(exclude_none=True))
+        piece = _piece(request_id, index, delta).model_dump_json(exclude_none=True)
+        yield format_sse_event(data_str=piece)
     totals = StreamTotals(
         request_id=request_id,
         model=model.name,
@@ -118,7 +121,7 @@ async def _frames(model: TextModel, generation: Generation) -> AsyncIterator[str
         generated_length=generation.generated_tokens,
         finish_reason=cast(FinishReason, delta.finish_reason),
     )
-    yield sse.frame(totals.model_dump_json())
+    yield format_sse_event(data_str=totals.model_dump_json())
 
 
 def _piece(request_id: str, index: int, delta: TextDelta) -> StreamFrame:
@@ -132,7 +135,7 @@ def _piece(request_id: str, index: int, delta: TextDelta) -> StreamFrame:
     )
 
 
-def _whole(index: int, output: Output, generation: Generation) -> GeneratedText:
+def _text(index: int, output: Output, generation: TextGeneration) -> GeneratedText:
     return GeneratedText(
         index=index,
         generated_text=output.text,
@@ -147,12 +150,12 @@ def _logprobs(tokens: list[TokenLogprob] | None) -> list[Logprob] | None:
     if tokens is None:
         return None
     return [
-        Logprob(**_plain(token), top=[Alternative(**_plain(top)) for top in token.top])
+        Logprob(**_fields(token), top=[Alternative(**_fields(top)) for top in token.top])
         for token in tokens
     ]
 
 
-def _plain(token: TokenLogprob) -> dict[str, Any]:
+def _fields(token: TokenLogprob) -> dict[str, Any]:
     return {
         "token": token.token,
         "token_id": token.token_id,

@@ -1,16 +1,18 @@
-"""Bodies and answers of the native text routes."""
+"""Requests and responses of the native text routes."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import bentoml
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import BaseModel, Field
+from typing_extensions import override
 
 from api.http.schemas import (
     LogprobCount,
     Message,
     Messages,
+    ModelName,
     SamplingFields,
     TokenCount,
     TokenIds,
@@ -20,46 +22,38 @@ from api.models.text import MAX_SEQUENCES
 from runners.contracts.errors import InvalidRequest
 from runners.contracts.text import FinishReason, SamplingParams
 
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
 Text = Annotated[str, Field(max_length=16_000_000)]
 
 
 class NativeBody(WireModel, bentoml.IODescriptor):  # type: ignore[misc]  # bentoml's is Any
-    """A request body that BentoML parses.
+    """A request body that BentoML parses."""
 
-    BentoML would answer a validation error in a shape of its own and log it with the input. So a
-    body that is not valid comes out as an empty one that knows why, and `require_valid` raises it.
-    """
-
-    _fault: InvalidRequest | None = PrivateAttr(default=None)
-
-    model: Annotated[str, Field(max_length=256)] | None = None
-    """The model's name, as `/v1/models` lists it. Default: the one this server holds."""
+    model: ModelName | None = None
+    """The model's name, as `/v1/models` lists it. Default: the model that is served."""
 
     @classmethod
-    def model_validate_json(cls, json_data: str | bytes | bytearray, **_: Any) -> Self:
-        """Parse a body, good or bad."""
+    @override
+    async def from_http_request(cls, request: Request, serde: Any) -> Self | InvalidRequest:
+        # The error is returned, and BentoML calls the handler with it: an error raised here is
+        # answered in BentoML's own format and logged together with the body.
         try:
-            return cls.parse(json_data)
-        except InvalidRequest as fault:
-            broken = cls.model_construct()
-            broken._fault = fault
-            return broken
-
-    def require_valid(self) -> None:
-        """Raises: InvalidRequest if the body was not valid."""
-        if self._fault is not None:
-            raise self._fault
+            return cls.parse(await request.body())
+        except InvalidRequest as error:
+            return error
 
 
 class NativeSampling(NativeBody, SamplingFields):
-    """What `/generate` and `/generate_stream` share."""
+    """What `/generate` and `/generate_stream` have in common."""
 
     max_new_tokens: TokenCount | None = None
-    """Upper bound on generated tokens. Default: the server's."""
+    """Maximum number of generated tokens. Default: that of the model's configuration."""
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
-    """The end token is not taken before this many tokens. Default: 0."""
+    """The end token is not sampled before this many tokens. Default: 0."""
     logprobs: LogprobCount | None = None
-    """Report each token's log-probability, and this many of the likeliest beside it."""
+    """Return each token's log-probability, and those of this many of the most likely tokens."""
 
     def for_runner(self) -> SamplingParams:
         """The sampling parameters. Raises: InvalidRequest."""
@@ -79,7 +73,7 @@ class GenerateRequest(NativeSampling):
     """Texts to continue independently of each other."""
 
     def texts(self) -> list[str]:
-        """All prompts. Raises: InvalidRequest unless exactly one of the two fields is given."""
+        """All prompts. Raises: InvalidRequest unless exactly one of the two fields is set."""
         if (self.prompt is None) == (self.prompts is None):
             raise InvalidRequest("give either prompt or prompts", field="prompt")
         return self.prompts or [self.prompt or ""]
@@ -100,7 +94,7 @@ class TokenizeRequest(NativeBody):
     messages: Messages[Message] | None = None
     """A conversation, rendered with the model's chat template."""
     add_special_tokens: bool = True
-    """Let the tokenizer add its begin and end tokens to a text."""
+    """Whether the tokenizer adds its begin and end tokens to a text."""
 
 
 class DetokenizeRequest(NativeBody):
@@ -109,11 +103,11 @@ class DetokenizeRequest(NativeBody):
     tokens: TokenIds
     """Token ids of the model's vocabulary."""
     skip_special_tokens: bool = False
-    """Leave out tokens such as the end token."""
+    """Whether tokens such as the end token are left out."""
 
 
-class NativeAnswer(bentoml.IODescriptor):  # type: ignore[misc]  # as above
-    """Base of the answers, which gives them their own names in the docs."""
+class NativeResponse(bentoml.IODescriptor):  # type: ignore[misc]  # as above
+    """Base of the responses; without it the docs show BentoML's name for each."""
 
 
 class Alternative(BaseModel):
@@ -128,16 +122,16 @@ class Alternative(BaseModel):
 class Logprob(Alternative):
     """A token of the text."""
 
-    # Not a list of itself: BentoML's schema.json can not hold a recursive type.
+    # Not a list of Logprob: BentoML's schema.json cannot describe a recursive type.
     top: list[Alternative]
-    """The likeliest tokens at this place, best first."""
+    """The most likely tokens at this position, best first."""
 
 
 class GeneratedText(BaseModel):
     """One continuation."""
 
     index: int
-    """The place of its prompt in the request."""
+    """Index of its prompt in the request."""
     generated_text: str
     prompt_length: int
     """In tokens."""
@@ -146,10 +140,10 @@ class GeneratedText(BaseModel):
     finish_reason: FinishReason
     """`stop`: an end token or stop string; `length`: the token limit."""
     logprobs: list[Logprob] | None = None
-    """Per token, if asked for."""
+    """Per token, if requested."""
 
 
-class GenerateResponse(NativeAnswer):
+class GenerateResponse(NativeResponse):
     """All continuations, in the order of the prompts."""
 
     request_id: str
@@ -179,16 +173,16 @@ class StreamTotals(BaseModel):
     finish_reason: FinishReason
 
 
-class TokenizeResponse(NativeAnswer):
+class TokenizeResponse(NativeResponse):
     """Token ids."""
 
     tokens: list[int]
     count: int
     max_model_len: int
-    """How many tokens prompt and output may have together; 0 until the model was ready once."""
+    """Maximum tokens of prompt and output together; 0 before the model was ready once."""
 
 
-class DetokenizeResponse(NativeAnswer):
+class DetokenizeResponse(NativeResponse):
     """A text."""
 
     text: str

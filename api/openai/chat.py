@@ -6,8 +6,8 @@ from starlette.responses import Response
 
 from api.http.schemas import chat_prompt
 from api.models.text import Output, TextModel
-from api.openai.answers import Head, respond
 from api.openai.requests import ChatRequest
+from api.openai.respond import ResponseMeta, respond
 from api.openai.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -24,7 +24,7 @@ from runners.contracts.text import TextDelta, TokenLogprob
 
 
 async def create_chat_completion(model: TextModel, body: ChatRequest) -> Response:
-    """Answer a conversation."""
+    """Generate the next turn of a conversation."""
     model.require(body.model)
     body.check()
     sampling = body.for_runner(
@@ -32,13 +32,13 @@ async def create_chat_completion(model: TextModel, body: ChatRequest) -> Respons
         logprobs=body.logprob_count,
         model_temperature=model.default_temperature,
     )
-    return await respond(model, body, _ChatDialect(), [chat_prompt(body.messages)], sampling)
+    return await respond(model, body, _ChatFormat(), [chat_prompt(body.messages)], sampling)
 
 
-class _ChatDialect:
+class _ChatFormat:
     id_prefix = "chatcmpl"
 
-    def answer(self, head: Head, outputs: list[Output], usage: Usage) -> ChatCompletion:
+    def whole(self, meta: ResponseMeta, outputs: list[Output], usage: Usage) -> ChatCompletion:
         choices = [
             ChatChoice(
                 index=index,
@@ -48,13 +48,13 @@ class _ChatDialect:
             )
             for index, output in enumerate(outputs)
         ]
-        return ChatCompletion(**head._asdict(), choices=choices, usage=usage)
+        return ChatCompletion(**meta._asdict(), choices=choices, usage=usage)
 
-    def opening(self, head: Head, index: int) -> list[ChatCompletionChunk]:
+    def first_chunks(self, meta: ResponseMeta, index: int) -> list[ChatCompletionChunk]:
         delta = ChatDelta(role="assistant", content="")
-        return [_chunk(head, ChatChunkChoice(index=index, delta=delta))]
+        return [_chunk(meta, ChatChunkChoice(index=index, delta=delta))]
 
-    def pieces(self, head: Head, index: int, delta: TextDelta) -> list[ChatCompletionChunk]:
+    def chunks(self, meta: ResponseMeta, index: int, delta: TextDelta) -> list[ChatCompletionChunk]:
         choices = []
         if delta.text or delta.logprobs:
             content, logprobs = ChatDelta(content=delta.text), _logprobs(delta.logprobs)
@@ -64,14 +64,14 @@ class _ChatDialect:
             choices.append(
                 ChatChunkChoice(index=index, delta=last, finish_reason=delta.finish_reason)
             )
-        return [_chunk(head, choice) for choice in choices]
+        return [_chunk(meta, choice) for choice in choices]
 
-    def closing(self, head: Head, usage: Usage) -> ChatCompletionChunk:
-        return ChatCompletionChunk(**head._asdict(), choices=[], usage=usage)
+    def usage_chunk(self, meta: ResponseMeta, usage: Usage) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**meta._asdict(), choices=[], usage=usage)
 
 
-def _chunk(head: Head, choice: ChatChunkChoice) -> ChatCompletionChunk:
-    return ChatCompletionChunk(**head._asdict(), choices=[choice])
+def _chunk(meta: ResponseMeta, choice: ChatChunkChoice) -> ChatCompletionChunk:
+    return ChatCompletionChunk(**meta._asdict(), choices=[choice])
 
 
 def _logprobs(tokens: list[TokenLogprob] | None) -> ChatLogprobs | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from api.models.text import Output, TextModel
-from api.openai.answers import Head, in_terms_of, respond
 from api.openai.requests import DEFAULT_COMPLETION_TOKENS, CompletionRequest
+from api.openai.respond import ResponseMeta, rename_fields, respond
 from api.openai.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from runners.contracts.text import FinishReason, TextDelta, TokenLogprob
 
@@ -15,20 +15,20 @@ async def create_completion(model: TextModel, body: CompletionRequest) -> Respon
     """Continue prompts."""
     model.require(body.model)
     body.check()
-    with in_terms_of(body):
-        echoes = await _echoes(model, body)
+    with rename_fields(body.field_names):
+        prefixes = await _prefixes(model, body)
     sampling = body.for_runner(
         max_tokens=body.max_tokens,
         default_tokens=DEFAULT_COMPLETION_TOKENS,
         logprobs=body.logprobs,
         model_temperature=model.default_temperature,
     )
-    return await respond(model, body, _CompletionDialect(echoes), body.prompts(), sampling)
+    return await respond(model, body, _CompletionFormat(prefixes), body.prompts(), sampling)
 
 
-async def _echoes(model: TextModel, body: CompletionRequest) -> list[str]:
-    """What precedes each sequence's text; token ids are turned into text first."""
-    n = body.n or 1
+async def _prefixes(model: TextModel, body: CompletionRequest) -> list[str]:
+    """The text that precedes each sequence: with `echo`, its prompt."""
+    n = body.sequences_per_prompt
     if not body.echo:
         return [""] * (len(body.prompt) * n)
     texts = [
@@ -40,36 +40,41 @@ async def _echoes(model: TextModel, body: CompletionRequest) -> list[str]:
     return [text for text in texts for _ in range(n)]
 
 
-class _CompletionDialect:
+class _CompletionFormat:
     id_prefix = "cmpl"
 
-    def __init__(self, echoes: list[str]) -> None:
-        self._echoes = echoes
-        self._offsets = [0] * len(echoes)
+    def __init__(self, prefixes: list[str]) -> None:
+        self._prefixes = prefixes
+        self._offsets = [0] * len(prefixes)
 
-    def answer(self, head: Head, outputs: list[Output], usage: Usage) -> Completion:
+    def whole(self, meta: ResponseMeta, outputs: list[Output], usage: Usage) -> Completion:
         choices = [
-            self._choice(index, self._echoes[index] + out.text, out.logprobs, out.finish_reason)
-            for index, out in enumerate(outputs)
+            self._choice(
+                index,
+                self._prefixes[index] + output.text,
+                output.logprobs,
+                output.finish_reason,
+            )
+            for index, output in enumerate(outputs)
         ]
-        return Completion(**head._asdict(), choices=choices, usage=usage)
+        return Completion(**meta._asdict(), choices=choices, usage=usage)
 
-    def opening(self, head: Head, index: int) -> list[Completion]:
-        if not self._echoes[index]:
+    def first_chunks(self, meta: ResponseMeta, index: int) -> list[Completion]:
+        if not self._prefixes[index]:
             return []
-        return [self._chunk(head, self._choice(index, self._echoes[index], None, None))]
+        return [self._chunk(meta, self._choice(index, self._prefixes[index], None, None))]
 
-    def pieces(self, head: Head, index: int, delta: TextDelta) -> list[Completion]:
+    def chunks(self, meta: ResponseMeta, index: int, delta: TextDelta) -> list[Completion]:
         if not (delta.text or delta.logprobs or delta.finish_reason):
             return []
         choice = self._choice(index, delta.text, delta.logprobs, delta.finish_reason)
-        return [self._chunk(head, choice)]
+        return [self._chunk(meta, choice)]
 
-    def closing(self, head: Head, usage: Usage) -> Completion:
-        return Completion(**head._asdict(), choices=[], usage=usage)
+    def usage_chunk(self, meta: ResponseMeta, usage: Usage) -> Completion:
+        return Completion(**meta._asdict(), choices=[], usage=usage)
 
-    def _chunk(self, head: Head, choice: CompletionChoice) -> Completion:
-        return Completion(**head._asdict(), choices=[choice])
+    def _chunk(self, meta: ResponseMeta, choice: CompletionChoice) -> Completion:
+        return Completion(**meta._asdict(), choices=[choice])
 
     def _choice(
         self,
@@ -99,13 +104,13 @@ class _CompletionDialect:
 
 
 def alternatives(token: TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens; as in the API, the sampled one is always among them."""
-    likeliest = {name_of(top): top.logprob for top in reversed(token.top)}
-    return likeliest | {name_of(token): token.logprob}
+    """The most likely tokens and their log-probabilities, always with the sampled token."""
+    most_likely = {name_of(top): top.logprob for top in reversed(token.top)}
+    return most_likely | {name_of(token): token.logprob}
 
 
 def name_of(token: TokenLogprob) -> str:
-    r"""A token's text; for a piece of a character its bytes, as the API does: `bytes:\xe2\x80`."""
+    r"""A token's text; its bytes if it is a piece of a character, such as `bytes:\xe2\x80`."""
     if token.token.encode() == token.token_bytes:
         return token.token
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.token_bytes)

@@ -7,39 +7,44 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Final, Literal
 
+from fastapi.sse import format_sse_event
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from api.http import sse
 from api.http.image_files import Format, as_base64
-from api.http.image_schemas import MAX_SIDE, ImageCount, PaintingFields
-from api.models.images import ImageModel, Painting
+from api.http.schemas import MAX_SIDE, ImageCount, ImageFields, ModelName
+from api.models.images import ImageGeneration, ImageModel
 from api.openai.requests import Ignored, Unsupported, unsupported
+from api.openai.respond import rename_fields
 from runners.contracts.errors import InvalidRequest
-from runners.contracts.images import RawImage
+from runners.contracts.images import ImageRequest, RawImage
 
 PARTIAL: Final = "image_generation.partial_image"
 COMPLETED: Final = "image_generation.completed"
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
 
-class ImageGenerationRequest(PaintingFields):
-    """Body of `POST /v1/images/generations`; the fields from `negative_prompt` on are ours."""
+class ImageGenerationRequest(ImageFields):
+    """Body of `POST /v1/images/generations`.
 
-    model: Annotated[str, Field(max_length=256)] | None = None
-    """The model's name, as `/v1/models` lists it. Default: the one this server holds."""
+    The fields from `negative_prompt` to `seed` are not part of the OpenAI API.
+    """
+
+    model: ModelName | None = None
+    """The model's name, as `/v1/models` lists it. Default: the model that is served."""
     n: ImageCount | None = None
-    """How many pictures. Default: 1."""
+    """Number of images. Default: 1."""
     size: Annotated[str, Field(max_length=16)] | None = None
-    """Width x height in pixels, such as `512x512`; `auto`, the default, is the model's own."""
+    """Width x height in pixels, such as `512x512`. Default: `auto`, the model's own."""
     response_format: Annotated[Literal["b64_json"], Field()] | None = None
-    """Pictures come in the answer; this server keeps none to link to."""
+    """Images are part of the response; this server stores none that a URL could name."""
     output_format: Format | None = None
-    """Of the pictures' files. Default: png."""
+    """Format of the images' files. Default: png."""
     stream: bool | None = None
-    """Send each step as a server-sent event, then the pictures."""
+    """Send each step as a server-sent event, then the images."""
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
-    """With `stream`: how many unfinished pictures to send. Default: 0."""
+    """With `stream`: number of unfinished images to send. Default: 0."""
     background: Annotated[None, unsupported("auto", "opaque")] = None
     output_compression: Annotated[None, unsupported(100)] = None
     quality: Ignored = None
@@ -50,36 +55,43 @@ class ImageGenerationRequest(PaintingFields):
     frame_count: Unsupported = None
     svg: Unsupported = None
 
-    def check(self) -> None:
-        """Rules over several fields. Raises: InvalidRequest."""
+    def requests(self) -> list[ImageRequest]:
+        """One request for each image. Raises: InvalidRequest."""
         if self.partial_images and not self.stream:
-            raise InvalidRequest("needs stream", field="partial_images")
+            raise InvalidRequest("requires stream", field="partial_images")
+        height, width = self._sides()
+        return self.to_requests(
+            1 if self.n is None else self.n,
+            height=height,
+            width=width,
+            previews=0 if self.partial_images is None else self.partial_images,
+        )
 
-    def sides(self) -> tuple[int | None, int | None]:
-        """Height and width. Raises: InvalidRequest."""
-        if self.size in (None, "auto"):
+    def _sides(self) -> tuple[int | None, int | None]:
+        """Height and width in pixels. Raises: InvalidRequest."""
+        if self.size is None or self.size == "auto":
             return None, None
-        found = _SIZE.fullmatch(self.size or "")
-        if found is None:
+        match = _SIZE.fullmatch(self.size)
+        if match is None:
             raise InvalidRequest(
                 "must be width x height in pixels, such as 512x512, or auto", field="size"
             )
-        height, width = int(found[2]), int(found[1])
+        height, width = int(match[2]), int(match[1])
         if max(height, width) > MAX_SIDE:
             raise InvalidRequest(f"must be at most {MAX_SIDE} pixels a side", field="size")
         return height, width
 
 
 class ImageData(BaseModel):
-    """One picture."""
+    """One image."""
 
     b64_json: str
     seed: int
-    """What makes it again; not part of the OpenAI API."""
+    """The seed that generates it again; not part of the OpenAI API."""
 
 
 class ImagesResponse(BaseModel):
-    """Answer of `/v1/images/generations`."""
+    """Response of `/v1/images/generations`."""
 
     created: int
     data: list[ImageData]
@@ -93,17 +105,17 @@ class StepEvent(BaseModel):
 
     type: Literal["image_generation.progress"] = "image_generation.progress"
     index: int
-    """Which of the pictures."""
+    """Index of the image."""
     step: int
     steps: int
 
 
-class PictureEvent(BaseModel):
-    """A picture, finished or not."""
+class ImageEvent(BaseModel):
+    """An image, finished or not."""
 
     type: Literal["image_generation.partial_image", "image_generation.completed"]
     index: int
-    """Which of the pictures; not part of the OpenAI API."""
+    """Index of the image; not part of the OpenAI API."""
     b64_json: str
     created_at: int
     output_format: Format
@@ -116,54 +128,48 @@ class PictureEvent(BaseModel):
 
 
 async def create_images(model: ImageModel, body: ImageGenerationRequest) -> Response:
-    """Paint, and answer whole or as a stream. Raises: what happens before the first step."""
+    """Generate images; returns the whole or a stream. Raises: errors before the first step."""
     model.require(body.model)
-    body.check()
-    height, width = body.sides()
-    try:
-        painting = await model.paint(
-            body.wish(height, width, previews=body.partial_images or 0),
-            seed=body.seed,
-            n=body.n or 1,
-        )
-    except InvalidRequest as error:  # in the words of this client
-        names = {"height": "size", "width": "size"}
-        raise InvalidRequest(
-            error.reason, field=names.get(error.field or "", error.field)
-        ) from None
-    created, file = int(time.time()), body.output_format or "png"
+    requests = body.requests()
+    with rename_fields({"height": "size", "width": "size"}):
+        generation = await model.generate(requests)
+    created, file_format = int(time.time()), body.output_format or "png"
     if body.stream:
-        frames = _frames(painting, created, file)
-        return await sse.stream_response(sse.guarded(frames, error_event="error"))
-    pictures = await painting.collect()
+        frames = _frames(generation, created, file_format)
+        return await sse.stream_response(frames, error_event="error")
+    results = await generation.collect()
     data = [
-        ImageData(b64_json=await as_base64(each.picture, file), seed=each.seed) for each in pictures
+        ImageData(b64_json=await as_base64(result.image, file_format), seed=result.seed)
+        for result in results
     ]
-    size = _size(pictures[0].picture)
-    answer = ImagesResponse(created=created, data=data, output_format=file, size=size)
-    return Response(answer.model_dump_json(), media_type="application/json")
+    size = _size(results[0].image)
+    response = ImagesResponse(created=created, data=data, output_format=file_format, size=size)
+    return Response(response.model_dump_json(), media_type="application/json")
 
 
-async def _frames(painting: Painting, created: int, file: Format) -> AsyncIterator[str]:
-    shown: dict[int, int] = {}
-    async for index, event in painting:
+async def _frames(
+    generation: ImageGeneration, created: int, file_format: Format
+) -> AsyncIterator[bytes]:
+    partial_counts: dict[int, int] = {}
+    async for index, event in generation:
         if event.image is None:
             step = StepEvent(index=index, step=event.step, steps=event.steps)
-            yield sse.frame(step.model_dump_json(), event=step.type)
-        if (picture := event.image or event.preview) is not None:
-            told = PictureEvent(
+            yield format_sse_event(data_str=step.model_dump_json(), event=step.type)
+        if (image := event.image or event.preview) is not None:
+            partial_count = partial_counts.get(index, 0)
+            image_event = ImageEvent(
                 type=COMPLETED if event.image else PARTIAL,
-                partial_image_index=None if event.image else shown.get(index, 0),
+                partial_image_index=None if event.image else partial_count,
                 index=index,
-                b64_json=await as_base64(picture, file),
+                b64_json=await as_base64(image, file_format),
                 created_at=created,
-                output_format=file,
-                size=_size(picture),
-                seed=painting.seed_of(index),
+                output_format=file_format,
+                size=_size(image),
+                seed=generation.seed_of(index),
             )
-            shown[index] = shown.get(index, 0) + 1
-            yield sse.frame(told.model_dump_json(), event=told.type)
+            partial_counts[index] = partial_count + 1
+            yield format_sse_event(data_str=image_event.model_dump_json(), event=image_event.type)
 
 
-def _size(picture: RawImage) -> str:
-    return f"{picture.width}x{picture.height}"
+def _size(image: RawImage) -> str:
+    return f"{image.width}x{image.height}"

@@ -1,7 +1,7 @@
 """Request bodies of the OpenAI-compatible routes.
 
-Fields of the OpenAI API that this server can not honour are known by name, so that a client gets
-told which one; their neutral values are fine, since clients send those unasked.
+Fields of the OpenAI API that this server does not support are known by name, so that the error
+names them; their neutral values are accepted, because clients send those by default.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
+from typing_extensions import override
 
 from api.http.schemas import (
     LogprobCount,
     Message,
     Messages,
+    ModelName,
     SamplingFields,
     TokenCount,
     TokenIds,
@@ -29,7 +31,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 def unsupported(*neutral: object) -> BeforeValidator:
-    """A field that this server can not honour, but for values that ask for nothing."""
+    """A field that this server does not support, except for values that have no effect."""
 
     def check(value: object) -> None:
         if value is not None and value not in neutral:
@@ -39,7 +41,7 @@ def unsupported(*neutral: object) -> BeforeValidator:
 
 
 def _ignored(value: object) -> None:
-    """Take whatever a client notes for OpenAI's bookkeeping."""
+    """Accept any value: the field is for OpenAI's bookkeeping."""
 
 
 Unsupported = Annotated[None, unsupported()]
@@ -49,30 +51,30 @@ Ignored = Annotated[None, BeforeValidator(_ignored, json_schema_input_type=Any)]
 
 
 class StreamOptions(WireModel):
-    """What a stream holds besides the text."""
+    """What a stream contains besides the text."""
 
     include_usage: bool = False
     """Send a last chunk with the token counts."""
     include_obfuscation: bool = False
-    """Taken for compatibility; chunks are never padded."""
+    """Accepted for compatibility; chunks are never padded."""
 
 
 class OpenAIRequest(SamplingFields):
-    """What both generating routes take."""
+    """What completions and chat have in common."""
 
-    model: Annotated[str, Field(max_length=256)] | None = None
-    """The model's name, as `/v1/models` lists it. Default: the one this server holds."""
+    model: ModelName | None = None
+    """The model's name, as `/v1/models` lists it. Default: the model that is served."""
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
-    """Answers for each prompt. With a seed, answer i has the seed `seed + i`. Default: 1."""
+    """Choices per prompt. With a seed, choice i has the seed `seed + i`. Default: 1."""
     max_tokens: TokenCount | None = None
-    """Upper bound on generated tokens. Default: the route's own, or less if less fits."""
+    """Maximum number of generated tokens. Default: the route's, or less if less fits."""
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    """The end token is not taken before this many tokens. Default: 0."""
+    """The end token is not sampled before this many tokens. Default: 0."""
     stream: bool | None = None
     """Send the text as it grows, as server-sent events."""
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
-    """Taken for compatibility."""
+    """Accepted for compatibility."""
     logit_bias: UnsupportedList = None
     metadata: Ignored = None
     store: UnsupportedFlag = None
@@ -81,13 +83,18 @@ class OpenAIRequest(SamplingFields):
     prompt_cache_key: Ignored = None
 
     @property
+    def sequences_per_prompt(self) -> int:
+        """`n`, or its default."""
+        return 1 if self.n is None else self.n
+
+    @property
     def wants_usage_chunk(self) -> bool:
         """Whether the stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def field_names(self) -> dict[str, str]:
-        """What this body calls fields that the runner may complain about."""
+        """This API's names of fields that the runner's errors may name."""
         return {
             "max_new_tokens": "max_tokens",
             "min_new_tokens": "min_tokens",
@@ -97,7 +104,7 @@ class OpenAIRequest(SamplingFields):
     def check(self) -> None:
         """Rules over several fields. Raises: InvalidRequest."""
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("needs stream", field="stream_options")
+            raise InvalidRequest("requires stream", field="stream_options")
 
     def for_runner(
         self,
@@ -143,17 +150,17 @@ class CompletionRequest(OpenAIRequest):
     prompt: Prompts
     """A text, texts, token ids, or lists of token ids."""
     best_of: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
-    """Must equal `n`: nothing is ranked."""
+    """Must equal `n`: choices are not ranked."""
     echo: bool | None = None
     """Begin each text with its prompt."""
     logprobs: LogprobCount | None = None
-    """Report each token's log-probability, and this many of the likeliest beside it."""
+    """Return each token's log-probability, and those of this many of the most likely tokens."""
     suffix: Annotated[None, unsupported("")] = None
 
+    @override
     def check(self) -> None:
-        """Rules over several fields. Raises: InvalidRequest."""
         super().check()
-        n = self.n or 1
+        n = self.sequences_per_prompt
         if self.best_of not in (None, n):
             raise InvalidRequest("must equal n", field="best_of")
         if self.echo and self.logprobs is not None:
@@ -169,7 +176,7 @@ class CompletionRequest(OpenAIRequest):
 
 
 class ChatTurn(Message):
-    """A turn of the conversation, with what OpenAI's own answers carry when sent back."""
+    """A turn of the conversation, with fields of OpenAI's responses that clients send back."""
 
     refusal: Unsupported = None
     annotations: UnsupportedList = None
@@ -178,7 +185,7 @@ class ChatTurn(Message):
     tool_calls: UnsupportedList = None
 
 
-class ResponseFormat(WireModel):
+class TextFormat(WireModel):
     """Only plain text."""
 
     type: Literal["text"]
@@ -191,10 +198,10 @@ class ChatRequest(OpenAIRequest):
     max_completion_tokens: TokenCount | None = None
     """The newer name of `max_tokens`."""
     logprobs: bool | None = None
-    """Report each token's log-probability."""
+    """Return each token's log-probability."""
     top_logprobs: LogprobCount | None = None
-    """With `logprobs`: this many of the likeliest tokens beside each."""
-    response_format: ResponseFormat | None = None
+    """With `logprobs`: those of this many of the most likely tokens, too."""
+    response_format: TextFormat | None = None
     modalities: Annotated[None, unsupported(["text"])] = None
     tools: UnsupportedList = None
     tool_choice: Annotated[None, unsupported("none")] = None
@@ -208,29 +215,34 @@ class ChatRequest(OpenAIRequest):
     web_search_options: Unsupported = None
 
     @property
+    @override
     def field_names(self) -> dict[str, str]:
-        """As above, by the name of the token limit that is in use."""
-        newer = {"max_new_tokens": "max_completion_tokens"} if self.max_completion_tokens else {}
-        return super().field_names | {"prompt": "messages"} | newer
+        names = super().field_names | {"prompt": "messages"}
+        if self.max_completion_tokens is not None:
+            names["max_new_tokens"] = "max_completion_tokens"
+        return names
 
     @property
     def token_limit(self) -> int | None:
-        """Upper bound on generated tokens, by either name."""
-        return self.max_completion_tokens or self.max_tokens
+        """Maximum number of generated tokens, by either name."""
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
     @property
     def logprob_count(self) -> int | None:
-        """How many alternatives to report per token; None: no logprobs."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+        """Number of alternatives per token; None: no logprobs."""
+        if not self.logprobs:
+            return None
+        return 0 if self.top_logprobs is None else self.top_logprobs
 
+    @override
     def check(self) -> None:
-        """Rules over several fields. Raises: InvalidRequest."""
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidRequest("needs logprobs", field="top_logprobs")
+            raise InvalidRequest("requires logprobs", field="top_logprobs")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise InvalidRequest(
-                "is another name of max_tokens: give one of them",
+                "is the newer name of max_tokens; the two must not differ",
                 field="max_completion_tokens",
             )

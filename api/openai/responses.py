@@ -1,4 +1,4 @@
-"""Answers of the OpenAI-compatible routes, field for field as the API has them."""
+"""Responses of the OpenAI-compatible routes, field by field as in the API."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One text, or a piece of it in a stream."""
+    """One text; in a stream, a piece of it."""
 
     index: int
     text: str
@@ -45,7 +45,7 @@ class TopLogprob(BaseModel):
 
 
 class ChatLogprob(TopLogprob):
-    """A token of the answer with the likeliest at its place."""
+    """A generated token with the most likely tokens at its position."""
 
     top_logprobs: list[TopLogprob]
 
@@ -66,7 +66,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One whole answer."""
+    """One choice of a response that is not streamed."""
 
     index: int
     message: ChatMessage
@@ -75,14 +75,14 @@ class ChatChoice(BaseModel):
 
 
 class ChatDelta(TypedDict, total=False):
-    """What a chunk adds to the turn."""
+    """The part of the turn that a chunk adds."""
 
     role: Literal["assistant"]
     content: str
 
 
 class ChatChunkChoice(BaseModel):
-    """A piece of an answer."""
+    """A piece of a choice."""
 
     index: int
     delta: ChatDelta
@@ -90,8 +90,8 @@ class ChatChunkChoice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class Answer(BaseModel):
-    """What answers and chunks have in common."""
+class ModelResponse(BaseModel):
+    """What responses and chunks have in common."""
 
     id: str
     object: str
@@ -99,24 +99,24 @@ class Answer(BaseModel):
     model: str
 
 
-class Completion(Answer):
-    """Answer of `/v1/completions`; in a stream, each chunk looks the same."""
+class Completion(ModelResponse):
+    """Response of `/v1/completions`; in a stream, each chunk has the same fields."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
 
-class ChatCompletion(Answer):
-    """Answer of `/v1/chat/completions`."""
+class ChatCompletion(ModelResponse):
+    """Response of `/v1/chat/completions`."""
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
 
 
-class ChatCompletionChunk(Answer):
-    """One chunk of a streamed answer."""
+class ChatCompletionChunk(ModelResponse):
+    """One chunk of a streamed response."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
@@ -124,26 +124,26 @@ class ChatCompletionChunk(Answer):
 
 
 class Model(BaseModel):
-    """A model this server holds."""
+    """A served model."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["triptych"] = "triptych"
     max_model_len: int | None = None
-    """How many tokens prompt and output may have together; null until it was ready once, and for
-    images."""
+    """Maximum tokens of prompt and output together; null before the model was ready once, and for
+    an image model."""
 
 
 class ModelList(BaseModel):
-    """All models this server holds."""
+    """All served models."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
+    """The reason of an error."""
 
     message: str
     type: str
@@ -153,6 +153,6 @@ class ErrorDetail(BaseModel):
 
 
 class Error(BaseModel):
-    """Every error of every route."""
+    """An error, on any route except TorchServe's."""
 
     error: ErrorDetail

@@ -1,1 +1,1 @@
-"""`POST /tasks/{task}`: the tasks of MII's legacy releases; bodies, answers, handlers."""
+"""`POST /tasks/{task}`: the tasks of MII's legacy releases."""

@@ -1,4 +1,4 @@
-"""What `POST /tasks/{task}` does."""
+"""The handlers of `POST /tasks/{task}`, which `api.app` mounts."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from pydantic import BaseModel
 
 from api.http.context import current_request
 from api.models import task_schemas as schemas
-from api.models.served import Served
+from api.models.served import ServedModels
 
 
 class TaskRoute(NamedTuple):
-    """One route: its body, its answer, and its handler."""
+    """The request, the response and the handler of a route."""
 
     body: type[schemas.TaskBody]
-    answer: type[schemas.TaskAnswer]
-    handle: Callable[[Served, bytes], Awaitable[BaseModel]]
+    response: type[schemas.TaskResponse]
+    handle: Callable[[ServedModels, bytes], Awaitable[BaseModel]]
+    """Takes the body's bytes."""
 
 
-def _route(task: str, pipeline: schemas.Pipeline) -> TaskRoute:
-    async def handle(served: Served, content: bytes) -> BaseModel:
+def _pipeline_route(task: str, pipeline: schemas.Pipeline) -> TaskRoute:
+    async def handle(served: ServedModels, content: bytes) -> BaseModel:
         body = pipeline.body.parse(content)
         model = served.task(task)
         model.require(body.model)
         findings = await model.run(body.requests())
-        return pipeline.to_answer(current_request().request_id, model.name, findings)
+        return pipeline.to_response(current_request().request_id, model.name, findings)
 
-    return TaskRoute(pipeline.body, pipeline.answer, handle)
+    return TaskRoute(pipeline.body, pipeline.response, handle)
 
 
-async def _converse(served: Served, content: bytes) -> schemas.ConversationalAnswer:
-    """A chat with a text model: transformers no longer has a conversational pipeline."""
+async def _chat(served: ServedModels, content: bytes) -> schemas.ConversationalResponse:
+    """Transformers has no conversational pipeline any more: a text model generates the response."""
     body = schemas.ConversationalBody.parse(content)
-    model = served.conversing
+    model = served.chat
     model.require(body.model)
     sampling = body.sampling(max_new_tokens=body.max_new_tokens, min_new_tokens=None, logprobs=None)
     generation = await model.generate([body.prompt()], sampling)
     [output] = await generation.collect()
-    return schemas.ConversationalAnswer(
+    return schemas.ConversationalResponse(
         request_id=current_request().request_id,
         model=model.name,
         generated_text=output.text,
@@ -48,9 +49,7 @@ async def _converse(served: Served, content: bytes) -> schemas.ConversationalAns
     )
 
 
-ROUTES = {task: _route(task, pipeline) for task, pipeline in schemas.PIPELINES.items()} | {
-    "conversational": TaskRoute(
-        schemas.ConversationalBody, schemas.ConversationalAnswer, _converse
-    ),
+ROUTES = {task: _pipeline_route(task, pipeline) for task, pipeline in schemas.PIPELINES.items()} | {
+    "conversational": TaskRoute(schemas.ConversationalBody, schemas.ConversationalResponse, _chat),
 }
-"""The last part of the path to its route."""
+"""The routes by task, which is the last part of their path."""

@@ -1,4 +1,4 @@
-"""Bodies of `/predictions`: a text as it is, in a form, or in JSON."""
+"""Bodies of `/predictions`: plain text, a form, or JSON."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from api.http.schemas import read_json
 from runners.contracts.errors import InvalidRequest
 
 FORM_FIELDS = ("data", "body")
-"""Where the example handlers look for the input, in this order."""
+"""Where TorchServe's example handlers look for the input, in this order."""
 JSON_FIELDS = (*FORM_FIELDS, "inputs", "prompt")
 
 
 class Input(NamedTuple):
-    """What a client sent."""
+    """The content of a body."""
 
     content: Any
     """A text; from JSON it may be anything."""
     options: dict[str, Any]
-    """What stood beside it in a JSON object."""
+    """The other fields of a JSON object."""
 
     @property
     def text(self) -> str:
@@ -34,12 +34,12 @@ class Input(NamedTuple):
 
 async def read_body(request: Request) -> Input:
     """The input of a request. Raises: InvalidRequest."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type == "application/json":
         return _from_json(await request.body())
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+    if content_type in ("multipart/form-data", "application/x-www-form-urlencoded"):
         return Input(await _from_form(request), {})
-    return Input(_decoded(await request.body()), {})
+    return Input(_decode(await request.body()), {})
 
 
 def _from_json(body: bytes) -> Input:
@@ -49,30 +49,30 @@ def _from_json(body: bytes) -> Input:
     allowed = ", ".join(JSON_FIELDS)
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a text, or an object with one of {allowed}")
-    given = [value.pop(field) for field in JSON_FIELDS if field in value]
-    given = [content for content in given if content is not None]
-    if len(given) != 1:
-        raise InvalidRequest(f"give the input as one of {allowed}, and as no more than one")
-    return Input(given[0], value)
+    contents = [value.pop(field) for field in JSON_FIELDS if field in value]
+    contents = [content for content in contents if content is not None]
+    if len(contents) != 1:
+        raise InvalidRequest(f"the body must have exactly one of {allowed}")
+    return Input(contents[0], value)
 
 
 async def _from_form(request: Request) -> str:
     try:
         async with request.form(max_files=16, max_fields=64) as form:
-            # Other fields mean nothing, as to those handlers.
-            found = next((form[field] for field in FORM_FIELDS if field in form), None)
-            content = await found.read() if isinstance(found, UploadFile) else found
+            # Other fields are ignored, as TorchServe's handlers do.
+            value = next((form[field] for field in FORM_FIELDS if field in form), None)
+            content = await value.read() if isinstance(value, UploadFile) else value
     except HTTPException as error:
-        raise InvalidRequest(f"the form can not be read: {error.detail}") from None
+        raise InvalidRequest(f"the form cannot be read: {error.detail}") from None
     if content is None:
         raise InvalidRequest(
             "the form has neither data nor body; with curl, send a file by -T input.txt, a text by "
             "--data-urlencode 'data=...'"
         )
-    return content if isinstance(content, str) else _decoded(content)
+    return content if isinstance(content, str) else _decode(content)
 
 
-def _decoded(content: bytes) -> str:
+def _decode(content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:

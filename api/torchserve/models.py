@@ -1,7 +1,7 @@
-"""`/models` and `/ping`: what TorchServe's management API says of the models there are.
+"""`/models` and `/ping`: the served models in the format of TorchServe's management API.
 
-Fields that would say nothing here (`maxBatchDelay` apart, which is 0: nothing waits for a batch)
-are left out, such as the memory and the process id of a worker.
+Fields without a meaning here, such as the memory and the process id of a worker, are left out.
+`maxBatchDelay` is 0, because no request waits for a batch to fill.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from api.http.context import current_request
 from api.models.images import ImageModel
-from api.models.served import Served
+from api.models.served import ServedModels
 from api.models.tasks import TaskModel
 from api.models.text import TextModel
 from runners.contracts.errors import ModelNotServed, ModelVersionNotServed
@@ -19,10 +19,10 @@ from runners.contracts.runner import RunnerState
 Model = TextModel | TaskModel | ImageModel
 
 
-def find(served: Served, name: str, version: str | None = None) -> Model:
-    """The model of this name, in this version if one is named.
+def find(served: ServedModels, name: str, version: str | None = None) -> Model:
+    """The model with a name, and with a version if one is named.
 
-    The store has names in lower case; archives and their clients may not.
+    Case is ignored: names in the store are in lower case, those of archives may not be.
 
     Raises: ModelNotServed, ModelVersionNotServed.
     """
@@ -36,20 +36,20 @@ def find(served: Served, name: str, version: str | None = None) -> Model:
     raise ModelNotServed(f"Model not found: {name[:100]}")
 
 
-def is_healthy(served: Served) -> bool:
-    """False once a model is given up; while one loads or comes back the server is well."""
-    given_up = (RunnerState.FAILED, RunnerState.STOPPED)
-    return all(model.runner.health().state not in given_up for model in served.models)
+def is_healthy(served: ServedModels) -> bool:
+    """False once a model will not be served again; true while one loads or restarts."""
+    final = (RunnerState.FAILED, RunnerState.STOPPED)
+    return all(model.runner.health().state not in final for model in served.models)
 
 
-def list_models(served: Served) -> dict[str, Any]:
-    """All models. `modelUrl` is what a model was chosen by: its name."""
+def list_models(served: ServedModels) -> dict[str, Any]:
+    """All models; `modelUrl` is the model's name, too."""
     names = sorted(model.name for model in served.models)
     return {"models": [{"modelName": name, "modelUrl": name} for name in names]}
 
 
 def describe(model: Model) -> dict[str, Any]:
-    """A model's state. Its ranks are one worker, which holds the whole of it."""
+    """A model's state. Its rank group counts as one worker."""
     runner, admission, health = model.runner, model.admission, model.runner.health()
     worker = {
         "id": "0",
@@ -69,7 +69,7 @@ def describe(model: Model) -> dict[str, Any]:
         "loadedAtStartup": True,
         "workers": [worker],
         "jobQueueStatus": {
-            "remainingCapacity": admission.limit - admission.inside,
+            "remainingCapacity": admission.limit - admission.admitted,
             "pendingRequests": health.waiting,
         },
     }

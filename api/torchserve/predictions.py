@@ -1,7 +1,8 @@
-"""What `/predictions` answers, in the form in which the example handlers did.
+"""Responses of `/predictions`, in the format of TorchServe's example handlers.
 
-Text: the prompt and what follows it, as plain text. A picture: its pixels as nested lists of height
-x width x 3, or, if the client accepts an image type, a file. A task of `/tasks`: its outputs.
+A text model returns the prompt and its continuation as plain text. An image model returns the
+pixels as nested lists of height x width x 3, or a file if the client accepts an image type. The
+model of a pipeline task returns the outputs of `/tasks`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,14 @@ from starlette.responses import Response
 
 from api.http.context import current_request
 from api.http.image_files import Format, as_file, as_nested_lists, media_type
-from api.http.image_schemas import PaintingFields, Side
-from api.http.schemas import SamplingFields, TokenCount
+from api.http.schemas import ImageFields, SamplingFields, Side, TokenCount
 from api.models.images import ImageModel
 from api.models.task_schemas import PIPELINES
 from api.models.tasks import TaskModel
 from api.models.text import TextModel
 from api.torchserve.bodies import Input
 
-FILES: dict[str, Format] = {
+FILE_FORMATS: dict[str, Format] = {
     "image/png": "png",
     "image/*": "png",
     "image/jpeg": "jpeg",
@@ -31,16 +31,16 @@ FILES: dict[str, Format] = {
 
 
 class TextOptions(SamplingFields):
-    """What may stand beside a prompt, as in `/generate`."""
+    """Options next to a text prompt, as in `/generate`."""
 
     max_new_tokens: TokenCount | None = None
-    """Upper bound on generated tokens. Default: the server's."""
+    """Maximum number of generated tokens. Default: that of the model's configuration."""
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
-    """The end token is not taken before this many tokens. Default: 0."""
+    """The end token is not sampled before this many tokens. Default: 0."""
 
 
-class PaintingOptions(PaintingFields):
-    """What may stand beside a prompt, as in `/generate_image`."""
+class ImageOptions(ImageFields):
+    """Options next to an image prompt, as in `/generate_image`."""
 
     height: Side | None = None
     """In pixels."""
@@ -48,54 +48,62 @@ class PaintingOptions(PaintingFields):
     """In pixels."""
 
 
-async def predict(model: TextModel | TaskModel | ImageModel, asked: Input, accept: str) -> Response:
-    """Answer an input. Raises: what its model's own route does."""
+async def predict(
+    model: TextModel | TaskModel | ImageModel, request_input: Input, accept: str
+) -> Response:
+    """Run a model on an input. Raises: as the model's native route.
+
+    `accept`: the request's `Accept` header.
+    """
     match model:
         case TextModel():
-            return await _continue(model, asked)
+            return await _generate_text(model, request_input)
         case ImageModel():
-            return await _paint(model, asked, accept)
+            return await _generate_image(model, request_input, accept)
         case TaskModel():
-            return await _run_task(model, asked)
+            return await _run_task(model, request_input)
 
 
-async def _continue(model: TextModel, asked: Input) -> Response:
-    options = TextOptions.checked(asked.options)
+async def _generate_text(model: TextModel, request_input: Input) -> Response:
+    options = TextOptions.checked(request_input.options)
     sampling = options.sampling(
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=options.min_new_tokens,
         logprobs=None,
     )
-    generation = await model.generate([asked.text], sampling)
+    generation = await model.generate([request_input.text], sampling)
     [output] = await generation.collect()
-    return Response(asked.text + output.text, media_type="text/plain")
+    return Response(request_input.text + output.text, media_type="text/plain")
 
 
-async def _paint(model: ImageModel, asked: Input, accept: str) -> Response:
-    options = PaintingOptions.checked({**asked.options, "prompt": asked.text})
-    painting = await model.paint(options.wish(options.height, options.width), seed=options.seed)
-    [painted] = await painting.collect()
-    headers = {"X-Seed": str(painted.seed)}
-    if (file := _file_wanted(accept)) is not None:
-        content = await as_file(painted.picture, file)
-        return Response(content, headers=headers, media_type=media_type(file))
-    content = await as_nested_lists(painted.picture)
+async def _generate_image(model: ImageModel, request_input: Input, accept: str) -> Response:
+    options = ImageOptions.checked({**request_input.options, "prompt": request_input.text})
+    requests = options.to_requests(1, height=options.height, width=options.width)
+    generation = await model.generate(requests)
+    [result] = await generation.collect()
+    headers = {"X-Seed": str(result.seed)}
+    if (file_format := _accepted_format(accept)) is not None:
+        content = await as_file(result.image, file_format)
+        return Response(content, headers=headers, media_type=media_type(file_format))
+    content = await as_nested_lists(result.image)
     return Response(content, headers=headers, media_type="application/json")
 
 
-def _file_wanted(accept: str) -> Format | None:
-    """The first kind of picture file that a client's `Accept` names."""
-    kinds = (each.partition(";")[0].strip().lower() for each in accept.split(","))
-    return next((FILES[kind] for kind in kinds if kind in FILES), None)
+def _accepted_format(accept: str) -> Format | None:
+    """The first image format that an `Accept` header names."""
+    media_types = (part.partition(";")[0].strip().lower() for part in accept.split(","))
+    return next((FILE_FORMATS[name] for name in media_types if name in FILE_FORMATS), None)
 
 
-async def _run_task(model: TaskModel, asked: Input) -> Response:
-    # A question comes with its context, where all others have a text.
-    inputs = asked.content if isinstance(asked.content, dict) else {"inputs": asked.text}
+async def _run_task(model: TaskModel, request_input: Input) -> Response:
+    # The content of question-answering is an object, question and context; elsewhere it is a text.
+    content = request_input.content
+    inputs = content if isinstance(content, dict) else {"inputs": request_input.text}
     pipeline = PIPELINES[model.task]
-    body = pipeline.body.checked({**asked.options, **inputs})
+    body = pipeline.body.checked({**request_input.options, **inputs})
     findings = await model.run(body.requests())
-    answer = pipeline.to_answer(current_request().request_id, model.name, findings)
-    outputs = answer.model_dump(mode="json", include={"outputs"}, exclude_none=True)["outputs"]
-    one = outputs[0] if "inputs" in inputs else outputs
-    return Response(json.dumps(one), media_type="application/json")
+    response = pipeline.to_response(current_request().request_id, model.name, findings)
+    outputs = response.model_dump(mode="json", include={"outputs"}, exclude_none=True)["outputs"]
+    return Response(
+        json.dumps(outputs[0] if "inputs" in inputs else outputs), media_type="application/json"
+    )

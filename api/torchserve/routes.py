@@ -1,4 +1,4 @@
-"""TorchServe's routes: `/predictions`, `/ping`, `/models`."""
+"""TorchServe's routes: `/predictions`, `/ping`, `/models`. `api.app` mounts them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from api.http.errors import as_response
-from api.models.served import Served
+from api.models.served import ServedModels
 from api.torchserve.bodies import read_body
 from api.torchserve.models import describe, find, is_healthy, list_models
 from api.torchserve.predictions import predict
 
 
 def add_routes(app: FastAPI) -> None:
-    """Give an app these routes; its `state.served` has the models once they are known."""
+    """Add the routes to an app whose `state.served` has the models."""
 
-    # What a route takes says the one that was added first, which is the lower: curl -T sends PUT.
+    # Each handler has two routes, because the docs show one method per route. The lower decorator
+    # runs first, so its route is the one that matches; it takes PUT too, which curl -T sends.
     @app.post("/predictions/{model_name}")
     @app.api_route("/predictions/{model_name}", methods=["POST", "PUT"], include_in_schema=False)
     @as_response
     async def predictions(request: Request, model_name: str) -> Response:
-        """Generate, paint or classify, as TorchServe's example handlers did."""
+        """Run a model on an input, as TorchServe's example handlers do."""
         return await _predict(request, model_name, None)
 
     @app.post("/predictions/{model_name}/{version}")
@@ -32,14 +33,14 @@ def add_routes(app: FastAPI) -> None:
     )
     @as_response
     async def predictions_of_version(request: Request, model_name: str, version: str) -> Response:
-        """The same, if the model is of this version."""
+        """The same, for a version of the model."""
         return await _predict(request, model_name, version)
 
     @app.get("/ping")
     @app.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
     @as_response
     async def ping(request: Request) -> Response:
-        """Whether the server works or will do so by itself; `/readyz` says whether it is ready."""
+        """Whether the models are served, or will be without help; `/readyz`: whether they are."""
         healthy = is_healthy(_served(request))
         status = {"status": "Healthy" if healthy else "Unhealthy"}
         return _json(status, 200 if healthy else 500)
@@ -47,7 +48,7 @@ def add_routes(app: FastAPI) -> None:
     @app.get("/models")
     @as_response
     async def models(request: Request) -> Response:
-        """The models this server holds."""
+        """The served models."""
         return _json(list_models(_served(request)))
 
     @app.get("/models/{model_name}")
@@ -59,9 +60,9 @@ def add_routes(app: FastAPI) -> None:
     @app.get("/models/{model_name}/{version}")
     @as_response
     async def model_of_version(request: Request, model_name: str, version: str) -> Response:
-        """The state of a model, if it is of this version; `all` means every one."""
-        only = None if version == "all" else version
-        return _json([describe(find(_served(request), model_name, only))])
+        """The state of a version of a model; `all`: of any version."""
+        exact = None if version == "all" else version
+        return _json([describe(find(_served(request), model_name, exact))])
 
 
 async def _predict(request: Request, model_name: str, version: str | None) -> Response:
@@ -69,11 +70,11 @@ async def _predict(request: Request, model_name: str, version: str | None) -> Re
     return await predict(model, await read_body(request), request.headers.get("accept", ""))
 
 
-def _served(request: Request) -> Served:
-    served: Served = request.app.state.served
+def _served(request: Request) -> ServedModels:
+    served: ServedModels = request.app.state.served
     return served
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    # Indented as TorchServe's: there are scripts that look for `"status": "Healthy"`.
+    # Indented as TorchServe's: scripts search for `"status": "Healthy"`.
     return Response(json.dumps(content, indent=2) + "\n", status, media_type="application/json")

@@ -76,7 +76,7 @@ def test_json_may_name_its_charset_or_nothing_at_all(server: Server) -> None:
         ({"prompts": []}, "prompts", "at least 1"),
         ({"prompts": ["a"] * 129}, "prompts", "at most 128"),
         ({"prompt": "a", "frobnicate": 1}, "frobnicate", "not a known field"),
-        ({"prompt": "a", "max_new_tokens": 3, "min_new_tokens": 4}, "min_new_tokens", "exceeds"),
+        ({"prompt": "a", "max_new_tokens": 3, "min_new_tokens": 4}, "min_new_tokens", "more than"),
     ],
 )
 def test_the_field_and_what_it_may_hold_are_named(

@@ -87,7 +87,7 @@ def test_too_long_is_told_in_the_clients_terms(client: openai.OpenAI, name: str)
         )
     assert caught.value.code == "context_length_exceeded"
     assert caught.value.param == name
-    assert f"{name} is 9000" in str(caught.value)
+    assert f"{name}: is 9000" in str(caught.value)
     assert "max_new_tokens" not in str(caught.value)
 
 

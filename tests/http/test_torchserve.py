@@ -290,7 +290,7 @@ BY_POST_OR_PUT = "/predictions/bloom takes POST or PUT, not GET"
         (
             "/predictions/bloom",
             ("-H", "Content-Type: multipart/form-data", "-d", "x"),
-            (400, "BadRequestException", "the form can not be read"),
+            (400, "BadRequestException", "the form cannot be read"),
         ),
         (
             "/predictions/bloom",
@@ -311,17 +311,21 @@ BY_POST_OR_PUT = "/predictions/bloom takes POST or PUT, not GET"
         (
             "/predictions/bloom",
             (*JSON, "{}"),
-            (400, "BadRequestException", "give the input as one"),
+            (400, "BadRequestException", "the body must have exactly one"),
         ),
         (
             "/predictions/bloom",
             (*JSON, '{"data": null}'),
-            (400, "BadRequestException", "give the input as one"),
+            (400, "BadRequestException", "the body must have exactly one"),
         ),
         (
             "/predictions/bloom",
             (*JSON, '{"data": "a", "body": "b"}'),
-            (400, "BadRequestException", "give the input as one of data, body, inputs, prompt"),
+            (
+                400,
+                "BadRequestException",
+                "the body must have exactly one of data, body, inputs, prompt",
+            ),
         ),
         (
             "/predictions/bloom",

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Annotated
 
 import pytest
+from fastapi.sse import format_sse_event
 from pydantic import Field
+from starlette.responses import StreamingResponse
 
 from api.http import sse
 from api.http.context import RequestContext, enter_request
-from api.http.error_shapes import OPENAI, TORCHSERVE, Shape
-from api.http.errors import error_body, error_response, kind_of
+from api.http.error_formats import OPENAI, TORCHSERVE, ErrorFormat
+from api.http.errors import error_body, error_response, status_of
 from api.http.schemas import WireModel
 from api.native.schemas import GenerateRequest
-from api.openai.answers import in_terms_of
 from api.openai.completions import alternatives, name_of
 from api.openai.requests import ChatRequest, CompletionRequest
+from api.openai.respond import rename_fields
 from runners.contracts import errors
 from runners.contracts.errors import EngineFailure, InvalidRequest, Overloaded, TriptychError
 from runners.contracts.text import TokenLogprob
@@ -28,13 +31,15 @@ def leaves(cls: type[TriptychError]) -> list[type[TriptychError]]:
     return below or [cls]
 
 
-@pytest.mark.parametrize("shape", [OPENAI, TORCHSERVE], ids=["openai", "torchserve"])
-async def test_every_error_a_request_can_meet_has_a_status(shape: Shape) -> None:
-    enter_request(RequestContext(request_id="r", route="other", timeout=1.0, error_shape=shape))
+@pytest.mark.parametrize("error_format", [OPENAI, TORCHSERVE], ids=["openai", "torchserve"])
+async def test_every_error_a_request_can_meet_has_a_status(error_format: ErrorFormat) -> None:
+    enter_request(
+        RequestContext(request_id="r", route="other", timeout=1.0, error_format=error_format)
+    )
     stopping_the_start = set(leaves(errors.ConfigError))
     for cls in leaves(TriptychError):
         if cls not in stopping_the_start:
-            assert kind_of(cls("x")) == shape.kinds[cls], cls
+            assert status_of(cls("x")) == error_format.statuses[cls], cls
 
 
 def test_an_overload_says_when_to_come_back() -> None:
@@ -87,7 +92,7 @@ def test_a_refusal_is_short_and_repeats_no_value() -> None:
     [
         ({"prompt": [[[]] * 20_000]}, "prompt.0.0: Input should be a valid integer"),
         ({"prompt": [[1] * 1_000_001]}, "List should have at most 1000000 items"),
-        ({"prompt": "a"} | {f"x{i}": 1 for i in range(20_000)}, "20000 faults, too many to name"),
+        ({"prompt": "a"} | {f"x{i}": 1 for i in range(20_000)}, "20000 errors, too many to list"),
     ],
 )
 def test_a_bad_body_of_any_size_is_refused_shortly(body: object, message: str) -> None:
@@ -114,7 +119,7 @@ def test_complaints_name_the_clients_fields() -> None:
     chat = ChatRequest.parse(b'{"messages": [{"role": "user", "content": "x"}]}')
     fields = [("prompt", "messages"), ("max_new_tokens", "max_tokens"), (None, None)]
     for field, client_field in fields:
-        with pytest.raises(InvalidRequest) as caught, in_terms_of(chat):
+        with pytest.raises(InvalidRequest) as caught, rename_fields(chat.field_names):
             raise InvalidRequest("is wrong", field=field)
         assert caught.value.field == client_field
         assert caught.value.message == (f"{client_field}: is wrong" if field else "is wrong")
@@ -154,23 +159,24 @@ def test_openai_defaults_reach_the_runner() -> None:
     assert temperature(0.3) == 0.3
 
 
-async def frames(*, fail_at: int) -> object:
+async def frames(*, fail_at: int) -> AsyncIterator[bytes]:
     for number in range(3):
         if number == fail_at:
             raise EngineFailure("broke")
-        yield str(number)
+        yield str(number).encode()
 
 
 async def test_an_error_before_the_first_frame_is_raised() -> None:
     with pytest.raises(EngineFailure):
-        await sse.stream_response(sse.guarded(frames(fail_at=0), error_event=None))  # type: ignore[arg-type]
+        await sse.stream_response(frames(fail_at=0), error_event=None)
 
 
 @pytest.mark.parametrize("event", [None, "error"])
 async def test_an_error_after_it_is_the_last_frame(event: str | None) -> None:
     enter_request(RequestContext(request_id="r", route="other", timeout=1.0))
-    guarded = sse.guarded(frames(fail_at=2), error_event=event)  # type: ignore[arg-type]
-    *before, last = [frame async for frame in guarded]
-    assert before == ["0", "1"]
-    assert last == sse.frame(error_body(EngineFailure("broke")), event=event)
-    assert last.startswith("event: error\ndata: {" if event else "data: {")
+    response = await sse.stream_response(frames(fail_at=2), error_event=event)
+    assert isinstance(response, StreamingResponse)
+    *before, last = [bytes(frame) async for frame in response.body_iterator]  # type: ignore[arg-type]
+    assert before == [b"0", b"1"]
+    assert last == format_sse_event(data_str=error_body(EngineFailure("broke")), event=event)
+    assert last.startswith(b"event: error\ndata: {" if event else b"data: {")

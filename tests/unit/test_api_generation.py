@@ -80,7 +80,7 @@ async def test_many_sequences_are_merged_and_collected(
     admission = Admission(8)
     prompts = ["hello", "the cat sat"]
     generation = await TextModel(runner, admission).generate([*prompts], SHORT, n=2)
-    assert admission.inside == 4
+    assert admission.admitted == 4
     outputs = await generation.collect()
     one, two = greedy(folder, prompts, 6)
     assert [output.token_ids for output in outputs] == [one, one, two, two]
@@ -111,7 +111,7 @@ async def test_what_still_runs_is_closed_with_the_request(
     generation = await TextModel(runner, admission).generate([*prompts], ENDLESS)
     await anext(aiter(generation))
     await request_.resources.aclose()
-    assert admission.inside == 0
+    assert admission.admitted == 0
     assert not [task for task in asyncio.all_tasks() if "_pump" in repr(task)]
     assert await is_idle(runner)
 
@@ -121,7 +121,7 @@ async def test_one_refused_prompt_refuses_all(runner: TextRunner, request_: Requ
     with pytest.raises(InvalidRequest, match="outside the vocabulary"):
         await TextModel(runner, admission).generate(["hello", [10**6], "world"], ENDLESS)
     await request_.resources.aclose()
-    assert admission.inside == 0
+    assert admission.admitted == 0
     assert await is_idle(runner)
 
 
@@ -133,12 +133,12 @@ async def test_leaving_while_prompts_are_accepted_leaves_nothing(
     with stopped_rank():
         opening = asyncio.create_task(TextModel(runner, admission).generate([*prompts], ENDLESS))
         await asyncio.sleep(0.1)
-        assert admission.inside == len(prompts)
+        assert admission.admitted == len(prompts)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
         await request_.resources.aclose()
-        assert admission.inside == 0
+        assert admission.admitted == 0
     assert await is_idle(runner)
 
 
@@ -170,11 +170,11 @@ async def test_admission_counts_sequences(runner: TextRunner, request_: RequestC
     with pytest.raises(Overloaded) as caught:
         await text.generate(["b", "c"], SHORT)
     assert caught.value.retry_after_s >= 1
-    assert admission.inside == 2, "a refused request holds nothing"
+    assert admission.admitted == 2, "a refused request holds nothing"
     with pytest.raises(InvalidRequest):
         await text.generate(["d"] * 4, SHORT)
     await text.tokenize("x", add_special_tokens=True)
-    assert admission.inside == 2
+    assert admission.admitted == 2
 
 
 async def test_only_its_own_name_is_served(runner: TextRunner) -> None:
@@ -196,5 +196,5 @@ async def test_a_dead_rank_ends_the_whole_request(
     with pytest.raises(RunnerUnavailable):
         await generation.collect()
     await request_.resources.aclose()
-    assert admission.inside == 0
+    assert admission.admitted == 0
     await wait_ready(runner)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from api.http.image_files import Format, as_file
-from api.http.image_schemas import MAX_SIDE
+from api.http.schemas import MAX_SIDE
 from runners.contracts.images import RawImage
 
 
