@@ -64,8 +64,8 @@ def handler(
 def streamed(method: Any) -> Any:
     """Mark a BentoML API method whose handler returns a stream, for BentoML's clients and docs.
 
-    BentoML knows async generators alone as streams, whose items it passes through generators of its
-    own; a ready `Response` is sent as it is.
+    BentoML marks async generators only as streams, and passes their items through more generators;
+    it sends a ready `Response` unchanged.
     """
     method.is_stream = True
     method.output_spec.media_type = sse.MEDIA_TYPE
