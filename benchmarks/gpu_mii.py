@@ -110,7 +110,7 @@ def stock(folder: Path) -> None:
 
     import runners.engines.mii.patches
 
-    assert runners.engines.mii.patches  # noqa: S101 - importing it mends MII
+    assert runners.engines.mii.patches  # noqa: S101 - importing it patches MII
     pipeline = mii.pipeline(str(folder))
     for clients in CONCURRENCIES:
         warm_up, measured = batches(clients, 1)
