@@ -1,4 +1,4 @@
-"""The Accelerate engine: a model placed by `device_map` over GPUs, CPU and disk, in one rank.
+"""The Accelerate engine: `device_map` places a model over GPUs, CPU and disk, in one rank.
 
 Imported in rank processes only.
 """
@@ -35,24 +35,24 @@ def load_program(context: RankContext) -> RankProgram:
 def load_model(
     config: AccelerateConfig, work_dir: Path, head: Any = AutoModelForCausalLM
 ) -> PreTrainedModel:
-    """The model, placed; `head` is the auto class that loads it.
+    """The model on its devices; `head` is the auto class that loads it.
 
-    Raises: IncompleteModel if weights are missing (transformers would make them up); ConfigError
-    for a model or a placement that can not be loaded here.
+    Raises: IncompleteModel if weights are missing, which transformers would initialise at random;
+    ConfigError for a model that cannot be loaded and for devices that do not exist.
     """
     _check_devices(config.device_map)
     options: dict[str, Any] = {"device_map": config.device_map}
     if config.max_memory is not None:
-        options["max_memory"] = _present(config.max_memory)
+        options["max_memory"] = _without_absent_gpus(config.max_memory)
     if config.offload_folder is not None:
         options["offload_folder"] = str(work_dir / config.offload_folder)
     on_cpu = not torch.cuda.is_available() or config.device_map == "cpu"
     with loading(config.name):
-        own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-        stored = stored_dtype(own, config.model_path)
+        model_config = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+        stored = stored_dtype(model_config, config.model_path)
         loaded: Any = head.from_pretrained(
             config.model_path,
-            config=own,
+            config=model_config,
             dtype=choose_dtype(config.dtype, stored, on_cpu=on_cpu),
             trust_remote_code=False,
             use_safetensors=True,
@@ -63,12 +63,12 @@ def load_model(
     if missing := report["missing_keys"]:
         raise IncompleteModel.missing_weights(config.name, type(model), missing)
     if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
-        logger.warning("part of the model lies on disk, which makes every token slower")
+        logger.warning("part of %s is on disk, which slows down every token", config.name)
     return cast(PreTrainedModel, model)
 
 
 def _check_devices(device_map: str | dict[str, int | str]) -> None:
-    """Raises: ConfigError that names a CUDA device which this machine lacks."""
+    """Raises: ConfigError for a CUDA device that this machine lacks."""
     count = torch.cuda.device_count()
     for device in [device_map] if isinstance(device_map, str) else device_map.values():
         index = device if isinstance(device, int) else None
@@ -76,15 +76,19 @@ def _check_devices(device_map: str | dict[str, int | str]) -> None:
             index = int(device.partition(":")[2] or 0)
         if index is not None and index >= count:
             raise ConfigError(
-                f"device_map: CUDA device {index} does not exist, this machine has {count}"
+                f"CUDA device {index} does not exist: this machine has {count}", field="device_map"
             )
 
 
-def _present(max_memory: dict[int | str, int | str]) -> dict[int | str, int | str] | None:
-    """Without the GPUs this machine lacks: a set-up written for a larger one still runs."""
+def _without_absent_gpus(
+    max_memory: dict[int | str, int | str],
+) -> dict[int | str, int | str] | None:
+    """The limits of the devices that this machine has, so that a larger machine's config works.
+
+    None if none is left: an empty limit would allow no device and put the whole model on disk.
+    """
     count = torch.cuda.device_count()
     absent = [key for key in max_memory if isinstance(key, int) and key >= count]
     if absent:
-        logger.warning("max_memory names GPUs %s, this machine has %d: ignored", absent, count)
-    # An empty limit would allow no device at all, and put everything on disk.
+        logger.warning("max_memory: GPUs %s ignored: this machine has %d", absent, count)
     return {key: value for key, value in max_memory.items() if key not in absent} or None

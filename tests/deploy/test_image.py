@@ -26,7 +26,7 @@ import httpx
 import psutil
 import pytest
 
-from runners.engines.mii.deployment.places import free_port
+from runners.engines.mii.deployment.ports import free_port
 from tests.support.processes import alive, wait_until
 from tests.support.server import ROOT, bentoml_command, environment
 

@@ -18,7 +18,7 @@ import openai
 import pytest
 import yaml
 
-from runners.engines.mii.deployment.places import free_port
+from runners.engines.mii.deployment.ports import free_port
 from tests.support.models import greedy
 from tests.support.processes import ranks_below, wait_until
 from tests.support.ray_cluster import RayCluster

@@ -1,4 +1,4 @@
-"""MII in the tests: its own cache folder, no name of another deployment in it."""
+"""MII in the tests, with a cache folder for each test, in which no deployment is known yet."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ pytest.importorskip("zmq")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
+    """A cache folder for this test alone."""
     folder = tmp_path / "mii-cache"
     monkeypatch.setenv("MII_CACHE_PATH", str(folder))
     return folder
 
 
 class Scripts:
-    """Runs Python programs as a user would, each in a process of its own."""
+    """Runs Python programs as a user would, each in a new process."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder = folder
@@ -55,5 +55,5 @@ class Scripts:
 
 @pytest.fixture
 def scripts(tmp_path: Path, cache: Path) -> Scripts:
-    """Programs run in a folder of their own."""
+    """Programs that run in a folder for this test alone."""
     return Scripts(tmp_path, cache)

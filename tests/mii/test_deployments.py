@@ -1,4 +1,4 @@
-"""Deployments by one name, on one port, and without their keeper: what is refused, what ends."""
+"""Deployments with one name, on one port, or without their supervisor: refusals and ends."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import TextRunner
 from runners.engines.mii import persistent as mii_persistent
-from runners.engines.mii.deployment import supervisor as keeper
+from runners.engines.mii.deployment import supervisor
 from runners.engines.mii.deployment.balancer import balance
-from runners.engines.mii.deployment.places import free_port
 from runners.engines.mii.deployment.plan import PLAN, DeploymentPlan, ReplicaPlan, read_plan
+from runners.engines.mii.deployment.ports import free_port
 from runners.engines.mii.deployment.starting import start, wait_until_serving
 from tests.mii.conftest import Scripts
-from tests.mii.test_published import BACKEND, processes
+from tests.mii.test_published import PATCHES, processes
 from tests.support.generating import collect, ids_of, serving, wait_ready
 from tests.support.models import greedy, write_model
 from tests.support.processes import wait_until
@@ -38,8 +38,8 @@ KEPT = {"mode": "persistent", "keep_alive": True, "deployment_name": "kept"}
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(cache: Path) -> Iterator[None]:
-    """Nor does what a failing test leaves behind."""
+def kill_leftovers(cache: Path) -> Iterator[None]:
+    """What a failing test leaves behind must not disturb the next test."""
     yield
     for process in processes(cache):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -47,7 +47,7 @@ def nothing_stays(cache: Path) -> Iterator[None]:
 
 
 async def failure(folder: Path, section: dict[str, Any]) -> str:
-    """Why a runner can not be started."""
+    """Why a runner cannot be started."""
     config, _ = load_setup_config(
         folder, name="m", overrides={"num_threads": 1, "engine": "mii", "mii": section}
     )
@@ -63,7 +63,7 @@ async def failure(folder: Path, section: dict[str, Any]) -> str:
         await runner.stop()
 
 
-def parts(cache: Path, role: str) -> list[psutil.Process]:
+def role_processes(cache: Path, role: str) -> list[psutil.Process]:
     return [p for p in processes(cache) if role in p.cmdline()]
 
 
@@ -72,10 +72,10 @@ def end(name: str, cache: Path, scripts: Scripts) -> None:
     wait_until(lambda: not processes(cache), 10, "all of the deployment is gone")
 
 
-async def test_only_the_same_deployment_is_found_again(
+async def test_only_the_same_deployment_is_reused(
     tmp_path: Path, cache: Path, scripts: Scripts
 ) -> None:
-    """And it counts as ready while a replica of it is up, not longer."""
+    """And the runner is ready only while one of its replicas is up."""
     folder = write_model("llama", tmp_path / "v1")
     other = write_model("mistral", tmp_path / "v2")
     want = greedy(folder, ["hello"], 8)
@@ -83,7 +83,7 @@ async def test_only_the_same_deployment_is_found_again(
         assert "another model_name_or_path, weights: terminate it" in await failure(other, KEPT)
         assert "another replica_num:" in await failure(folder, KEPT | {"replica_num": 2})
         assert "another port_number:" in await failure(folder, KEPT | {"port_number": free_port()})
-        (lost,) = parts(cache, "replica")
+        (lost,) = role_processes(cache, "replica")
         lost.kill()
         async with asyncio.timeout(20):
             while runner.health().ready:
@@ -102,30 +102,31 @@ def test_a_name_and_a_port_belong_to_one_deployment(
     folder = write_model("llama", tmp_path / "m")
 
     def serve(arguments: str, *, fails: bool = False) -> str:
-        return scripts.run(f'{BACKEND}import mii\nmii.serve("{folder}", {arguments})', fails=fails)
+        return scripts.run(f'{PATCHES}import mii\nmii.serve("{folder}", {arguments})', fails=fails)
 
     serve('deployment_name="one"')
     before = {p.pid for p in processes(cache)}
     score = (cache / "one" / "score.py").read_text()
-    assert "deployment one runs already" in serve('deployment_name="one"', fails=True)
+    assert "deployment one is already running" in serve('deployment_name="one"', fails=True)
     assert (cache / "one" / "score.py").read_text() == score
     port = read_plan(cache / "one" / PLAN).port
     assert f"port {port} is taken" in serve(f'deployment_name="2", port_number={port}', fails=True)
-    assert "a path to elsewhere" in serve('deployment_name="../../x"', fails=True)
+    assert "is a path to another folder" in serve('deployment_name="../../x"', fails=True)
     assert {p.pid for p in processes(cache)} == before
     end("one", cache, scripts)
 
 
-async def test_a_start_ends_with_its_keeper(tmp_path: Path, cache: Path) -> None:
-    """And what it left behind, a plan and a stranger on its port, is in nobody's way."""
+async def test_a_start_ends_with_its_supervisor(tmp_path: Path, cache: Path) -> None:
+    """What it leaves behind, a plan and a foreign program on its port, does no harm."""
     folder = write_model("llama", tmp_path / "m")
     plan = plan_of(folder)
-    process = start(plan, cache / "kept", outlives=True)
+    process = start(plan, cache / "kept", detached=True)
     assert process is not None
     process.wait()
-    assert start(plan, cache / "kept", outlives=True) is None
-    os.kill(parts(cache, "runners.engines.mii.deployment.supervisor")[0].pid, signal.SIGKILL)
-    with pytest.raises(ConfigError, match="ended while it was started"):
+    assert start(plan, cache / "kept", detached=True) is None
+    module = "runners.engines.mii.deployment.supervisor"
+    os.kill(role_processes(cache, module)[0].pid, signal.SIGKILL)
+    with pytest.raises(ConfigError, match="ended while it was starting"):
         wait_until_serving(plan, cache / "kept")
     wait_until(lambda: not processes(cache), 10, "all of the deployment is gone")
     assert (cache / "kept" / PLAN).exists()
@@ -145,22 +146,23 @@ def plan_of(folder: Path) -> DeploymentPlan:
 
 
 @pytest.mark.parametrize("serves", [True, False])
-async def test_what_never_listens_is_given_up_however_long_it_takes(
+async def test_a_group_that_never_listens_is_not_restarted_for_ever(
     serves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each life is longer than QUICK_S; only one that served makes the keeper patient again."""
-    monkeypatch.setattr(keeper, "QUICK_S", 0.0)
-    monkeypatch.setattr(keeper, "MAX_PAUSE_S", 0.0)
-    monkeypatch.setattr(keeper, "listens", lambda _: serves)
-    part = keeper.Part("replica 0", 1, [(["-c", "import time; time.sleep(0.3); exit(1)"], {})])
-    keeping = asyncio.create_task(part.keep([sys.executable]))
+    """Each run is longer than QUICK_S; only one that served resets the count of failures."""
+    monkeypatch.setattr(supervisor, "QUICK_S", 0.0)
+    monkeypatch.setattr(supervisor, "MAX_PAUSE_S", 0.0)
+    monkeypatch.setattr(supervisor, "listens", lambda _: serves)
+    command = ["-c", "import time; time.sleep(0.3); exit(1)"]
+    group = supervisor.ProcessGroup("replica 0", 1, [(command, {})])
+    supervising = asyncio.create_task(group.supervise([sys.executable]))
     try:
-        done, _ = await asyncio.wait({keeping}, timeout=8)
+        done, _ = await asyncio.wait({supervising}, timeout=8)
         assert bool(done) is not serves
-        assert serves or keeping.result() is False
+        assert serves or supervising.result() is False
     finally:
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
+        supervising.cancel()
+        await asyncio.gather(supervising, return_exceptions=True)
 
 
 async def test_two_balancers_do_not_share_a_port() -> None:
@@ -175,7 +177,7 @@ async def test_two_balancers_do_not_share_a_port() -> None:
 
 
 async def test_requests_wait_until_all_replicas_are_connected() -> None:
-    """The first ones would all meet the replica that came up first."""
+    """The first ones would all go to the replica that came up first."""
     port, early, late = free_port(), free_port(), free_port()
     balancing = asyncio.create_task(balance(port, [early, late]))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -195,8 +197,8 @@ async def test_requests_wait_until_all_replicas_are_connected() -> None:
 async def test_a_link_is_lost_once_it_stays_away() -> None:
     port = free_port()
     serving = asyncio.create_task(balance(port, []))
-    deployment = await mii_persistent._connected("127.0.0.1", port)
-    lost = asyncio.create_task(deployment.lost(2.0))
+    deployment = await mii_persistent.connect("127.0.0.1", port)
+    lost = asyncio.create_task(deployment.wait_until_lost(2.0))
     await asyncio.sleep(0.1)
     for comes_back in (True, False):
         serving.cancel()
@@ -209,10 +211,10 @@ async def test_a_link_is_lost_once_it_stays_away() -> None:
     await deployment.close()
 
 
-async def test_a_stranger_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_foreign_server_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mii_persistent, "CONNECT_S", 0.5)
     with (
-        socket.create_server(("127.0.0.1", 0)) as stranger,
-        pytest.raises(ConfigError, match="is no deployment of MII"),
+        socket.create_server(("127.0.0.1", 0)) as foreign,
+        pytest.raises(ConfigError, match="is not a deployment of MII"),
     ):
-        await mii_persistent._connected("127.0.0.1", stranger.getsockname()[1])
+        await mii_persistent.connect("127.0.0.1", foreign.getsockname()[1])

@@ -8,8 +8,8 @@ from typing import Any
 import mii.api
 import pytest
 
-from runners.engines.mii.fastgen import CountedEngine, PutModel
-from runners.engines.mii.patches.loading import load_stand_in
+from runners.engines.mii.fastgen import FastGenEngine, FastGenModel
+from runners.engines.mii.patches.loading import load_cpu_engine
 from runners.text.paging.blocks import BLOCK_SIZE
 from tests.support.mii import model_config
 from tests.support.models import greedy, write_model
@@ -43,34 +43,34 @@ def test_five_prompts_at_once_equal_generate(kind: str, tmp_path: Path) -> None:
     for kv_blocks in (8, 2):
         config = model_config(folder, kv_blocks=kv_blocks, step=32)
         pipeline = mii.api.MIIPipeline(
-            inference_engine=load_stand_in(config),
+            inference_engine=load_cpu_engine(config),
             tokenizer=Ids(mii.api.load_tokenizer(config)),
             model_config=config,
         )
         preempted: list[Any] = []
         reset = pipeline.reset_request_status
         pipeline.reset_request_status = lambda reset=reset, seen=preempted: seen.append(reset())
-        found: dict[int, list[int]] = {}
-        give = pipeline._generate_output
+        generated: dict[int, list[int]] = {}
+        original = pipeline._generate_output
 
-        def note(request: Any, found: Any = found, give: Any = give) -> None:
-            found[request.uid] = list(request.progress.tokens)
-            give(request)
+        def record(request: Any, generated: Any = generated, original: Any = original) -> None:
+            generated[request.uid] = list(request.generation.tokens)
+            original(request)
 
-        pipeline._generate_output = note
+        pipeline._generate_output = record
         pipeline(
             [" ".join(map(str, ids)) for ids in prompts],
             do_sample=False,
             ignore_eos=True,
             max_new_tokens=COUNT,
         )
-        assert [found[i] for i in range(len(prompts))] == want
+        assert [generated[i] for i in range(len(prompts))] == want
         assert bool(preempted) == (kv_blocks == 2)
         pipeline.destroy()
 
 
 class Ids:
-    """MII's tokenizer, but for prompts that are written as their token ids."""
+    """MII's tokenizer for prompts that are written as token ids."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer.tokenizer
@@ -84,12 +84,12 @@ class Ids:
 
 
 @pytest.mark.parametrize("kv_blocks", [8, 2])
-def test_our_scheduler_drives_an_engine_of_miis_interface(kv_blocks: int, tmp_path: Path) -> None:
-    """As it drives FastGen's on a GPU."""
+def test_triptychs_scheduler_drives_miis_engine(kv_blocks: int, tmp_path: Path) -> None:
+    """As it drives FastGen's engine on a GPU."""
     folder = write_model("mistral", tmp_path / "mistral")
-    stand_in = load_stand_in(model_config(folder, kv_blocks=kv_blocks))
-    blocks = int(stand_in.free_blocks[0])
-    engine: Any = CountedEngine(PutModel(stand_in), blocks=blocks, block_size=BLOCK_SIZE)
+    cpu_engine = load_cpu_engine(model_config(folder, kv_blocks=kv_blocks))
+    blocks = int(cpu_engine.free_blocks[0])
+    engine: Any = FastGenEngine(FastGenModel(cpu_engine), blocks=blocks, block_size=BLOCK_SIZE)
     run = Run(engine, max_step_tokens=32)
     prompts = prompts_of(folder)
     for i, prompt in enumerate(prompts):
@@ -102,5 +102,5 @@ def test_our_scheduler_drives_an_engine_of_miis_interface(kv_blocks: int, tmp_pa
     assert [run.tokens[i] for i in "0234"] == [want[int(i)] for i in "0234"]
     assert bool(run.scheduler.preemptions) == (kv_blocks == 2)
     engine.idle()
-    assert int(stand_in.free_blocks[0]) == blocks
+    assert int(cpu_engine.free_blocks[0]) == blocks
     assert engine.free_tokens == engine.total_tokens

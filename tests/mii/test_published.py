@@ -1,6 +1,6 @@
-"""MII's published code, run as it stands, with only the import of our backend added.
+"""MII's published code, unchanged except for the added import of the patches.
 
-The model is a tiny one in a folder that has the published model's name.
+The model is a tiny one in a folder with the name of the published model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.mii.conftest import Scripts
 from tests.support.models import greedy, write_model
 from tests.support.processes import wait_until
 
-BACKEND = "import runners.engines.mii.patches\n"
+PATCHES = "import runners.engines.mii.patches\n"
 NAME = "mistralai/Mistral-7B-v0.1"
 SHOW = """
 print("SHOWN", json.dumps([
@@ -40,13 +40,13 @@ def shown(printed: str) -> list[list[object]]:
 
 
 def processes(folder: Path) -> list[psutil.Process]:
-    """Those of the deployments whose plan lies below `folder`."""
-    found = []
+    """The processes of deployments whose plan is below `folder`."""
+    matches = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or ())
         if "runners.engines.mii.deployment" in line and str(folder) in line:
-            found.append(process)
-    return found
+            matches.append(process)
+    return matches
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ GREEDY = "do_sample=False, ignore_eos=True, max_new_tokens=12"
 
 def test_pipeline(scripts: Scripts, model: Path) -> None:
     printed = scripts.run(
-        BACKEND
+        PATCHES
         + f"""
 import mii
 pipe = mii.pipeline("{NAME}")
@@ -93,9 +93,9 @@ response = pipe({PROMPTS}, {GREEDY})
 def test_serve_then_clients_then_terminate(
     arguments: str, ranks: int, scripts: Scripts, model: Path
 ) -> None:
-    """The clients are stock MII's, in processes without our backend."""
+    """The clients are stock MII's, in processes without the patches."""
     printed = scripts.run(
-        BACKEND
+        PATCHES
         + f"""
 import mii
 client = mii.serve("{NAME}"{arguments})
@@ -133,7 +133,7 @@ def test_the_rest_gateway_answers_and_goes_with_the_deployment(
     scripts: Scripts, model: Path
 ) -> None:
     printed = scripts.run(
-        BACKEND
+        PATCHES
         + f"""
 import mii
 client = mii.serve("{NAME}", deployment_name="mistral-deployment", enable_restful_api=True)
@@ -165,7 +165,7 @@ def test_tensor_parallel_by_the_deepspeed_launcher(scripts: Scripts, model: Path
     """`deepspeed --num_gpus 2 mii-example.py`, as the README has it."""
     example = scripts.folder / "mii-example.py"
     example.write_text(
-        BACKEND
+        PATCHES
         + f"""
 import mii
 pipe = mii.pipeline("{NAME}")
@@ -194,12 +194,12 @@ if pipe.is_rank_0:
     )
 
 
-def test_a_model_that_can_not_be_served_ends_the_deployment_with_a_reason(scripts: Scripts) -> None:
+def test_a_model_that_cannot_be_served_ends_the_deployment_with_a_reason(scripts: Scripts) -> None:
     (scripts.folder / "empty").mkdir()
     (scripts.folder / "empty" / "config.json").write_text('{"model_type": "llama"}')
     began = time.monotonic()
-    printed = scripts.run(BACKEND + 'import mii\nmii.serve("empty")', fails=True)
+    printed = scripts.run(PATCHES + 'import mii\nmii.serve("empty")', fails=True)
     assert "ConfigError" in printed
-    assert "can not be loaded" in printed
+    assert "cannot be loaded" in printed
     assert time.monotonic() - began < 100
     wait_until(lambda: not processes(scripts.folder), 10, "all of the deployment is gone")

@@ -1,4 +1,4 @@
-"""The MII engine behind our runner, in both modes: the tokens of `generate`, faults, refusals."""
+"""The MII engine behind a runner, in both modes: the tokens of `generate`, faults, refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from runners.contracts.errors import (
 )
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ChatMessage, ChatPrompt, TextRunner
-from runners.engines.mii.deployment.places import listens
+from runners.engines.mii.deployment.ports import listens
 from tests.conftest import CHAT_TEMPLATE
 from tests.mii.conftest import Scripts
 from tests.mii.test_published import processes
@@ -83,9 +83,12 @@ async def test_both_modes_give_the_tokens_of_generate(
     wait_until(lambda: not processes(cache), 5, "all of the deployment is gone")
 
 
-async def test_what_a_deployment_can_not_do_is_refused(model: Path) -> None:
+async def test_what_a_deployment_cannot_do_is_refused(model: Path) -> None:
     async with mii(model, PERSISTENT) as runner:
-        for refused in ({"logprobs": 1}, {"presence_penalty": 0.5}, {"repetition_penalty": 1.2}):
+        for refused in (
+            *({"logprobs": 1}, {"logprobs": 0}, {"repetition_penalty": 1.2}),
+            *({"presence_penalty": 0.5}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}),
+        ):
             with pytest.raises(InvalidRequest, match="not available from a persistent MII"):
                 await collect(runner, "hello", **refused)
         with pytest.raises(InvalidRequest, match=r"use mii\.mode pipeline"):
@@ -93,7 +96,7 @@ async def test_what_a_deployment_can_not_do_is_refused(model: Path) -> None:
 
 
 async def test_six_clients_of_two_replicas(model: Path) -> None:
-    """20 requests each: greedy, sampled, stop strings, streams that are left."""
+    """20 requests each: greedy, sampled, with stop strings, and streams that are closed early."""
     want = dict(zip(PROMPTS, greedy(model, PROMPTS, COUNT), strict=True))
     async with mii(model, PERSISTENT | {"replica_num": 2}) as runner:
 
@@ -173,10 +176,8 @@ async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
         assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
 
 
-async def test_a_deployment_that_is_kept_alive_is_found_again(
-    model: Path, cache: Path, scripts: Scripts
-) -> None:
-    """It outlives its runner, serves stock MII's client, and ends when that says so."""
+async def test_a_detached_deployment_is_reused(model: Path, cache: Path, scripts: Scripts) -> None:
+    """It outlives its runner, serves stock MII's client, and ends when that terminates it."""
     section = PERSISTENT | {"keep_alive": True, "deployment_name": "kept"}
     async with mii(model, section) as runner:
         before = {p.pid for p in processes(cache)}
@@ -220,7 +221,7 @@ async def test_a_lost_rank_takes_its_deployment_along_and_both_come_back(
         assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
 
 
-async def test_a_model_that_can_not_be_loaded_fails_with_the_reason(tmp_path: Path) -> None:
+async def test_a_model_that_cannot_be_loaded_fails_with_the_reason(tmp_path: Path) -> None:
     folder = write_model("llama", tmp_path / "llama")
     (folder / "model.safetensors").unlink()
     config: Any
@@ -233,7 +234,7 @@ async def test_a_model_that_can_not_be_loaded_fails_with_the_reason(tmp_path: Pa
         async with asyncio.timeout(90):
             while runner.health().state is not RunnerState.FAILED:
                 await asyncio.sleep(0.05)
-        assert "can not be loaded" in runner.health().detail
+        assert "cannot be loaded" in runner.health().detail
     finally:
         await runner.stop()
 
@@ -252,7 +253,7 @@ async def test_the_forerunners_file_runs_as_it_was(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "sentence"),
     [
         ({"nope": 1}, "mii.nope"),
         ({"generate": {"top_q": 1}}, "mii.generate.top_q"),
@@ -270,12 +271,12 @@ async def test_the_forerunners_file_runs_as_it_was(model: Path, tmp_path: Path) 
         ([], "mii must be an object"),
     ],
 )
-def test_mistakes_are_named(section: Any, said: str, tmp_path: Path) -> None:
+def test_mistakes_are_named(section: Any, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "setup_config.json").write_text(json.dumps({"engine": "mii", "mii": section}))
     with pytest.raises(ConfigError) as error:
         load_setup_config(tmp_path, name="m")
-    assert said in error.value.message
+    assert sentence in error.value.message
 
 
 @pytest.mark.parametrize(

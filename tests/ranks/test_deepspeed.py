@@ -28,7 +28,7 @@ TWO: dict[str, Any] = {"engine": "deepspeed", "tensor_parallel": 2}
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "falcon_mq"])
-async def test_what_nothing_splits_rightly_is_refused(kind: str, tmp_path: Path) -> None:
+async def test_a_model_that_cannot_be_split_is_refused(kind: str, tmp_path: Path) -> None:
     folder = write_model(kind, tmp_path / kind)
     config, _ = load_setup_config(folder, name=kind, overrides=TWO)
     runner = create_runner(config)
@@ -37,13 +37,13 @@ async def test_what_nothing_splits_rightly_is_refused(kind: str, tmp_path: Path)
         async with asyncio.timeout(120):
             while runner.health().state is not RunnerState.FAILED:
                 await asyncio.sleep(0.05)
-        assert "can not be split over 2 ranks (DeepSpeed's AutoTP: " in runner.health().detail
+        assert "cannot be split over 2 ranks (DeepSpeed's AutoTP: " in runner.health().detail
         assert "engine accelerate" in runner.health().detail
     finally:
         await runner.stop()
 
 
-async def test_heads_that_can_not_be_dealt_out_are_refused(tmp_path: Path) -> None:
+async def test_heads_that_the_ranks_do_not_divide_are_refused(tmp_path: Path) -> None:
     folder = write_model("llama", tmp_path / "llama")
     config, _ = load_setup_config(
         folder, name="llama", overrides={"engine": "deepspeed", "tensor_parallel": 3}
@@ -96,10 +96,10 @@ async def test_ranks_of_one_machine_are_not_reached_from_outside(tmp_path: Path)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="DeepSpeed's operator is for Linux")
 @pytest.mark.timeout(600)
-async def test_ranks_may_add_up_through_shared_memory(
+async def test_ranks_may_sum_through_shared_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compiled beside the lock of a build that was killed; no buffer is left behind."""
+    """Compiled despite the lock of a killed build; no buffer is left behind."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = write_model("llama", tmp_path / "llama")
     shared: dict[str, Any] = {**TWO, "shm_collectives": True}

@@ -42,15 +42,15 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], dict[str, object], str]] = [
         "unknown architecture",
         lambda f: edit_json(f / "config.json", model_type="foo", architectures=["Foo"]),
         {},
-        "can not be loaded",
+        "cannot be loaded",
     ),
     (
         "wrong shapes",
         lambda f: edit_json(f / "config.json", intermediate_size=96),
         {},
-        "can not be loaded",
+        "cannot be loaded",
     ),
-    ("damaged tokenizer", with_damaged_tokenizer, {}, "the tokenizer of odd can not be loaded"),
+    ("damaged tokenizer", with_damaged_tokenizer, {}, "the tokenizer of odd cannot be loaded"),
     ("absent GPU", lambda _: None, {"device_map": {"": 7}}, "CUDA device 7 does not exist"),
 ]
 

@@ -1,4 +1,4 @@
-"""MII's gRPC server over one pipeline, mended or stock, in this process."""
+"""MII's gRPC server over one pipeline, patched or stock, in this process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mii.grpc_related import modelresponse_server
 from mii.grpc_related.proto import modelresponse_pb2_grpc
 
 import runners.engines.mii.patches
-from runners.engines.mii.deployment.places import free_port
+from runners.engines.mii.deployment.ports import free_port
 from runners.engines.mii.deployment.proto import request
-from runners.engines.mii.patches.apply import KNOWN
-from runners.engines.mii.patches.loading import load_stand_in
+from runners.engines.mii.patches.apply import ORIGINALS
+from runners.engines.mii.patches.loading import load_cpu_engine
 
 assert runners.engines.mii.patches
 
@@ -31,7 +31,7 @@ TIMEOUT = 30.0
 def model_config(
     folder: Path, *, kv_blocks: int = 8, step: int = 768, zmq_port: int | None = None
 ) -> Any:
-    """MII's config of a model with so many KV blocks of 128 tokens and tokens in a step."""
+    """MII's config of a model with `kv_blocks` blocks of 128 tokens and `step` tokens a step."""
     manager = {
         "max_ragged_batch_size": step,
         "max_ragged_sequence_count": 8,
@@ -46,17 +46,17 @@ def model_config(
 
 
 def pipeline(folder: Path, *, stock: bool = False, **limits: int) -> Any:
-    """An asynchronous pipeline, stock MII's or ours, over the same engine."""
+    """An asynchronous pipeline, stock MII's or the patched one, over the same engine."""
     config = model_config(folder, **limits)
     if not stock:
         return mii.api.async_pipeline(config)
     return ragged_batching.MIIAsyncPipeline(
-        load_stand_in(config), mii.api.load_tokenizer(config), config
+        load_cpu_engine(config), mii.api.load_tokenizer(config), config
     )
 
 
 class Served:
-    """A client of a pipeline's own server. What hangs fails with DEADLINE_EXCEEDED."""
+    """A client of the server of a pipeline. A call that hangs fails with DEADLINE_EXCEEDED."""
 
     def __init__(self, pipeline: Any, channel: grpc.Channel) -> None:
         self.pipeline = pipeline
@@ -90,23 +90,25 @@ class Served:
 @contextmanager
 def served(folder: Path, *, stock: bool = False, **limits: int) -> Iterator[Served]:
     """A pipeline behind MII's gRPC service."""
-    made = pipeline(folder, stock=stock, **limits)
-    made.start()
-    service = KNOWN["ModelResponse"][0] if stock else modelresponse_server.ModelResponse
+    async_pipeline = pipeline(folder, stock=stock, **limits)
+    async_pipeline.start()
+    service = ORIGINALS["ModelResponse"][0] if stock else modelresponse_server.ModelResponse
     server = grpc.server(futures.ThreadPoolExecutor(16))
-    modelresponse_pb2_grpc.add_ModelResponseServicer_to_server(service(async_pipeline=made), server)
+    modelresponse_pb2_grpc.add_ModelResponseServicer_to_server(
+        service(async_pipeline=async_pipeline), server
+    )
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Served(made, channel)
+            yield Served(async_pipeline, channel)
     finally:
-        made.stop_thread = True
-        if stock:  # whose threads would wait for ever, and the process for them
-            made.generate = sys.exit
-            for answers in list(made.result_queues.values()):
+        async_pipeline.stop_thread = True
+        if stock:  # its threads would wait for ever, and the process for its threads
+            async_pipeline.generate = sys.exit
+            for answers in list(async_pipeline.result_queues.values()):
                 answers.put(())
-        made.thread.join(5)
+        async_pipeline.thread.join(5)
         server.stop(0).wait()
-        made.socket.close(linger=0)
-        made._zmq_context.destroy(linger=0)
+        async_pipeline.socket.close(linger=0)
+        async_pipeline._zmq_context.destroy(linger=0)

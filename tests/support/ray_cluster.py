@@ -14,7 +14,7 @@ from types import TracebackType
 import httpx
 import yaml
 
-from runners.engines.mii.deployment.places import free_port
+from runners.engines.mii.deployment.ports import free_port
 from tests.support.processes import alive, descendants, wait_until
 from tests.support.server import ROOT, environment
 

@@ -1,7 +1,7 @@
-"""Linear layers that are split over ranks, as plain ones of this rank's part.
+"""Linear layers that are split over ranks, as plain PyTorch layers over this rank's share.
 
-DeepSpeed's own do the same with more to do for each call, and neither our CPU kernels nor fusing
-know them.
+DeepSpeed's own layers compute the same with more work per call, and neither Triptych's CPU kernels
+nor its module fusing support them.
 """
 
 from __future__ import annotations
@@ -13,60 +13,62 @@ import torch
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, LmHeadLinearAllreduce
 from torch import nn
 
-AddUp = Callable[[torch.Tensor], object]
+AllReduce = Callable[[torch.Tensor], object]
+"""Sums a tensor over the ranks, in place."""
 
 
 class RowSplitLinear(nn.Module):
-    """`sum over ranks of x_part @ weight_part.T, + bias`; `[..., in / ranks]` to `[..., out]`.
+    """A linear layer whose input features are split over the ranks.
 
-    `begin`: where this rank's columns of a whole x begin; None if x is this rank's part already.
+    Computes `sum over ranks of x_share @ weight_share.T, + bias`, on every rank. `begin`: where
+    this rank's features begin in the whole x; None if x is this rank's share already.
     """
 
     def __init__(
-        self, part: nn.Linear, bias: torch.Tensor | None, add_up: AddUp, begin: int | None
+        self, share: nn.Linear, bias: torch.Tensor | None, all_reduce: AllReduce, begin: int | None
     ) -> None:
         super().__init__()
-        self.part = part
+        self.share = share
         self.bias = bias
-        self._add_up = add_up
+        self._all_reduce = all_reduce
         self._begin = begin
-        self._size = part.in_features
+        self._size = share.in_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The whole output, on every rank."""
+        """`[..., in / ranks]`, or `[..., in]` with `begin`, to `[..., out]`."""
         if self._begin is not None:
             x = x[..., self._begin : self._begin + self._size].contiguous()
-        out: torch.Tensor = self.part(x)
-        self._add_up(out)
+        out: torch.Tensor = self.share(x)
+        self._all_reduce(out)
         return out if self.bias is None else out + self.bias
 
 
-def plain_splits(model: nn.Module, add_up: AddUp) -> None:
-    """Replace the layers that `deepspeed.init_inference` put in, where they are of these kinds.
+def replace_split_layers(model: nn.Module, all_reduce: AllReduce) -> None:
+    """Replace DeepSpeed's split layers in a model by plain ones, in place.
 
-    `add_up` sums a tensor over the ranks, in place.
+    Layers that `deepspeed.init_inference` does not make by default stay as they are.
     """
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if (plain := _plain(layer, add_up)) is not None:
-                setattr(parent, name, plain)
+            if (replacement := _plain_layer(layer, all_reduce)) is not None:
+                setattr(parent, name, replacement)
 
 
-def _plain(layer: Any, add_up: AddUp) -> nn.Module | None:
+def _plain_layer(layer: Any, all_reduce: AllReduce) -> nn.Module | None:
     if type(layer) is LinearLayer and not layer.gather_output:
         return _linear(layer.weight, layer.bias)
     if type(layer) is LinearAllreduce:
-        return RowSplitLinear(_linear(layer.weight, None), layer.bias, add_up, None)
+        return RowSplitLinear(_linear(layer.weight, None), layer.bias, all_reduce, None)
     if type(layer) is LmHeadLinearAllreduce:
         begin = sum(layer._partition_sizes[: layer.tp_index])
-        return RowSplitLinear(_linear(layer.weight, None), layer.bias, add_up, begin)
+        return RowSplitLinear(_linear(layer.weight, None), layer.bias, all_reduce, begin)
     return None
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     outputs, inputs = weight.shape
-    made = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    linear = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return made
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear

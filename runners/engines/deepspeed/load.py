@@ -1,21 +1,20 @@
-"""The DeepSpeed engine: a model split over ranks by `deepspeed.init_inference`.
+"""The DeepSpeed engine: `deepspeed.init_inference` splits a model over ranks.
 
-Which way of splitting serves a model rightly is proved at its start: rank 0 computes the logits of
-a short prompt with the whole model, and the split one has to give the same. DeepSpeed's AutoTP is
-tried first, then transformers' own `tp_plan`; a model that neither splits rightly is refused.
-Imported in rank processes only.
+Rank 0 computes the logits of short prompts with the whole model before it is split, and the split
+model must give the same logits. DeepSpeed's AutoTP is tried first, then transformers' own
+`tp_plan`; a model that neither splits correctly is refused. Imported in rank processes only.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -24,8 +23,8 @@ from runners.config.deepspeed import asks_for_kernels, for_init_inference
 from runners.config.model import DeepSpeedTextConfig
 from runners.contracts.errors import ConfigError, IncompleteModel, first_line
 from runners.contracts.runner import RunnerState
-from runners.engines.deepspeed.layers import plain_splits
-from runners.engines.deepspeed.shm import NAME, all_reduce, shared_memory
+from runners.engines.deepspeed.layers import replace_split_layers
+from runners.engines.deepspeed.shm import OPERATOR, all_reduce, shared_memory
 from runners.hf.dtypes import choose_dtype
 from runners.hf.models import loading, stored_dtype
 from runners.rank.process_group import RankGroups, connect, meet
@@ -53,28 +52,29 @@ def load_program(context: RankContext) -> RankProgram:
 def load_split(
     config: DeepSpeedTextConfig, groups: RankGroups, ranks: Ranks, progress: Callable[[str], None]
 ) -> tuple[PreTrainedModel, Proof]:
-    """This rank's share of the model, and the logits that all shares together have to give.
+    """This rank's share of a model, and the proof made of the whole model.
 
-    Raises: ConfigError if no way of splitting is right; IncompleteModel.
+    `progress`: takes a sentence at each phase. Raises: ConfigError if the model cannot be split;
+    IncompleteModel.
     """
     with loading(config.name):
-        own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-    _check_heads(own, config)
+        model_config = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+    _check_heads(model_config, config)
     progress(f"loading weights from {config.name}")
-    splitting = Splitting(config, own, groups)
-    model = splitting.load()
-    progress("computing a short prompt with the whole model")
+    splitter = ModelSplitter(config, model_config, groups)
+    model = splitter.load()
+    progress("computing reference logits with the whole model")
     proof = Proof(model, ranks)
-    if config.world_size > 1 or splitting.wants_kernels:
-        progress(f"splitting it over {config.world_size} ranks")
-        model = splitting.split(model, proof)
+    if config.world_size > 1 or splitter.uses_kernels:
+        progress(f"splitting the model over {config.world_size} ranks")
+        model = splitter.split(model, proof)
         proof = proof.of(model)
     return model.to(groups.device), proof  # type: ignore[arg-type]
 
 
-def _check_heads(own: PreTrainedConfig, config: DeepSpeedTextConfig) -> None:
-    """Raises: ConfigError if the attention heads can not be dealt out evenly."""
-    heads = getattr(own.get_text_config(), "num_attention_heads", None)
+def _check_heads(model_config: PreTrainedConfig, config: DeepSpeedTextConfig) -> None:
+    """Raises: ConfigError if the attention heads cannot be spread evenly over the ranks."""
+    heads = getattr(model_config.get_text_config(), "num_attention_heads", None)
     if isinstance(heads, int) and heads % config.world_size:
         raise ConfigError(
             f"{config.name} has {heads} attention heads, which tensor_parallel "
@@ -83,11 +83,11 @@ def _check_heads(own: PreTrainedConfig, config: DeepSpeedTextConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Splitting:
-    """How one model becomes this rank's share of it."""
+class ModelSplitter:
+    """Loads a model and keeps this rank's share of it."""
 
     config: DeepSpeedTextConfig
-    own: PreTrainedConfig
+    model_config: PreTrainedConfig
     groups: RankGroups
 
     @property
@@ -95,23 +95,26 @@ class Splitting:
         return self.groups.device.type == "cpu"
 
     @property
-    def _through_memory(self) -> bool:
+    def _uses_shared_memory(self) -> bool:
         return self._on_cpu and self.config.shm_collectives
 
     @property
-    def wants_kernels(self) -> bool:
-        """Whether DeepSpeed's own kernels are asked for, and exist."""
+    def uses_kernels(self) -> bool:
+        """Whether the config requests DeepSpeed's kernels, which exist for GPUs only."""
         return not self._on_cpu and asks_for_kernels(self.config.deepspeed)
 
     def load(self, **options: Any) -> PreTrainedModel:
-        """The model on the CPU, its weights mapped from their files: what a rank does not keep of
-        it was never in its own memory. Raises: ConfigError, IncompleteModel."""
+        """The whole model on the CPU. Raises: ConfigError, IncompleteModel.
+
+        The weights are mapped from their files, so that a rank's memory never holds the weights
+        that the rank does not keep. `options`: for `from_pretrained`.
+        """
         config, on_cpu = self.config, self._on_cpu
-        stored = stored_dtype(self.own, config.model_path)
+        stored = stored_dtype(self.model_config, config.model_path)
         with loading(config.name):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.model_path,
-                config=self.own,
+                config=self.model_config,
                 dtype=choose_dtype(config.dtype_for(on_cpu=on_cpu), stored, on_cpu=on_cpu),
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -124,76 +127,72 @@ class Splitting:
         return cast(PreTrainedModel, model)
 
     def split(self, model: PreTrainedModel, proof: Proof) -> PreTrainedModel:
-        """This rank's share of the model. Raises: ConfigError if no way of splitting is right."""
-        deepspeed = self._connect_deepspeed()
-        ways: dict[str, Callable[[], PreTrainedModel]] = {
-            "DeepSpeed's AutoTP": lambda: self._auto_tp(deepspeed, model),
+        """This rank's share of the model. Raises: ConfigError if no method splits it correctly."""
+        self._connect_deepspeed()
+        methods: dict[str, Callable[[], PreTrainedModel]] = {
+            "DeepSpeed's AutoTP": lambda: self._auto_tp(model),
             "transformers' tp_plan": lambda: self.load(tp_plan="auto"),
         }
-        if self.wants_kernels:
-            kernels = {"DeepSpeed's kernels": lambda: self._auto_tp(deepspeed, self.load(), True)}
-            ways = kernels | ways
-        reasons = []
-        for name, way in ways.items():
-            candidate, reason = self._try(way, model, proof)
-            if reason is None:
+        if self.uses_kernels:
+            kernels = {
+                "DeepSpeed's kernels": lambda: self._auto_tp(self.load(), inject_kernels=True)
+            }
+            methods = kernels | methods
+        failures = []
+        for name, method in methods.items():
+            candidate, failure = self._split_by(method, model, proof)
+            if failure is None:
                 logger.info("%s is split by %s", self.config.name, name)
                 return candidate
-            reasons.append(f"{name}: {reason}")
-            # Whoever still holds it, the next way needs the room.
+            failures.append(f"{name}: {failure}")
+            # The next method needs the memory, whatever still refers to this candidate.
             candidate.to("meta")  # type: ignore[arg-type]
             gc.collect()
             torch.cuda.empty_cache()
         raise ConfigError(
-            f"{type(model).__name__} can not be split over {self.config.world_size} ranks "
-            f"({'; '.join(reasons)}); serve it with engine accelerate, whose device_map places "
+            f"{type(model).__name__} cannot be split over {self.config.world_size} ranks "
+            f"({'; '.join(failures)}); serve it with engine accelerate, whose device_map places "
             "whole layers on several GPUs"
         )
 
-    def _try(
-        self, way: Callable[[], PreTrainedModel], model: PreTrainedModel, proof: Proof
+    def _split_by(
+        self, method: Callable[[], PreTrainedModel], model: PreTrainedModel, proof: Proof
     ) -> tuple[PreTrainedModel, str | None]:
-        """What it makes of the model, and why that will not do."""
+        """What a method makes of the model, and why that cannot be used: None if it can."""
         candidate, failure = model, None
         try:
-            candidate = way()
+            candidate = method()
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever a library trips over, this way is none
+        except Exception as error:  # whatever a library raises, another method may work
             if tells_of_loss(error):
                 raise
             failure = error
         if not proof.agree(failure is None, failure):
             return candidate, first_line(failure) if failure else "it failed on another rank"
         if not proof.of(candidate).batches():
-            return candidate, "its logits are not those of the whole model"
+            return candidate, "its logits differ from those of the whole model"
         return candidate, None
 
-    def _auto_tp(
-        self, deepspeed: Any, model: PreTrainedModel, inject: bool = False
-    ) -> PreTrainedModel:
+    def _auto_tp(self, model: PreTrainedModel, *, inject_kernels: bool = False) -> PreTrainedModel:
         size = getattr(model.config.get_text_config(), "hidden_size", 0)
         options = for_init_inference(
             self.config.deepspeed,
             world_size=self.config.world_size,
-            # Narrower parts than DeepSpeed's grain would leave some ranks with none.
+            # With DeepSpeed's default grain, some ranks of a narrow model would get no weights.
             grain=64 if size >= 64 * self.config.world_size else 1,
-            inject=inject,
+            inject=inject_kernels,
         )
         engine = deepspeed.init_inference(model, config=options | {"dtype": model.dtype})
-        split: PreTrainedModel = engine.module
+        share: PreTrainedModel = engine.module
         del engine
-        plain_splits(split, all_reduce if self._through_memory else dist.all_reduce)
-        # DeepSpeed's layers hold their weights in circles, for which there is no room beside those
-        # that are packed for our kernels.
+        replace_split_layers(share, all_reduce if self._uses_shared_memory else dist.all_reduce)
+        # DeepSpeed's layers are in reference cycles. Their weights must be freed before the weights
+        # are packed for the CPU kernels: there is no memory for both.
         gc.collect()
-        return split
+        return share
 
-    def _connect_deepspeed(self) -> Any:  # which carries no types
-        os.environ.setdefault("DS_ACCELERATOR", self.groups.device.type)
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__[NAME] = False
-        with shared_memory() if self._through_memory else nullcontext():
+    def _connect_deepspeed(self) -> None:
+        deepspeed.ops.__compatible_ops__[OPERATOR] = False
+        with shared_memory() if self._uses_shared_memory else nullcontext():
             deepspeed.init_distributed(dist_backend="gloo" if self._on_cpu else "nccl")
-        return deepspeed

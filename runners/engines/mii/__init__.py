@@ -1,1 +1,1 @@
-"""The MII engine: DeepSpeed-MII in our ranks, or as a persistent deployment."""
+"""The MII engine: DeepSpeed-MII in Triptych's ranks, or as a persistent deployment."""

@@ -1,8 +1,12 @@
-"""The sampling defaults of `mii.generate`, over those of the model's generation config."""
+"""The sampling defaults of a model on MII: those of `mii.generate`, else of its generation config.
+
+For the ranks of both modes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
@@ -11,10 +15,17 @@ from runners.config.mii import GenerateSection
 from runners.hf.models import SamplingDefaults, sampling_defaults
 
 
+def load_generation_config(folder: Path) -> GenerationConfig | None:
+    """The generation config of a model folder, None if it has none."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder)
+
+
 def mii_defaults(
     generate: GenerateSection, generation: GenerationConfig | None
 ) -> SamplingDefaults:
-    """What `generate` sets, else the generation config's; `do_sample: false` is greedy."""
+    """What `generate` sets, else the generation config's; `do_sample: false` is temperature 0."""
     values: dict[str, Any] = {
         "temperature": _temperature(generate),
         "top_p": generate.top_p,
@@ -30,7 +41,7 @@ def mii_defaults(
 
 
 def _temperature(generate: GenerateSection) -> float | None:
-    """None where the section does not say, and the generation config decides."""
+    """None where the section leaves it to the generation config."""
     if generate.do_sample is False:
         return 0.0
     if generate.do_sample and generate.temperature is None:

@@ -1,9 +1,9 @@
-"""MII's own engine (DeepSpeed FastGen's `InferenceEngineV2`) under our scheduler.
+"""FastGen's engine (`InferenceEngineV2`) under Triptych's scheduler, in ranks of mode `pipeline`.
 
-Its `put` allocates KV as it goes; our scheduler wants to know beforehand that there is room. So the
-blocks are counted here, and what leaves is told to the engine with the next step. Several ranks run
-the same steps in lockstep: a plan's "tables" hold the sequences' ids, a sequence without tokens is
-one that leaves.
+FastGen's `put` allocates KV as it goes, while the scheduler has to know beforehand whether there is
+room. The blocks are therefore counted here, and a sequence is flushed with the step after it ends.
+Several ranks run the same steps: the block tables of a step hold the ids of its sequences, and a
+sequence without tokens is one to flush.
 """
 
 from __future__ import annotations
@@ -12,126 +12,128 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig
+from typing_extensions import override
 
 from runners.config.mii import FASTGEN_BLOCK
 from runners.config.model import MIITextConfig
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
-from runners.engines.mii.defaults import mii_defaults
+from runners.engines.mii.defaults import load_generation_config, mii_defaults
 from runners.hf.models import loading
 from runners.rank.process_group import connect, meet
 from runners.rank.program import RankContext
-from runners.text.engine import Runs
+from runners.text.engine import Engine, Runs
 from runners.text.loading import serve
 from runners.text.lockstep import Follower, Leader, Ranks
 from runners.text.paging.step import StepPlan
 from runners.text.program import TextProgram
 
 
-class PutEngine(Protocol):
-    """What is used of `InferenceEngineV2`."""
+class InferenceEngine(Protocol):
+    """The members of `InferenceEngineV2` that are used here."""
 
     def put(
         self, batch_uids: list[int], batch_tokens: list[torch.Tensor], do_checks: bool = True
     ) -> torch.Tensor:
-        """Append tokens to sequences; logits `[n, vocab]` of their last."""
+        """Append tokens to sequences; returns logits `[n, vocab]` of their last tokens."""
         ...
 
     def flush(self, uid: int) -> None:
-        """Forget a sequence."""
+        """Free a sequence."""
         ...
 
 
-class PutModel:
-    """See `engine.Runs`: one rank's engine."""
+class FastGenModel(Runs):
+    """One rank's engine as a model that runs steps."""
 
-    def __init__(self, engine: PutEngine) -> None:
+    def __init__(self, engine: InferenceEngine) -> None:
         self._engine = engine
-        self._known: set[int] = set()
+        self._sequences: set[int] = set()
 
+    @override
     def run(self, plan: StepPlan) -> torch.Tensor:
-        """Let go of the sequences without tokens, then one step of the others."""
         uids, tokens = [], []
         for new, (uid,) in zip(plan.tokens, plan.tables, strict=True):
             if new:
                 uids.append(uid)
                 tokens.append(torch.tensor(new))
-            elif uid in self._known:
-                self._known.discard(uid)
+            elif uid in self._sequences:
+                self._sequences.discard(uid)
                 self._engine.flush(uid)
-        self._known.update(uids)
+        self._sequences.update(uids)
         if not uids:
             return torch.empty(0, 0)
         return self._engine.put(uids, tokens, do_checks=False).float().cpu()
 
+    @override
     def idle(self) -> None:
-        """Nobody waits for this process."""
+        pass  # no other rank waits for this one
 
 
-class CountedEngine:
-    """See `engine.Engine`: rank 0's, over `blocks` blocks of `block_size` tokens."""
+class FastGenEngine(Engine):
+    """Rank 0's engine over `blocks` KV blocks of `block_size` tokens, which it counts."""
 
     def __init__(self, model: Runs, *, blocks: int, block_size: int) -> None:
         self._model = model
         self._block_size = block_size
         self._blocks = blocks
         self._lengths: dict[int, int] = {}
-        self._held: dict[int, int] = {}
-        self._leaving: list[int] = []
+        self._block_counts: dict[int, int] = {}
+        self._to_flush: list[int] = []
 
     @property
+    @override
     def total_tokens(self) -> int:
-        """Tokens the KV cache holds."""
         return self._blocks * self._block_size
 
     @property
+    @override
     def free_tokens(self) -> int:
-        """Tokens of KV that can still be had, in whole blocks."""
-        return (self._blocks - sum(self._held.values())) * self._block_size
+        return (self._blocks - sum(self._block_counts.values())) * self._block_size
 
+    @override
     def open(self, uid: int, tokens: Sequence[int]) -> int:
-        """Begin a sequence; this engine shares no KV, so all of it is computed: 0."""
-        self._lengths[uid] = self._held[uid] = 0
-        return 0
+        self._lengths[uid] = self._block_counts[uid] = 0
+        return 0  # FastGen shares no KV between sequences
 
+    @override
     def extend(self, uid: int, count: int) -> bool:
-        """Make room for `count` more tokens. False, and nothing taken, if there is none."""
-        needed = -(-(self._lengths[uid] + count) // self._block_size) - self._held[uid]
+        needed = -(-(self._lengths[uid] + count) // self._block_size) - self._block_counts[uid]
         if needed * self._block_size > self.free_tokens:
             return False
-        self._held[uid] += max(0, needed)
+        self._block_counts[uid] += max(0, needed)
         return True
 
+    @override
     def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Append `tokens[i]` to sequence `uids[i]`; last-token logits `[n, vocab]`."""
-        leaving, self._leaving = self._leaving, []
+        flushed, self._to_flush = self._to_flush, []
         plan = StepPlan(
-            [*([] for _ in leaving), *map(list, tokens)],
-            [*(0 for _ in leaving), *(self._lengths[uid] for uid in uids)],
-            [[uid] for uid in (*leaving, *uids)],
+            [*([] for _ in flushed), *map(list, tokens)],
+            [*(0 for _ in flushed), *(self._lengths[uid] for uid in uids)],
+            [[uid] for uid in (*flushed, *uids)],
         )
         logits = self._model.run(plan)
         for uid, new in zip(uids, tokens, strict=True):
             self._lengths[uid] += len(new)
         return logits
 
+    @override
     def flush(self, uid: int) -> None:
-        """Forget a sequence and free its KV. Unknown ids are ignored."""
         if self._lengths.pop(uid, 0):
-            self._leaving.append(uid)
-        self._held.pop(uid, None)
+            self._to_flush.append(uid)
+        self._block_counts.pop(uid, None)
 
+    @override
     def idle(self) -> None:
-        """There is nothing to compute for now: what left gives its KV back."""
-        if self._leaving:
+        if self._to_flush:
             self.put([], [])
         else:
             self._model.idle()
 
 
 def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | Follower:
-    """The program over MII's engine, on this rank's GPU. Raises: ConfigError."""
+    """The program over FastGen's engine, on this rank's GPU. Raises: ConfigError."""
+    # MII takes seconds, and mode `persistent` needs only `model_values` of this module.
     import mii.modeling.models
 
     ranks = None
@@ -141,43 +143,45 @@ def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | F
     with loading(config.name):
         engine: Any = mii.modeling.models.load_model(mii_model_config(config))
     model = engine.model()
-    block_size = int(model.kv_block_size if hasattr(model, "kv_block_size") else _block(model))
+    block_size = _block_size(model)
     blocks = int(min(engine.free_blocks))
     if ranks is not None:
         blocks = ranks.smallest(blocks)
-    own = engine._policy._checkpoint_engine.model_config
+    model_config = engine._policy._checkpoint_engine.model_config
     info = ModelInfo(
-        architecture=(own.architectures or [type(model).__name__])[0],
+        architecture=(model_config.architectures or [type(model).__name__])[0],
         engine=config.engine,
         parameters=sum(p.numel() for p in model.parameters()) * config.tensor_parallel,
         dtype=str(model.activation_dtype).rpartition(".")[2],
         devices=[f"cuda:{rank}" for rank in range(config.tensor_parallel)],
-        max_context=min(own.max_seq_length, config.mii.max_total_tokens),
-        vocab_size=own.vocab_size,
+        max_context=min(model_config.max_seq_length, config.mii.max_total_tokens),
+        vocab_size=model_config.vocab_size,
         max_kv_tokens=blocks * block_size,
         has_chat_template=False,
     )
-    put: Runs = PutModel(engine)
+    rank_model = FastGenModel(engine)
     if ranks is not None and not ranks.leads:
-        return Follower(put, ranks, info)
-    counted = CountedEngine(
-        put if ranks is None else Leader(put, ranks), blocks=blocks, block_size=block_size
+        return Follower(rank_model, ranks, info)
+    group_model: Runs = rank_model if ranks is None else Leader(rank_model, ranks)
+    generation = load_generation_config(config.model_path)
+    return serve(
+        context,
+        FastGenEngine(group_model, blocks=blocks, block_size=block_size),
+        info,
+        generation=generation,
+        defaults=mii_defaults(config.mii.generate, generation),
     )
-    file = config.model_path / "generation_config.json"
-    generation = GenerationConfig.from_pretrained(config.model_path) if file.is_file() else None
-    defaults = mii_defaults(config.mii.generate, generation)
-    return serve(context, counted, info, generation=generation, defaults=defaults)
 
 
 def mii_model_config(config: MIITextConfig) -> Any:
-    """Our config as MII's `ModelConfig`."""
-    from mii.config import ModelConfig
+    """The config as MII's `ModelConfig`."""
+    from mii.config import ModelConfig  # as in `load_fastgen`
 
     return ModelConfig(**model_values(config))
 
 
 def model_values(config: MIITextConfig) -> dict[str, Any]:
-    """Our config as what MII's `ModelConfig` is made of."""
+    """The config as values for MII's `ModelConfig`."""
     section = config.mii
     manager = section.inference_engine_config.state_manager.model_dump() | {
         "max_ragged_batch_size": max(config.max_step_tokens, config.max_batch_size),
@@ -189,11 +193,11 @@ def model_values(config: MIITextConfig) -> dict[str, Any]:
     if config.max_kv_tokens is not None:
         size = max(1, config.max_kv_tokens // FASTGEN_BLOCK)
         manager["memory_config"] = {"mode": "allocate", "size": size}
-    taken = {"sync_debug", "profile_model_time", "replica_num"}
+    same_fields = {"sync_debug", "profile_model_time", "replica_num"}
     quantization = (
         section.quantization_mode or section.inference_engine_config.quantization.quantization_mode
     )
-    return section.model_dump(include=taken) | {
+    return section.model_dump(include=same_fields) | {
         "model_name_or_path": str(config.model_path),
         "tensor_parallel": config.tensor_parallel,
         "max_length": section.max_length or section.generate.max_length,
@@ -202,6 +206,8 @@ def model_values(config: MIITextConfig) -> dict[str, Any]:
     }
 
 
-def _block(model: Any) -> int:
-    """Tokens of a block, of the first of its cache's groups."""
+def _block_size(model: Any) -> int:
+    """Tokens of a KV block, of the first group where there are several."""
+    if hasattr(model, "kv_block_size"):
+        return int(model.kv_block_size)
     return int(model.kv_cache_config()[0].block_size)

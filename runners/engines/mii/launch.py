@@ -1,7 +1,7 @@
 """`python -m runners.engines.mii.launch PLAN PARENT_PID ROLE ...`: one process of a deployment.
 
-Roles: `replica N RANK` (MII's gRPC server and scheduler, or a rank that follows it), `balancer`,
-`gateway`.
+Its supervisor starts it. Roles: `replica N RANK` (rank 0 is MII's gRPC server and scheduler, the
+other ranks follow it), `balancer`, `gateway`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.contracts.errors import ConfigError
+from runners.engines.mii.deployment.balancer import balance
 from runners.engines.mii.deployment.plan import (
     FAILURE,
     FATAL,
@@ -29,36 +30,36 @@ def main() -> None:
     die_with_parent(int(parent))
     ignore_signals()
     try:
-        _play(read_plan(Path(path)), role, *map(int, arguments))
+        _run(read_plan(Path(path)), role, *map(int, arguments))
     except ConfigError as error:
         Path(path).with_name(FAILURE).write_text(error.message)
         print(error.message, file=sys.stderr, flush=True)
         os._exit(FATAL)
-    # gRPC's threads would keep the process for as long as they like.
+    # An ordinary exit would wait for gRPC's threads.
     sys.stdout.flush()
     os._exit(0)
 
 
-def _play(plan: DeploymentPlan, role: str, *arguments: int) -> None:
+def _run(plan: DeploymentPlan, role: str, *arguments: int) -> None:
     if role == "replica":
         number, rank = arguments
         _replica(plan, plan.replicas[number], rank)
     elif role == "balancer":
-        from runners.engines.mii.deployment.balancer import balance
-
         asyncio.run(balance(plan.port, [replica.port for replica in plan.replicas]))
     else:
-        from runners.engines.mii.deployment.gateway import gateway
+        # FastAPI would delay the start of the other roles.
+        from runners.engines.mii.deployment.gateway import serve_gateway
 
-        asyncio.run(gateway(plan))
+        asyncio.run(serve_gateway(plan))
 
 
 def _replica(plan: DeploymentPlan, replica: ReplicaPlan, rank: int) -> None:
+    # MII takes seconds and half a gigabyte, which only replicas need.
     import mii.api
     from mii.config import ModelConfig
     from mii.grpc_related import modelresponse_server
 
-    from runners.engines.mii.patches import loading  # first: it patches
+    from runners.engines.mii.patches import loading
 
     loading.settings.update(plan.settings)
     config: Any = ModelConfig(**plan.model_config)

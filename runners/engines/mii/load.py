@@ -1,8 +1,9 @@
-"""The MII engine: DeepSpeed-MII in our ranks (`pipeline`), or a deployment of it (`persistent`).
+"""The MII engine: DeepSpeed-MII in Triptych's ranks, or a deployment of it.
 
-In mode `pipeline` MII loads the model in our ranks and our scheduler drives it: FastGen's engine on
-CUDA (`fastgen`), on a CPU our own. In mode `persistent` this rank starts, or finds, the deployment
-that `mii.serve` would start, and passes requests on (`persistent`). Imported in ranks only.
+In mode `pipeline` the ranks hold the model and Triptych's scheduler drives it: on FastGen's engine
+with CUDA (`fastgen`), on Triptych's own without. In mode `persistent` the only rank starts or finds
+the deployment that `mii.serve` would start, and forwards requests to it (`persistent`). Imported in
+rank processes only.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from runners.config.model import MIITextConfig
 from runners.contracts.runner import RunnerState
 from runners.engines.mii.defaults import mii_defaults
+from runners.engines.mii.fastgen import load_fastgen
 from runners.rank.process_group import meet
 from runners.rank.program import RankContext, RankProgram
 from runners.text.loading import text_program
@@ -23,17 +25,15 @@ def load_program(context: RankContext) -> RankProgram:
     assert isinstance(config, MIITextConfig)  # noqa: S101 - `create_runner` chose this engine
     torch.set_num_threads(context.num_threads)
     if config.mii.mode == "persistent":
-        # gRPC, which mode `pipeline` does without.
+        # It needs gRPC, which mode `pipeline` does not.
         from runners.engines.mii.persistent import load_persistent
 
         return load_persistent(context, config)
     context.progress(RunnerState.LOADING, "importing DeepSpeed-MII")
-    # Importing the patches imports MII and DeepSpeed, which takes seconds.
+    # It imports MII and DeepSpeed, which takes seconds: the progress is reported before that.
     from runners.engines.mii.patches import loading
 
     if loading.on_gpu():
-        from runners.engines.mii.fastgen import load_fastgen
-
         return load_fastgen(context, config)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     model, proof, ranks = loading.load_model_on_cpu(

@@ -1,7 +1,7 @@
-"""Mode `persistent`: a deployment of MII, started or found, and asked through gRPC.
+"""Mode `persistent`: the rank that starts or finds a deployment of MII and forwards requests to it.
 
-MII takes text and a handful of parameters. What it can not be asked (seeds aside, which ours takes)
-is refused with a sentence, never dropped.
+MII accepts text and a few parameters (a deployment that was started here accepts seeds too). A
+request with any other parameter is refused; none is dropped silently.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import msgspec
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 from typing_extensions import override
 
 from runners.config.model import MIITextConfig
@@ -26,21 +25,27 @@ from runners.contracts.errors import (
     EngineFailure,
     InvalidRequest,
     RunnerUnavailable,
+    TriptychError,
 )
 from runners.contracts.runner import RunnerState
-from runners.contracts.text import GenerationRequest, ModelInfo, TextDelta
-from runners.engines.mii.defaults import mii_defaults
+from runners.contracts.text import FinishReason, GenerationRequest, ModelInfo, TextDelta
+from runners.engines.mii.defaults import load_generation_config, mii_defaults
 from runners.engines.mii.deployment.client import Deployment
-from runners.engines.mii.deployment.places import deployment_folder, free_port, listens
-from runners.engines.mii.deployment.plan import DeploymentPlan, fingerprint, plan_replicas
-from runners.engines.mii.deployment.proto import tokens_of
-from runners.engines.mii.deployment.starting import (
-    LEAVING_S,
-    found,
-    runs_already,
-    start,
-    wait_until_serving,
+from runners.engines.mii.deployment.plan import (
+    ENGINE_FIELDS,
+    DeploymentPlan,
+    plan_deployment,
+    weights_digest,
 )
+from runners.engines.mii.deployment.ports import LOOPBACK, listens
+from runners.engines.mii.deployment.proto import tokens_of
+from runners.engines.mii.deployment.registry import (
+    SHUTDOWN_S,
+    already_running,
+    deployment_folder,
+    find_plan,
+)
+from runners.engines.mii.deployment.starting import start, wait_until_serving
 from runners.engines.mii.fastgen import model_values
 from runners.hf.models import (
     SamplingDefaults,
@@ -64,54 +69,62 @@ from runners.rank.program import Occupancy, RankContext, RankProgram
 from runners.text.requests import answer_call, token_limit
 from runners.text.tokenization import PromptTokenizer
 
-WATCH_S = 0.25
+POLL_S = 0.25
 CONNECT_S = 30.0
 LOST_S = 2.0
-"""How long a deployment, or all of its replicas, may be out of reach."""
-SETTINGS = ("dtype", "cpu_kernels", "weight_quantization", "prefix_caching", "num_threads")
-FINISHED = {"stop": "stop", "length": "length"}
-REFUSED = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logprobs")
-NEUTRAL = (None, 0.0, 1.0)
+"""How long a deployment, or all of its replicas, may be unreachable."""
+GREEDY_BELOW = 1e-5
+"""A lower temperature means greedy decoding, as for the other engines."""
+FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+"""MII's finish reasons; a result with any other is not the last."""
+UNAVAILABLE: dict[str, float | None] = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logprobs": None,
+}
+"""Parameters that MII lacks, to the value that has no effect."""
 
 
 def load_persistent(context: RankContext, config: MIITextConfig) -> PersistentProgram:
-    """Start or find the deployment, wait until it serves. Raises: ConfigError."""
+    """Start or find the deployment and wait until it serves. Raises: ConfigError."""
     with loading(config.name):
-        own = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-    file = config.model_path / "generation_config.json"
-    generation = GenerationConfig.from_pretrained(config.model_path) if file.is_file() else None
-    keeper, replicas = None, list[int]()
+        model_config = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
+    tokenizer = load_tokenizer(config.model_path)
+    supervisor, replicas = None, list[int]()
     if config.mii.host is not None:
-        host, port = config.mii.host, config.mii.port_number or 0
+        host, port = config.mii.host, config.mii.port_number
+        assert port is not None  # noqa: S101 - the config's own check
         context.progress(RunnerState.LOADING, f"waiting for the deployment at {host}:{port}")
         while not listens(port, host):
-            time.sleep(WATCH_S)
+            time.sleep(POLL_S)
     else:
-        host, (plan, keeper) = "127.0.0.1", _start(context, config)
+        host, (plan, supervisor) = LOOPBACK, _start(context, config)
         port, replicas = plan.port, [replica.port for replica in plan.replicas]
-    defaults = mii_defaults(config.mii.generate, generation)
-    stored = stored_dtype(own, config.model_path)
+    defaults = mii_defaults(config.mii.generate, load_generation_config(config.model_path))
+    stored = stored_dtype(model_config, config.model_path)
     info = ModelInfo(
-        architecture=(own.architectures or [own.model_type])[0],
+        architecture=(model_config.architectures or [model_config.model_type])[0],
         engine=config.engine,
         parameters=count_parameters(
             read_header(file) for file in config.model_path.glob("*.safetensors")
         ).total(),
         dtype=str(stored or "unknown").removeprefix("torch."),
         devices=[f"{host}:{port}"],
-        max_context=min(context_length(own), config.mii.max_total_tokens),
-        vocab_size=own.get_text_config().vocab_size,
-        max_kv_tokens=config.max_kv_tokens or context_length(own),
-        has_chat_template=False,
+        max_context=min(context_length(model_config), config.mii.max_total_tokens),
+        vocab_size=model_config.get_text_config().vocab_size,
+        max_kv_tokens=config.max_kv_tokens or context_length(model_config),
+        has_chat_template=bool(tokenizer.chat_template),
         default_temperature=defaults.temperature,
     )
     return PersistentProgram(
         context,
         config,
         info,
+        PromptTokenizer(tokenizer, info.vocab_size),
         defaults=defaults,
         address=(host, port),
-        keeper=keeper,
+        supervisor=supervisor,
         replicas=replicas,
     )
 
@@ -119,99 +132,89 @@ def load_persistent(context: RankContext, config: MIITextConfig) -> PersistentPr
 def _start(
     context: RankContext, config: MIITextConfig
 ) -> tuple[DeploymentPlan, subprocess.Popen[bytes] | None]:
-    """The deployment that serves, and what keeps it if it goes with us. Raises: ConfigError."""
+    """Start or find a deployment and wait until it serves.
+
+    Returns its plan, and its supervisor if the deployment ends with this rank. Raises: ConfigError.
+    """
     name = config.mii.deployment_name or f"{config.name}-mii-deployment"
     folder = deployment_folder(name)
-    plan, keep_alive = plan_of(config, name, context.num_threads), config.mii.keep_alive
-    gone_by = time.monotonic() + LEAVING_S
+    plan, detached = plan_for(config, name, context.num_threads), config.mii.keep_alive
+    deadline = time.monotonic() + SHUTDOWN_S
     context.progress(RunnerState.LOADING, f"starting deployment {name}")
-    while (keeper := start(plan, folder, outlives=keep_alive)) is None:
-        running = found(folder) if keep_alive else None
+    while (supervisor := start(plan, folder, detached=detached)) is None:
+        running = find_plan(folder) if detached else None
         if running is not None:
-            _refuse_another(running, plan, config)
-            if all(map(listens, running.doors)):
+            _check_same(running, plan, config)
+            if all(map(listens, running.listening_ports)):
                 return running, None
             context.progress(RunnerState.LOADING, f"waiting for deployment {name}")
-        elif time.monotonic() > gone_by:
-            raise runs_already(name, folder)
-        time.sleep(WATCH_S)
-    if keep_alive:
-        keeper.wait()  # it has left a process of its own
+        elif time.monotonic() > deadline:
+            raise already_running(name, folder)
+        time.sleep(POLL_S)
+    if detached:
+        supervisor.wait()  # it has forked: this is the parent, which exits at once
     wait_until_serving(plan, folder)
-    return plan, None if keep_alive else keeper
+    return plan, None if detached else supervisor
 
 
-def _refuse_another(running: DeploymentPlan, plan: DeploymentPlan, config: MIITextConfig) -> None:
-    """Raises: ConfigError if what runs is not what a config describes."""
-    other = running.differs(plan)
+def _check_same(running: DeploymentPlan, plan: DeploymentPlan, config: MIITextConfig) -> None:
+    """Raises: ConfigError if the running deployment is not the one that the config describes."""
+    fields = running.differences(plan)
     for field in ("port_number", "restful_api_port"):
-        asked = getattr(config.mii, field)
-        if asked is not None and asked not in (running.port, running.rest_port):
-            other.append(field)
-    if other:
+        port = getattr(config.mii, field)
+        if port is not None and port not in (running.port, running.rest_port):
+            fields.append(field)
+    if fields:
         raise ConfigError(
-            f"deployment {plan.name} runs with another {', '.join(other)}: terminate it, or give "
-            "this one another mii.deployment_name"
+            f"deployment {plan.name} runs with another {', '.join(fields)}: terminate it, or "
+            "choose another mii.deployment_name"
         )
 
 
-def plan_of(config: MIITextConfig, name: str, threads: int) -> DeploymentPlan:
-    """The deployment that a config describes, with ports found free where it says none."""
-    section, ranks = config.mii, config.tensor_parallel
-    replicas = plan_replicas(
-        [replica.model_dump() for replica in section.replica_configs],
-        section.device_map,
-        replicas=section.replica_num,
-        ranks=ranks,
-        torch_dist_port=section.torch_dist_port,
-        zmq_port=section.zmq_port_number,
-    )
-    each = max(1, threads // (section.replica_num * ranks))
-    rest_port = section.restful_api_port or free_port() if section.enable_restful_api else None
-    return DeploymentPlan(
+def plan_for(config: MIITextConfig, name: str, num_threads: int) -> DeploymentPlan:
+    """The plan of the deployment that a config describes, for `num_threads` CPU threads in all."""
+    ranks = config.tensor_parallel
+    threads_per_rank = max(1, num_threads // (config.mii.replica_num * ranks))
+    settings = {field: getattr(config, field) for field in ENGINE_FIELDS}
+    return plan_deployment(
+        config.mii,
+        config.mii,
         name=name,
-        port=section.port_number or free_port(),
+        ranks=ranks,
         model_config=model_values(config),
-        replicas=replicas,
-        settings={k: getattr(config, k) for k in SETTINGS} | {"num_threads": each},
-        rest_host=section.restful_api_host,
-        rest_port=rest_port,
-        rest_limit=section.restful_processes,
-        weights=fingerprint(config.model_path),
+        settings=settings | {"num_threads": threads_per_rank},
+        weights=weights_digest(config.model_path),
     )
 
 
 class PersistentProgram(RankProgram):
-    """Passes requests on to the deployment, and watches it."""
+    """Forwards requests to the deployment and ends this rank when the deployment is lost."""
 
     def __init__(
         self,
         context: RankContext,
         config: MIITextConfig,
         info: ModelInfo,
+        tokenizer: PromptTokenizer,
         *,
         defaults: SamplingDefaults,
         address: tuple[str, int],
-        keeper: subprocess.Popen[bytes] | None,
+        supervisor: subprocess.Popen[bytes] | None,
         replicas: Sequence[int],
     ) -> None:
-        tokenizer = load_tokenizer(config.model_path)
-        has_chat_template = bool(tokenizer.chat_template)
-        self._info = msgspec.structs.replace(info, has_chat_template=has_chat_template)
+        self._info = info
         self._config = config
+        self._tokenizer = tokenizer
         self._defaults = defaults
         self._emit = context.emit
-        self._keeper = keeper
+        self._supervisor = supervisor
         self._replicas = replicas
-        self._down = 0
-        self._tokenizer = PromptTokenizer(tokenizer, info.vocab_size)
+        self._polls_without_replica = 0
         self._loop = asyncio.new_event_loop()
         self._running: dict[str, Future[None]] = {}
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._deployment = asyncio.run_coroutine_threadsafe(
-            _connected(*address), self._loop
-        ).result()
-        self._lost = self._spawn(self._deployment.lost(LOST_S))
+        self._deployment = asyncio.run_coroutine_threadsafe(connect(*address), self._loop).result()
+        self._lost = self._spawn(self._deployment.wait_until_lost(LOST_S))
 
     @property
     @override
@@ -235,16 +238,16 @@ class PersistentProgram(RankProgram):
 
     @override
     def step(self) -> None:
-        """Wait a moment. Ends this rank if the deployment is gone, so that both are restarted, or
-        if none of its replicas is up: the rank is ready again once one is."""
-        time.sleep(WATCH_S)
-        if self._keeper is not None and self._keeper.poll() is not None:
-            raise RuntimeError("the deployment ended")
+        # An exception ends this rank, which the host restarts. It is ready again once a replica is
+        # up; a deployment that is not detached ends with the rank and is started again too.
+        time.sleep(POLL_S)
+        if self._supervisor is not None and self._supervisor.poll() is not None:
+            raise RuntimeError("the deployment has ended")
         if self._lost.done():
             raise RuntimeError("the deployment cannot be reached")
-        up = not self._replicas or any(map(listens, self._replicas))
-        self._down = 0 if up else self._down + 1
-        if self._down * WATCH_S > LOST_S:
+        is_up = not self._replicas or any(map(listens, self._replicas))
+        self._polls_without_replica = 0 if is_up else self._polls_without_replica + 1
+        if self._polls_without_replica * POLL_S > LOST_S:
             raise RuntimeError("no replica of the deployment is up")
 
     @override
@@ -267,8 +270,8 @@ class PersistentProgram(RankProgram):
         except asyncio.CancelledError:
             raise
         except grpc.aio.AioRpcError as error:
-            self._emit(request_failed(request.request_id, _error(error)))
-        except Exception as error:  # one request's trouble must not end the rank
+            self._emit(request_failed(request.request_id, _as_triptych_error(error)))
+        except Exception as error:  # one request's failure must not end the rank
             self._emit(request_failed(request.request_id, error))
         finally:
             if call is not None:
@@ -276,15 +279,17 @@ class PersistentProgram(RankProgram):
 
     def _delta(self, request_id: str, reply: Any) -> TextDelta:
         tokens = tokens_of(reply)
-        if tokens is None:  # stock MII does not say
+        if tokens is None:  # stock MII sends none
             tokens = self._tokenizer.encode(reply.response, add_special_tokens=False)
-        reason: Any = FINISHED.get(reply.finish_reason)
         return TextDelta(
-            request_id=request_id, text=reply.response, token_ids=tokens, finish_reason=reason
+            request_id=request_id,
+            text=reply.response,
+            token_ids=tokens,
+            finish_reason=FINISH_REASONS.get(reply.finish_reason),
         )
 
     def _prompt(self, request: GenerationRequest) -> tuple[list[int], str]:
-        """A prompt's tokens, and the text from which MII makes the same. Raises: InvalidRequest."""
+        """A prompt's tokens, and a text that MII encodes as them. Raises: InvalidRequest."""
         tokenizer = self._tokenizer
         ids = tokenizer.begin(tokenizer.encode(request.prompt, max_tokens=self.info.max_model_len))
         if isinstance(request.prompt, str) and request.prompt:
@@ -295,21 +300,23 @@ class PersistentProgram(RankProgram):
             if tokenizer.encode(candidate) == ids:
                 return ids, candidate
         raise InvalidRequest(
-            "these token ids are not those of their text, and MII's deployments take text only: "
-            "use mii.mode pipeline",
+            "a persistent MII deployment accepts text only, and the text of these token ids has "
+            "other ids: use mii.mode pipeline",
             field="prompt",
         )
 
     def _kwargs(self, request: GenerationRequest, prompt_tokens: int) -> dict[str, Any]:
-        """`GenerateParamsConfig`'s values. Raises: InvalidRequest, ContextLengthExceeded."""
+        """The fields of MII's `GenerateParamsConfig`.
+
+        Raises: InvalidRequest, ContextLengthExceeded.
+        """
         params, defaults = request.sampling, self._defaults
-        for name in REFUSED:
-            value = getattr(params, name)
-            if value not in NEUTRAL or (name == "logprobs" and value is not None):
+        for name, neutral in UNAVAILABLE.items():
+            if getattr(params, name) not in (None, neutral):
                 raise InvalidRequest(
                     "is not available from a persistent MII deployment", field=name
                 )
-        min_new_tokens = int(_or(params.min_new_tokens, defaults.min_new_tokens))
+        min_new_tokens = int(_resolve(params.min_new_tokens, defaults.min_new_tokens))
         max_new_tokens = token_limit(
             params,
             prompt_tokens,
@@ -317,20 +324,21 @@ class PersistentProgram(RankProgram):
             min_new_tokens=min_new_tokens,
             default_new_tokens=self._config.max_new_tokens,
         )
-        temperature = _or(params.temperature, _or(defaults.temperature, 0.0))
+        temperature = _resolve(params.temperature, _resolve(defaults.temperature, 0.0))
         ignore_eos = defaults.ignore_eos if params.ignore_eos is None else params.ignore_eos
         kwargs: dict[str, Any] = {
             "max_length": prompt_tokens + max_new_tokens,
             "max_new_tokens": max_new_tokens,
             "min_new_tokens": min_new_tokens,
             "ignore_eos": ignore_eos,
-            "do_sample": temperature >= 1e-5,
+            "do_sample": temperature >= GREEDY_BELOW,
         }
-        if temperature >= 1e-5:
+        if temperature >= GREEDY_BELOW:
+            top_k = int(_resolve(params.top_k, defaults.top_k))
             kwargs |= {
                 "temperature": float(temperature),
-                "top_p": max(float(_or(params.top_p, defaults.top_p)), 1e-6),
-                "top_k": int(_or(params.top_k, defaults.top_k)) or None,
+                "top_p": max(float(_resolve(params.top_p, defaults.top_p)), 1e-6),
+                "top_k": None if top_k == 0 else top_k,
                 "seed": None if params.seed is None else _signed(params.seed),
             }
         stop = defaults.stop if params.stop is None else params.stop
@@ -342,30 +350,33 @@ class PersistentProgram(RankProgram):
         self._emit(await asyncio.to_thread(answer_call, self._tokenizer, call))
 
 
-async def _connected(host: str, port: int) -> Deployment:
-    """A deployment of the loop that runs this, to which gRPC ties it. Raises: ConfigError."""
+async def connect(host: str, port: int) -> Deployment:
+    """A connection for use in the current event loop.
+
+    Raises: ConfigError if no deployment answers within `CONNECT_S` seconds.
+    """
     deployment = Deployment(host, port)
     try:
         async with asyncio.timeout(CONNECT_S):
             await deployment.connect()
     except TimeoutError:
-        raise ConfigError(f"what listens at {host}:{port} is no deployment of MII") from None
+        raise ConfigError(f"{host}:{port} is not a deployment of MII") from None
     return deployment
 
 
-def _or(value: float | None, default: float) -> float:
+def _resolve(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
 def _signed(seed: int) -> int:
-    """Into the 64 bits of MII's wire."""
+    """A seed folded into the signed 64 bits of MII's protocol."""
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def _error(error: grpc.aio.AioRpcError) -> Exception:
+def _as_triptych_error(error: grpc.aio.AioRpcError) -> TriptychError:
     detail = str(error.details())
     if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
-        return InvalidRequest(f"MII refuses this request: {detail}")
+        return InvalidRequest(f"MII refused this request: {detail}")
     if error.code() == grpc.StatusCode.UNAVAILABLE:
         return RunnerUnavailable(f"the MII deployment: {detail}")
     return EngineFailure(f"the MII deployment failed on this request: {detail}")

@@ -1,8 +1,9 @@
-"""The load balancer: MII's gRPC service in front of all replicas, which take turns.
+"""The load balancer of a deployment: MII's gRPC service in front of all replicas, which take turns.
 
-It forwards messages as they are. A replica that is down is passed over until it is back; a request
-that was in it fails with UNAVAILABLE, and a client that leaves leaves the replica too. (MII's own
-lets a stream of a lost replica wait for ten minutes, and knows no leaving.)
+A process that the supervisor starts. It forwards messages unread. A replica that is down is skipped
+until it is back. A request that was on it fails with UNAVAILABLE, and a request whose client leaves
+is cancelled on its replica. (In MII's own balancer the stream of a lost replica waits for ten
+minutes, and nothing is cancelled.)
 """
 
 from __future__ import annotations
@@ -14,137 +15,137 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from typing_extensions import override
 
+from runners.engines.mii.deployment.ports import LOOPBACK
 from runners.engines.mii.deployment.proto import OPTIONS, SERVER_OPTIONS, SERVICE, bind
 
-UNARY, STREAM = "GeneratorReply", "GeneratorReplyStream"
-TERMINATE = "Terminate"
+UNARY, STREAM, TERMINATE = (
+    SERVICE + method for method in ("GeneratorReply", "GeneratorReplyStream", "Terminate")
+)
 PATIENCE_S = 3.0
 """How long a request waits while no replica is up."""
 GRACE_S = 1.0
-"""How long answers may take to leave after a Terminate."""
+"""How long running calls may take to end after a Terminate."""
 
 
 class Replica:
-    """One replica's first rank, as the balancer sees it."""
+    """The connection to a replica's first rank."""
 
     def __init__(self, number: int, port: int) -> None:
         self.number = number
-        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS)
+        self._channel = grpc.aio.insecure_channel(f"{LOOPBACK}:{port}", options=OPTIONS)
 
-    def up(self) -> bool:
-        """Whether it is connected; begins to connect if not."""
+    def is_up(self) -> bool:
+        """Whether it is connected; starts to connect if not."""
         state = self._channel.get_state(try_to_connect=True)
         return bool(state == grpc.ChannelConnectivity.READY)
 
-    async def come_up(self) -> None:
-        """Until it is connected."""
-        while not self.up():
+    async def wait_until_up(self) -> None:
+        """Wait until it is connected."""
+        while not self.is_up():
             await self._channel.wait_for_state_change(self._channel.get_state())
 
-    def unary(self, method: str) -> Any:
-        """A call of one answer, bytes to bytes."""
-        return self._channel.unary_unary(SERVICE + method)
+    async def stay_connected(self) -> None:
+        """Reconnect whenever the connection is lost, until cancelled."""
+        while True:
+            await self.wait_until_up()
+            await self._channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
 
-    def stream(self, method: str) -> Any:
-        """A call of many answers, bytes to bytes."""
-        return self._channel.unary_stream(SERVICE + method)
+    def unary(self, request: bytes) -> Any:
+        """A call with one reply, to be awaited."""
+        return self._channel.unary_unary(UNARY)(request)
+
+    def stream(self, request: bytes) -> Any:
+        """A call that yields replies."""
+        return self._channel.unary_stream(STREAM)(request)
 
 
-class Balancer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc carries no types
-    """Forwards every call to the replica whose turn it is."""
+class Balancer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
+    """Forwards every call to the next replica that is up."""
 
     def __init__(self, ports: Sequence[int]) -> None:
         self._replicas = [Replica(i, port) for i, port in enumerate(ports)]
         self._turns = itertools.cycle(self._replicas)
         self.terminated = asyncio.Event()
+        self._handlers = {
+            UNARY: grpc.unary_unary_rpc_method_handler(self._unary),
+            STREAM: grpc.unary_stream_rpc_method_handler(self._stream),
+            TERMINATE: grpc.unary_unary_rpc_method_handler(self._terminate),
+        }
 
+    @override
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        """How a method is answered; None for one that is not MII's."""
-        method = str(handler_call_details.method).removeprefix(SERVICE)
-        if method == TERMINATE:
-            return grpc.unary_unary_rpc_method_handler(self._terminate)
-        if method == STREAM:
+        return self._handlers.get(handler_call_details.method)
 
-            async def stream(request: bytes, context: Any) -> AsyncIterator[bytes]:
-                replica = await self._next(context)
-                call = replica.stream(method)(request)
-                try:
-                    async for message in call:
-                        yield message
-                except grpc.aio.AioRpcError as error:
-                    await context.abort(*_blame(error, replica))
-                finally:
-                    call.cancel()
+    async def wait_until_up(self) -> None:
+        """Wait until every replica is connected: else the first requests would all go to one."""
+        await asyncio.gather(*(replica.wait_until_up() for replica in self._replicas))
 
-            return grpc.unary_stream_rpc_method_handler(stream)
-        if method == UNARY:
+    async def stay_connected(self) -> None:
+        """Reconnect to lost replicas, so that no request has to wait for that, until cancelled."""
+        await asyncio.gather(*(replica.stay_connected() for replica in self._replicas))
 
-            async def unary(request: bytes, context: Any) -> bytes:
-                replica = await self._next(context)
-                call = replica.unary(method)(request)
-                try:
-                    return bytes(await call)
-                except grpc.aio.AioRpcError as error:
-                    await context.abort(*_blame(error, replica))
-                    raise  # not reached: abort raises
-                finally:
-                    call.cancel()
+    async def _unary(self, request: bytes, context: Any) -> bytes:
+        replica = await self._next(context)
+        call = replica.unary(request)
+        try:
+            return bytes(await call)
+        except grpc.aio.AioRpcError as error:
+            await context.abort(*_status(error, replica))
+            raise  # not reached: abort raises
+        finally:
+            call.cancel()
 
-            return grpc.unary_unary_rpc_method_handler(unary)
-        return None
+    async def _stream(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        replica = await self._next(context)
+        call = replica.stream(request)
+        try:
+            async for message in call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            await context.abort(*_status(error, replica))
+        finally:
+            call.cancel()
 
-    async def connect(self) -> None:
-        """Until every replica is connected: else the first requests would all meet one of them."""
-        await asyncio.gather(*(replica.come_up() for replica in self._replicas))
-
-    async def watch(self) -> None:
-        """Stay connected to every replica, so that a turn need not wait to find one down."""
-        await asyncio.gather(*(self._keep_connected(replica) for replica in self._replicas))
-
-    async def _keep_connected(self, replica: Replica) -> None:
-        while True:
-            await replica.come_up()
-            await replica._channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+    async def _terminate(self, request: bytes, _: Any) -> bytes:
+        self.terminated.set()
+        return request  # an Empty, as the reply is
 
     async def _next(self, context: Any) -> Replica:
         for _ in range(2):
             for replica in itertools.islice(self._turns, len(self._replicas)):
-                if replica.up():
+                if replica.is_up():
                     return replica
-            # One that just came up may not be connected yet.
-            coming = [asyncio.create_task(replica.come_up()) for replica in self._replicas]
-            await asyncio.wait(coming, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
-            for task in coming:
+            # A replica that has just come up may not be connected yet.
+            waits = [asyncio.create_task(replica.wait_until_up()) for replica in self._replicas]
+            await asyncio.wait(waits, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in waits:
                 task.cancel()
         await context.abort(grpc.StatusCode.UNAVAILABLE, "no replica is up; one is being started")
         raise AssertionError  # not reached: abort raises
 
-    async def _terminate(self, request: bytes, _: Any) -> bytes:
-        self.terminated.set()
-        return request  # an Empty for an Empty
 
-
-def _blame(error: grpc.aio.AioRpcError, replica: Replica) -> tuple[grpc.StatusCode, str]:
+def _status(error: grpc.aio.AioRpcError, replica: Replica) -> tuple[grpc.StatusCode, str]:
     if error.code() == grpc.StatusCode.UNAVAILABLE:
         return error.code(), f"replica {replica.number} went down with the request in flight"
     return error.code(), str(error.details())
 
 
 async def balance(port: int, replicas: Sequence[int]) -> None:
-    """Serve on loopback once all replicas do, until a client calls Terminate.
+    """Serve on a loopback port, once all replicas are up, until a client calls Terminate.
 
-    Raises: ConfigError.
+    `replicas`: the port of each. Raises: ConfigError if `port` is taken.
     """
     server = grpc.aio.server(options=SERVER_OPTIONS)
     balancer = Balancer(replicas)
     server.add_generic_rpc_handlers((balancer,))
-    watching = asyncio.create_task(balancer.watch())
+    connecting = asyncio.create_task(balancer.stay_connected())
     try:
         bind(server, port)
-        await balancer.connect()
+        await balancer.wait_until_up()
         await server.start()
         await balancer.terminated.wait()
     finally:
         await server.stop(GRACE_S)
-        watching.cancel()
+        connecting.cancel()

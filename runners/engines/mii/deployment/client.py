@@ -1,4 +1,7 @@
-"""A deployment as a client sees it, on `grpc.aio`: ours, or one that stock MII stood up."""
+"""The client of a deployment, on `grpc.aio`; the deployment may be stock MII's.
+
+Used by the rank of mode `persistent` and by the REST gateway.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from runners.engines.mii.deployment.proto import OPTIONS, SERVICE, messages, req
 
 
 class Deployment:
-    """The load balancer of a deployment. All methods belong to one event loop."""
+    """A connection to the load balancer of a deployment, for use in one event loop."""
 
     def __init__(self, host: str, port: int) -> None:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -32,11 +35,11 @@ class Deployment:
         )
 
     async def connect(self) -> None:
-        """Until somebody answers."""
+        """Wait until the connection is up."""
         await self._channel.channel_ready()
 
-    async def lost(self, patience_s: float) -> None:
-        """Until nobody has answered for so long."""
+    async def wait_until_lost(self, patience_s: float) -> None:
+        """Return once the connection has been down for `patience_s` seconds."""
         with contextlib.suppress(TimeoutError):
             while True:
                 async with asyncio.timeout(patience_s):
@@ -44,13 +47,16 @@ class Deployment:
                 await self._channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
 
     def generate(self, prompts: Sequence[str], **kwargs: Any) -> Any:
-        """A call that gives a `MultiGenerationReply` of all prompts. Raises: TypeError."""
+        """A call, to be awaited, whose result is the `MultiGenerationReply` of all prompts.
+
+        Raises: TypeError for an argument that cannot be sent to MII.
+        """
         return self._unary(request(prompts, kwargs))
 
     def stream(self, prompt: str, **kwargs: Any) -> Any:
-        """A call that yields `MultiGenerationReply`s, each of one message; `cancel()` aborts it."""
+        """A call that yields `MultiGenerationReply`s of one reply each; `cancel()` aborts it."""
         return self._stream(request([prompt], {**kwargs, "stream": True}))
 
     async def close(self) -> None:
-        """Abort what runs."""
+        """Close the connection and abort its calls."""
         await self._channel.close()

@@ -1,8 +1,9 @@
-"""The REST gateway: MII's routes, in front of the load balancer.
+"""The REST gateway of a deployment: MII's routes, in front of the load balancer.
 
-`POST /mii/{deployment_name}` takes `{"prompts": ..., **generate kwargs}` and answers a list of
-`{"generated_text", "prompt_length", "generated_length", "finish_reason"}`; `GET /healthz`;
-`GET /terminate` ends the gateway, which MII's client calls after it ended the deployment.
+A process that the supervisor starts. `POST /mii/{deployment_name}` takes `{"prompts": ...,
+**generate kwargs}` and answers with a list of `{"generated_text", "prompt_length",
+"generated_length", "finish_reason"}`. `GET /healthz` answers once the gateway listens. `GET
+/terminate` ends the gateway: MII's client calls it after it has terminated the deployment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastapi import FastAPI, HTTPException, Request
 
 from runners.engines.mii.deployment.client import Deployment
 from runners.engines.mii.deployment.plan import DeploymentPlan
+from runners.engines.mii.deployment.ports import LOOPBACK
 
 STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: HTTPStatus.BAD_REQUEST,
@@ -25,16 +27,16 @@ STATUS = {
 }
 
 
-async def gateway(plan: DeploymentPlan) -> None:
-    """Serve until `/terminate`."""
-    assert plan.rest_port is not None  # noqa: S101 - else it is not started
+async def serve_gateway(plan: DeploymentPlan) -> None:
+    """Serve until a client calls `/terminate`."""
+    assert plan.rest_port is not None  # noqa: S101 - the supervisor starts no gateway without
     app = FastAPI(title=plan.name, docs_url=None, redoc_url=None)
     config = uvicorn.Config(
         app, host=plan.rest_host, port=plan.rest_port, log_level="warning", access_log=False
     )
     server = uvicorn.Server(config)
-    deployment = Deployment("127.0.0.1", plan.port)
-    busy = asyncio.Semaphore(plan.rest_limit)
+    deployment = Deployment(LOOPBACK, plan.port)
+    slots = asyncio.Semaphore(plan.rest_limit)
 
     @app.post(f"/mii/{plan.name}")
     async def generate(request: Request) -> list[dict[str, Any]]:
@@ -44,9 +46,9 @@ async def gateway(plan: DeploymentPlan) -> None:
             call = deployment.generate([prompts] if isinstance(prompts, str) else prompts, **body)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise HTTPException(
-                400, 'the body must be {"prompts": a text or a list of them, ...}'
+                400, 'the body must be {"prompts": a text or a list of texts, ...}'
             ) from None
-        async with busy:
+        async with slots:
             try:
                 answer = await call
             except grpc.aio.AioRpcError as error:

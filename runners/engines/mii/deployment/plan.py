@@ -1,4 +1,4 @@
-"""What a deployment is made of, as a file that its processes read."""
+"""The plan of a deployment: its processes, ports and model, as a file that all of them read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from typing import Any
 
 import msgspec
 
+from runners.config.mii import MIISection
 from runners.contracts.errors import ConfigError
-from runners.engines.mii.deployment.places import free_port
+from runners.engines.mii.deployment.ports import free_port
 from runners.protocol.spec import write_private
 
 PLAN = "deployment.json"
+FAILURE = "failure.txt"
+"""The file beside the plan that says why the deployment cannot run."""
+FATAL = 3
+"""Exit status of a process that would fail again if it were restarted."""
+ENGINE_FIELDS = ("dtype", "cpu_kernels", "weight_quantization", "prefix_caching", "num_threads")
+"""The fields of Triptych's config that MII's config lacks and the CPU engine uses."""
+
+_LOCAL_HOSTS = frozenset({"", "localhost", "127.0.0.1"})
 
 
 class ReplicaPlan(msgspec.Struct, frozen=True):
@@ -24,67 +33,69 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     torch_dist_port: int
     zmq_port: int
     gpu_indices: list[int]
-    """One per rank."""
+    """One for each rank."""
 
 
 class DeploymentPlan(msgspec.Struct, frozen=True):
-    """A deployment. All ports are on loopback, but for the REST gateway's."""
+    """A deployment. All ports are on loopback except the REST gateway's."""
 
     name: str
     port: int
     """Where the load balancer listens."""
     model_config: dict[str, Any]
-    """MII's ModelConfig."""
+    """Values of MII's ModelConfig."""
     replicas: list[ReplicaPlan]
     settings: dict[str, Any] = {}
-    """See `loading.settings`."""
+    """Values of `ENGINE_FIELDS`."""
     rest_host: str = "localhost"
     rest_port: int | None = None
     """None: no REST gateway."""
     rest_limit: int = 32
+    """Requests that the REST gateway serves at once."""
     weights: str = ""
-    """Stands for the files the model is loaded from, see `fingerprint`."""
+    """A digest of the files of the model; see `weights_digest`."""
 
-    def differs(self, other: DeploymentPlan) -> list[str]:
-        """In what another deployment would answer differently; ports and threads aside."""
-        mine, theirs = self._serves(), other._serves()
-        return [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
+    def differences(self, other: DeploymentPlan) -> list[str]:
+        """The fields in which another deployment would answer differently, in order of name.
 
-    def _serves(self) -> dict[str, Any]:
-        sizes = [len(replica.gpu_indices) for replica in self.replicas]
-        threads = {"num_threads": None}
-        own = {**self.model_config, **self.settings, **threads, "weights": self.weights}
-        own |= {"replica_num": len(sizes), "tensor_parallel": sizes[0]}
-        own["enable_restful_api"] = self.rest_port is not None
-        # As it is once it was in a file.
-        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(own))
-        return plain
+        Ports and numbers of threads do not count.
+        """
+        first, second = self._served_values(), other._served_values()
+        return [key for key in sorted(first | second) if first.get(key) != second.get(key)]
+
+    def _served_values(self) -> dict[str, Any]:
+        rank_counts = [len(replica.gpu_indices) for replica in self.replicas]
+        values = {
+            **self.model_config,
+            **self.settings,
+            "num_threads": None,
+            "weights": self.weights,
+            "replica_num": len(rank_counts),
+            "tensor_parallel": rank_counts[0],
+            "enable_restful_api": self.rest_port is not None,
+        }
+        # The other plan may come from a file, which has lists for tuples.
+        decoded: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(values))
+        return decoded
 
     @property
-    def doors(self) -> list[int]:
-        """The ports that listen once the deployment serves."""
+    def listening_ports(self) -> list[int]:
+        """The gRPC ports, which accept connections once the deployment serves."""
         return [self.port, *(replica.port for replica in self.replicas)]
 
     @property
     def ports(self) -> list[int]:
-        """All of its ports."""
+        """All ports."""
         inner = [p for r in self.replicas for p in (r.torch_dist_port, r.zmq_port)]
-        return [*self.doors, *inner, *([] if self.rest_port is None else [self.rest_port])]
+        rest = [] if self.rest_port is None else [self.rest_port]
+        return [*self.listening_ports, *inner, *rest]
 
     def write(self, folder: Path) -> Path:
-        """Write it where only this user can read it, whole or not at all; returns the file."""
+        """Write the plan for this user only, whole or not at all; returns the file."""
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = folder / PLAN
         write_private(path, self)
         return path
-
-
-def fingerprint(model: Path) -> str:
-    """Stands for what a model is loaded from: names, sizes and times of its files."""
-    kinds = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*")
-    files = sorted(file for kind in kinds for file in model.glob(kind))
-    seen = [(f.name, s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)]
-    return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
 
 def read_plan(path: Path) -> DeploymentPlan:
@@ -92,11 +103,55 @@ def read_plan(path: Path) -> DeploymentPlan:
     return msgspec.json.decode(path.read_bytes(), type=DeploymentPlan)
 
 
-LOCAL = frozenset({"", "localhost", "127.0.0.1"})
+def weights_digest(model: Path) -> str:
+    """A digest of the names, sizes and times of the files that a model is loaded from."""
+    patterns = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*")
+    files = sorted(file for pattern in patterns for file in model.glob(pattern))
+    stats = [(f.name, s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def plan_deployment(
+    deployment: MIISection,
+    model: MIISection,
+    *,
+    name: str,
+    ranks: int,
+    model_config: dict[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    weights: str = "",
+) -> DeploymentPlan:
+    """The plan of a deployment whose replicas have `ranks` ranks each.
+
+    `deployment` and `model` have the fields of MII's MIIConfig and ModelConfig, which are the same
+    section of Triptych's config. Ports that they leave out are free ones. `model_config`,
+    `settings` and `weights` go into the plan as they are. Raises: ConfigError.
+    """
+    rest_port = None
+    if deployment.enable_restful_api:
+        rest_port = deployment.restful_api_port or free_port()
+    return DeploymentPlan(
+        name=name,
+        port=deployment.port_number or free_port(),
+        model_config=model_config,
+        replicas=plan_replicas(
+            [replica.model_dump() for replica in model.replica_configs],
+            model.device_map,
+            replicas=model.replica_num,
+            ranks=ranks,
+            torch_dist_port=model.torch_dist_port,
+            zmq_port=model.zmq_port_number,
+        ),
+        settings=dict(settings or {}),
+        rest_host=deployment.restful_api_host,
+        rest_port=rest_port,
+        rest_limit=deployment.restful_processes,
+        weights=weights,
+    )
 
 
 def plan_replicas(
-    given: Sequence[Mapping[str, Any]],
+    replica_configs: Sequence[Mapping[str, Any]],
     device_map: Any,
     *,
     replicas: int,
@@ -104,72 +159,50 @@ def plan_replicas(
     torch_dist_port: int | None,
     zmq_port: int | None,
 ) -> list[ReplicaPlan]:
-    """Where replicas of `ranks` ranks run: as MII's ReplicaConfigs say, else on ports counted from
-    the two given, those that are taken or not given being free ones.
+    """Where `replicas` replicas of `ranks` ranks run.
 
-    Raises: ConfigError for devices that do not fit, and for other machines.
+    Devices and ports are those of MII's ReplicaConfigs where there are any. Else devices follow
+    `device_map`, and ports are counted from the two arguments; a port that is taken or None is
+    replaced by a free one. Raises: ConfigError for devices that do not fit, and for other machines.
     """
-    if any(own["hostname"] not in LOCAL for own in given):
-        raise ConfigError("replica_configs: replicas run on this machine only")
+    if any(config["hostname"] not in _LOCAL_HOSTS for config in replica_configs):
+        raise ConfigError("replicas run on this machine only", field="replica_configs")
     devices = _devices(device_map, replicas, ranks)
-    planned = []
+    plans = []
     for i in range(replicas):
-        own = given[i] if given else {}
-        ports = own.get("tensor_parallel_ports") or [free_port()]
-        gpus = own.get("gpu_indices") or devices[i]
+        config = replica_configs[i] if replica_configs else {}
+        grpc_ports = config.get("tensor_parallel_ports") or [free_port()]
+        gpus = config.get("gpu_indices") or devices[i]
         if len(gpus) != ranks:
-            raise ConfigError(f"replica_configs: replica {i} must have {ranks} gpu_indices")
-        planned.append(
+            raise ConfigError(f"replica {i} must have {ranks} gpu_indices", field="replica_configs")
+        plans.append(
             ReplicaPlan(
-                port=ports[0],
-                torch_dist_port=own.get("torch_dist_port")
+                port=grpc_ports[0],
+                torch_dist_port=config.get("torch_dist_port")
                 or free_port(torch_dist_port and torch_dist_port + 100 * i),
-                zmq_port=own.get("zmq_port") or free_port(zmq_port and zmq_port + i),
+                zmq_port=config.get("zmq_port") or free_port(zmq_port and zmq_port + i),
                 gpu_indices=list(gpus),
             )
         )
-    return planned
+    return plans
 
 
 def _devices(device_map: Any, replicas: int, ranks: int) -> list[list[int]]:
-    """GPU indices of each replica's ranks, in any of the forms that MII takes."""
+    """GPU indices of each replica's ranks, from any of the forms that MII accepts."""
     if device_map == "auto":
         return [list(range(i * ranks, (i + 1) * ranks)) for i in range(replicas)]
     if isinstance(device_map, int):
         device_map = [device_map]
     if isinstance(device_map, Mapping):
-        if not set(device_map) <= LOCAL:
-            raise ConfigError("device_map: replicas run on this machine only")
-        slots = [list(each) for host in device_map.values() for each in host]
+        if not set(device_map) <= _LOCAL_HOSTS:
+            raise ConfigError("replicas run on this machine only", field="device_map")
+        slots = [list(gpus) for host in device_map.values() for gpus in host]
     elif device_map and isinstance(device_map[0], int):
         slots = [list(device_map)]
     else:
-        slots = [list(each) for each in device_map]
-    if [len(each) for each in slots] != [ranks] * replicas:
-        raise ConfigError(f"device_map must name {ranks} devices for each of {replicas} replicas")
+        slots = [list(gpus) for gpus in device_map]
+    if [len(gpus) for gpus in slots] != [ranks] * replicas:
+        raise ConfigError(
+            f"must name {ranks} devices for each of {replicas} replicas", field="device_map"
+        )
     return slots
-
-
-FATAL = 3
-"""Exit status of a process that can never run, however often it is started."""
-
-
-FAILURE = "failure.txt"
-"""Beside the plan: why."""
-
-
-def environment(replica: ReplicaPlan, rank: int, threads: int) -> dict[str, str]:
-    """What MII's launcher would set for a rank of a replica."""
-    ranks = str(len(replica.gpu_indices))
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": ranks,
-        "LOCAL_WORLD_SIZE": ranks,
-        "LOCAL_SIZE": ranks,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(replica.torch_dist_port),
-        "CUDA_VISIBLE_DEVICES": ",".join(map(str, replica.gpu_indices)),
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }

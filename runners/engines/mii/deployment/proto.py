@@ -1,8 +1,8 @@
-"""MII's gRPC messages, without importing MII; its wire with lists, null and token ids.
+"""MII's gRPC messages, without importing MII, and the values that MII's protocol lacks.
 
-MII's `Value` has no list and no null. A list travels as the dictionary of its items under "0",
-"1" ..., which stock clients can write too; null is left out. Which tokens a text is made of travels
-in a field of our own, which stock clients skip.
+MII's `Value` has neither lists nor null. A list is sent as a dictionary of its items under "0",
+"1" ..., which stock clients can send too. Null is left out. The token ids of a text are in an
+additional field, which stock clients skip.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from runners.contracts.errors import EngineUnavailable
-from runners.engines.mii.deployment.places import taken
+from runners.engines.mii.deployment.ports import LOOPBACK, port_taken
 
 SERVICE = "/modelresponse.ModelResponse/"
 MAX_MESSAGE_BYTES = 2**27
@@ -25,15 +25,15 @@ MAX_MESSAGE_BYTES = 2**27
 OPTIONS = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A replica that was lost comes back soon; gRPC's own patience grows to two minutes.
+    # A lost replica comes back soon, but gRPC's default pauses grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
-# Two servers on one port would each get some of the requests.
+# With the default, two servers could listen on one port and would each get some of the requests.
 SERVER_OPTIONS = [*OPTIONS, ("grpc.so_reuseport", 0)]
 TOKEN_IDS = 100
-"""The number of our field in MII's `SingleGenerationReply`: token ids, packed varints."""
+"""Number of the additional field of MII's `SingleGenerationReply`: token ids, as packed varints."""
 
 _MODULE = "mii.grpc_related.proto.modelresponse_pb2"
 
@@ -49,22 +49,22 @@ def messages() -> Any:
     file = Path(package.submodule_search_locations[0], "grpc_related/proto/modelresponse_pb2.py")
     spec = importlib.util.spec_from_file_location("modelresponse_pb2", file)
     if spec is None or spec.loader is None:
-        raise EngineUnavailable(f"{file} is not DeepSpeed-MII's")
+        raise EngineUnavailable(f"{file}, a file of DeepSpeed-MII, cannot be imported")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def bind(server: Any, port: int) -> None:
-    """Have a gRPC server listen on loopback. Raises: ConfigError if the port is taken."""
+    """Make a gRPC server listen on loopback. Raises: ConfigError if the port is taken."""
     try:
-        server.add_insecure_port(f"127.0.0.1:{port}")
+        server.add_insecure_port(f"{LOOPBACK}:{port}")
     except RuntimeError:
-        raise taken(port) from None
+        raise port_taken(port) from None
 
 
 def request(prompts: Sequence[str], kwargs: Mapping[str, Any]) -> Any:
-    """A `MultiStringRequest`. Raises: TypeError for a value that has no place in it."""
+    """A `MultiStringRequest`. Raises: TypeError for a value of a type that it cannot hold."""
     return messages().MultiStringRequest(request=prompts, query_kwargs=pack(kwargs))
 
 
@@ -80,12 +80,12 @@ def _value(value: Any) -> Any:
         return messages().Value(mvalue=messages().Dictionary(values=pack(value)))
     fields = {bool: "bvalue", int: "ivalue", float: "fvalue", str: "svalue"}
     if type(value) not in fields:
-        raise TypeError(f"a {type(value).__name__} can not be sent to MII")
+        raise TypeError(f"a {type(value).__name__} cannot be sent to MII")
     return messages().Value(**{fields[type(value)]: value})
 
 
 def with_tokens(reply: Any, token_ids: Sequence[int]) -> Any:
-    """A `SingleGenerationReply` that also says which tokens its text is made of."""
+    """Add the token ids of its text to a `SingleGenerationReply`."""
     if token_ids:
         packed = b"".join(map(_varint, token_ids))
         reply.MergeFromString(_varint(TOKEN_IDS << 3 | 2) + _varint(len(packed)) + packed)
@@ -93,10 +93,10 @@ def with_tokens(reply: Any, token_ids: Sequence[int]) -> Any:
 
 
 def tokens_of(reply: Any) -> list[int] | None:
-    """What `with_tokens` was given; None from a server that does not say."""
+    """The token ids that `with_tokens` added; None if there are none, as from stock MII."""
     for field in UnknownFieldSet(reply):
         if field.field_number == TOKEN_IDS:
-            return _numbers(field.data)
+            return _unpack_varints(field.data)
     return None
 
 
@@ -108,7 +108,7 @@ def _varint(number: int) -> bytes:
     return bytes([*out, number])
 
 
-def _numbers(packed: bytes) -> list[int]:
+def _unpack_varints(packed: bytes) -> list[int]:
     numbers, number, shift = [], 0, 0
     for byte in packed:
         number |= (byte & 0x7F) << shift

@@ -1,10 +1,14 @@
-"""`python -m runners.engines.mii.deployment.supervisor PLAN PARENT_PID|--detached`: keeps one up.
+"""`python -m runners.engines.mii.deployment.supervisor PLAN PARENT_PID|--detached`.
 
-A replica that loses a process is ended whole and started again; so are the balancer and the
-gateway. When a client terminates the deployment, all processes are ended and the plan is removed;
-the lock on its folder (see `starting`), which was inherited, is held until then.
-With a parent, the deployment goes with it; without, it outlives everybody. MII's own launcher
-watches nothing of this.
+The process that starts the processes of a deployment and keeps them running. A replica that loses
+one rank is killed whole and restarted; so are the balancer and the gateway. When a client
+terminates the deployment, all processes are killed and the plan is removed. The lock on the
+deployment's folder, inherited from the parent (see `registry`), is released with this process. With
+a parent the deployment ends when the parent does; a detached deployment outlives it.
+
+MII's own launcher supervises nothing. circus restarts processes one by one and torch elastic one
+group of ranks; neither knows a replica that never listened from one that served and died, which
+decides here whether a restart can help.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runners.engines.mii.deployment.places import listens
-from runners.engines.mii.deployment.plan import FATAL, DeploymentPlan, environment, read_plan
+from runners.engines.mii.deployment.plan import FATAL, DeploymentPlan, ReplicaPlan, read_plan
+from runners.engines.mii.deployment.ports import LOOPBACK, listens
 from runners.protocol.environment import usable_cores
 from runners.protocol.process import die_with_parent, ignore_signals
 
@@ -26,28 +30,49 @@ GATEWAY_EXIT_S = 5.0
 MAX_PAUSE_S = 10.0
 MAX_FAILURES = 5
 QUICK_S = 30.0
-"""A part that ends sooner has failed to start, as has one that never listened."""
-POLL_S = 0.5
+"""A process group that ends sooner has failed to start, as has one that never listened."""
+_POLL_S = 0.5
 
 
 @dataclass
-class Part:
-    """Processes that live and die together."""
+class ProcessGroup:
+    """Processes that are started and killed together."""
 
     name: str
     port: int
     """Where it listens once it serves."""
     commands: list[tuple[list[str], dict[str, str]]]
+    """Arguments and additional environment variables of each process."""
     processes: list[asyncio.subprocess.Process] = field(default_factory=list)
 
-    async def live(self, head: list[str]) -> tuple[int, bool]:
-        """Start all, wait for the first to end, end the others; its status, and whether it ever
-        served."""
+    async def supervise(self, program: list[str]) -> bool:
+        """Run the group, and restart it until it exits with status 0 or restarts cannot help.
+
+        `program`: the start of each process's command line. Returns whether the status was 0.
+        """
+        loop, failures = asyncio.get_running_loop(), 0
+        while True:
+            started = loop.time()
+            status, served = await self.run(program)
+            if status in (0, FATAL):
+                return status == 0
+            succeeded = served and loop.time() - started > QUICK_S
+            failures = 1 if succeeded else failures + 1
+            if failures > MAX_FAILURES:
+                return False
+            print(f"{self.name} exited with status {status}: restarting it", flush=True)
+            await asyncio.sleep(min(MAX_PAUSE_S, 2.0**failures - 1.5))
+
+    async def run(self, program: list[str]) -> tuple[int, bool]:
+        """Start all processes, wait until the first ends, and kill the others.
+
+        Returns the status of the first, and whether the group ever listened.
+        """
         waits: list[asyncio.Task[int]] = []
         try:
             for arguments, env in self.commands:
                 process = await asyncio.create_subprocess_exec(
-                    *head, *arguments, env=os.environ | env, stdin=asyncio.subprocess.DEVNULL
+                    *program, *arguments, env=os.environ | env, stdin=asyncio.subprocess.DEVNULL
                 )
                 self.processes.append(process)
                 waits.append(asyncio.create_task(process.wait()))
@@ -56,86 +81,93 @@ class Part:
                 served = served or listens(self.port)
                 done, _ = await asyncio.wait(
                     waits,
-                    timeout=None if served else POLL_S,
+                    timeout=None if served else _POLL_S,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
             return next(iter(done)).result(), served
         finally:
-            await self.end()
+            await self.kill()
 
-    async def end(self) -> None:
-        """End all of it: nothing of a deployment has anything to save."""
+    async def kill(self) -> None:
+        """Kill all processes: none of a deployment has anything to save."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         await asyncio.gather(*(process.wait() for process in self.processes))
         self.processes.clear()
 
-    async def keep(self, head: list[str]) -> bool:
-        """Start it again whenever it ends, until it ends by itself with status 0: True. False if
-        that can not help."""
-        loop, failures = asyncio.get_running_loop(), 0
-        while True:
-            began = loop.time()
-            status, served = await self.live(head)
-            if status in (0, FATAL):
-                return status == 0
-            lasted = served and loop.time() - began > QUICK_S
-            failures = 1 if lasted else failures + 1
-            if failures > MAX_FAILURES:
-                return False
-            print(f"{self.name} ended with status {status}: starting it again", flush=True)
-            await asyncio.sleep(min(MAX_PAUSE_S, 2.0**failures - 1.5))
 
-
-def parts(plan: DeploymentPlan) -> tuple[Part, list[Part], Part | None]:
-    """The balancer, the replicas, and the gateway if there is one."""
+def process_groups(
+    plan: DeploymentPlan,
+) -> tuple[ProcessGroup, list[ProcessGroup], ProcessGroup | None]:
+    """The balancer, the replicas, and the gateway if the plan has one."""
     ranks = sum(len(replica.gpu_indices) for replica in plan.replicas)
     threads = plan.settings.get("num_threads") or max(1, usable_cores() // ranks)
     replicas = [
-        Part(
+        ProcessGroup(
             f"replica {i}",
             replica.port,
             [
-                (["replica", str(i), str(rank)], environment(replica, rank, threads))
+                (["replica", str(i), str(rank)], rank_environment(replica, rank, threads))
                 for rank in range(len(replica.gpu_indices))
             ],
         )
         for i, replica in enumerate(plan.replicas)
     ]
-    rest = plan.rest_port
-    gateway = Part("gateway", rest, [(["gateway"], {})]) if rest is not None else None
-    return Part("balancer", plan.port, [(["balancer"], {})]), replicas, gateway
+    gateway = None
+    if plan.rest_port is not None:
+        gateway = ProcessGroup("gateway", plan.rest_port, [(["gateway"], {})])
+    return ProcessGroup("balancer", plan.port, [(["balancer"], {})]), replicas, gateway
 
 
-async def keep(path: Path) -> None:
-    """Until a client terminates the deployment."""
+def rank_environment(replica: ReplicaPlan, rank: int, threads: int) -> dict[str, str]:
+    """The variables that MII's launcher would set for a rank of a replica."""
+    ranks = str(len(replica.gpu_indices))
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "LOCAL_SIZE": ranks,
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(replica.torch_dist_port),
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, replica.gpu_indices)),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+async def supervise(path: Path) -> None:
+    """Run the deployment of a plan until a client terminates it or a replica cannot be run."""
     plan = read_plan(path)
-    head = [sys.executable, "-m", "runners.engines.mii.launch", str(path), str(os.getpid())]
-    balancer, replicas, gateway = parts(plan)
-    at_door = asyncio.create_task(balancer.keep(head))
-    models = [asyncio.create_task(_lasting(replica, head)) for replica in replicas]
-    rest = [asyncio.create_task(gateway.keep(head))] if gateway is not None else []
+    program = [sys.executable, "-m", "runners.engines.mii.launch", str(path), str(os.getpid())]
+    balancer, replicas, gateway = process_groups(plan)
+    balancing = asyncio.create_task(balancer.supervise(program))
+    serving = [asyncio.create_task(_supervise_replica(replica, program)) for replica in replicas]
+    rest = [asyncio.create_task(gateway.supervise(program))] if gateway is not None else []
     try:
-        await asyncio.wait({at_door, *models}, return_when=asyncio.FIRST_COMPLETED)
-        if rest and at_door.done():
-            # MII's client asks it to end too, and minds if it is gone already.
+        await asyncio.wait({balancing, *serving}, return_when=asyncio.FIRST_COMPLETED)
+        if rest and balancing.done():
+            # MII's client then asks the gateway to end too, and fails if it is gone by then.
             await asyncio.wait(rest, timeout=GATEWAY_EXIT_S)
     finally:
-        for task in (at_door, *models, *rest):
+        for task in (balancing, *serving, *rest):
             task.cancel()
-        await asyncio.gather(at_door, *models, *rest, return_exceptions=True)
+        await asyncio.gather(balancing, *serving, *rest, return_exceptions=True)
         os.unlink(path)
 
 
-async def _lasting(replica: Part, head: list[str]) -> None:
-    """Keep a replica; returns if it can not be kept. One that a client ended directly stays so."""
-    if await replica.keep(head):
+async def _supervise_replica(replica: ProcessGroup, program: list[str]) -> None:
+    """Returns once restarting a replica cannot help.
+
+    A replica that a client has terminated directly is not restarted.
+    """
+    if await replica.supervise(program):
         await asyncio.Event().wait()
 
 
-async def _until_eof(path: Path) -> None:
-    """Keep it until its parent closes our stdin, too."""
+async def _supervise_until_eof(path: Path) -> None:
+    """Supervise a deployment until its parent closes the pipe to stdin, or dies."""
     loop = asyncio.get_running_loop()
     eof = asyncio.Event()
 
@@ -145,35 +177,36 @@ async def _until_eof(path: Path) -> None:
             loop.remove_reader(0)
 
     loop.add_reader(0, read)
-    gone = asyncio.create_task(eof.wait())
-    keeping = asyncio.create_task(keep(path))
-    await asyncio.wait({keeping, gone}, return_when=asyncio.FIRST_COMPLETED)
-    keeping.cancel()
+    parent_gone = asyncio.create_task(eof.wait())
+    supervising = asyncio.create_task(supervise(path))
+    await asyncio.wait({supervising, parent_gone}, return_when=asyncio.FIRST_COMPLETED)
+    supervising.cancel()
     with contextlib.suppress(asyncio.CancelledError):
-        await keeping
+        await supervising
+
+
+async def _supervise_until_sigterm(path: Path) -> None:
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - asyncio.run made it
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await supervise(path)
 
 
 def main() -> None:
-    """See the module."""
+    """Supervise the deployment whose plan is the first argument."""
     path, parent = Path(sys.argv[1]), sys.argv[2]
     if parent == "--detached":
-        # A server's supervisor ends its descendants with it: this must not be one.
+        # BentoML's supervisor ends all descendants of a server: the parent exits, so that this
+        # process is none.
         if os.fork():
             os._exit(0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(_until_terminated(path))
+            asyncio.run(_supervise_until_sigterm(path))
         return
     die_with_parent(int(parent))
     ignore_signals()
-    asyncio.run(_until_eof(path))
-
-
-async def _until_terminated(path: Path) -> None:
-    task = asyncio.current_task()
-    assert task is not None  # noqa: S101 - asyncio.run made it
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await keep(path)
+    asyncio.run(_supervise_until_eof(path))
 
 
 if __name__ == "__main__":

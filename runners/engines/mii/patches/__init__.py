@@ -1,16 +1,17 @@
-"""DeepSpeed-MII 0.3.3, mended, and on a CPU too: importing this package is all it takes.
+"""Patches of DeepSpeed-MII 0.3.3, applied by importing this package.
 
     import runners.engines.mii.patches
     import mii
     pipe = mii.pipeline("mistralai/Mistral-7B-v0.1")
 
-MII's scheduler, its configuration, its wire and its API are MII's own. Replaced, each where `apply`
-says so and only if it is what it was when the patch was written:
+They fix MII's bugs and run MII on a CPU. MII's scheduler, configuration, gRPC protocol and Python
+API stay MII's own. Replaced, each by `apply` and only if its source is the one that the patch was
+written for:
 
-- the engine under it, where there is no CUDA: `stand_in`, over Triptych's ragged engine;
-- what it chooses tokens by, ends requests by, and does when something fails: `batching`;
-- the sockets between ranks: `sockets`; a replica's gRPC server: `wire`;
-- the processes of `mii.serve`: `server`, kept by `runners.engines.mii.deployment`.
+- the inference engine where there is no CUDA: `cpu_engine`, over Triptych's ragged engine;
+- sampling, the end of requests, and what happens when a step fails: `batching`, `requests`;
+- the sockets between ranks: `sockets`; the gRPC servicer of a replica: `servicer`;
+- the processes of `mii.serve`: `server`, supervised by `runners.engines.mii.deployment`.
 """
 
 from __future__ import annotations

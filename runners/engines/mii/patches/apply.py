@@ -1,4 +1,4 @@
-"""What of MII is replaced, in one list. See the package."""
+"""Which parts of MII are replaced, and by what. Called by importing the package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-# MII and DeepSpeed look at the environment when they are imported.
+# MII and DeepSpeed read the environment when they are imported.
 import deepspeed.ops
 import mii.api
 import mii.backend
@@ -26,16 +26,16 @@ from mii.batching import ragged_batching
 from mii.batching.data_classes import Request, RequestBatch
 from mii.grpc_related import modelresponse_server, task_methods
 
-from runners.engines.mii.deployment.places import private_cache
 from runners.engines.mii.deployment.proto import pack
-from runners.engines.mii.patches.batching import MendedAsyncPipeline, MendedPipeline
-from runners.engines.mii.patches.loading import loader, on_gpu
-from runners.engines.mii.patches.server import KeptServer, parse
+from runners.engines.mii.deployment.registry import private_cache
+from runners.engines.mii.patches.batching import PatchedAsyncPipeline, PatchedPipeline
+from runners.engines.mii.patches.loading import on_gpu, patched_load_model
+from runners.engines.mii.patches.server import DetachedServer, patched_parse_kwargs
+from runners.engines.mii.patches.servicer import ResponseServicer, serve_on_loopback
 from runners.engines.mii.patches.sockets import LoopbackContext
-from runners.engines.mii.patches.source_check import Overlay, check
-from runners.engines.mii.patches.wire import Replies, serve_on_loopback
+from runners.engines.mii.patches.source_check import check_source
 
-KNOWN: dict[str, tuple[Callable[..., Any] | type, str]] = {
+ORIGINALS: dict[str, tuple[Callable[..., Any] | type, str]] = {
     "RaggedBatchBase": (ragged_batching.RaggedBatchBase, "2c869fd85237"),
     "MIIPipeline": (ragged_batching.MIIPipeline, "3146399e7b75"),
     "MIIAsyncPipeline": (ragged_batching.MIIAsyncPipeline, "535bbbc7ed92"),
@@ -51,30 +51,45 @@ KNOWN: dict[str, tuple[Callable[..., Any] | type, str]] = {
     "kwarg_dict_to_proto": (mii.utils.kwarg_dict_to_proto, "863c04b165e1"),
     "TextGenerationMethods": (task_methods.TextGenerationMethods, "0e6f1e7db5e5"),
 }
-"""All that a patch replaces, wraps or builds on, with its fingerprint in MII 0.3.3."""
+"""What patches replace, wrap or derive from, with the digest of its source in MII 0.3.3."""
+
+
+class ModuleOverlay:
+    """A module with some of its names replaced, for one module that imports it."""
+
+    def __init__(self, module: object, **replacements: object) -> None:
+        self._module = module
+        self.__dict__.update(replacements)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 @lru_cache(maxsize=1)
 def apply() -> None:
-    """Patch MII in this process. Raises: EngineUnavailable if it is another version's."""
-    for patched, expected in KNOWN.values():
-        check(patched, expected)
+    """Patch MII in this process. Raises: EngineUnavailable if MII is of another version."""
+    for original, expected in ORIGINALS.values():
+        check_source(original, expected)
     private_cache()
-    # Built at the first start for minutes, under a lock that a killed build leaves behind.
+    # DeepSpeed would build it for minutes at the first start, under a lock that a killed build
+    # leaves behind.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for module in (mii.modeling.models, mii.api):
-        module.load_model = loader(KNOWN["load_model"][0])
+        module.load_model = patched_load_model(ORIGINALS["load_model"][0])
     for module in (mii.batching, mii.api):
-        module.MIIPipeline, module.MIIAsyncPipeline = MendedPipeline, MendedAsyncPipeline
-    ragged_batching.zmq = Overlay(zmq, Context=LoopbackContext)
-    ragged_batching.time = Overlay(time, sleep=lambda _: None)  # ranks are waited for by name
+        module.MIIPipeline, module.MIIAsyncPipeline = PatchedPipeline, PatchedAsyncPipeline
+    ragged_batching.zmq = ModuleOverlay(zmq, Context=LoopbackContext)
+    # MII sleeps a second for its ranks to connect; `PatchedBatching` waits for each instead.
+    ragged_batching.time = ModuleOverlay(time, sleep=lambda _: None)
     if not on_gpu():
-        nothing = Overlay(torch.cuda, synchronize=lambda: None)
-        ragged_batching.torch = Overlay(torch, cuda=nothing)
-    modelresponse_server.ModelResponse = Replies
+        cuda = ModuleOverlay(torch.cuda, synchronize=lambda: None)
+        ragged_batching.torch = ModuleOverlay(torch, cuda=cuda)
+    modelresponse_server.ModelResponse = ResponseServicer
     modelresponse_server._do_serve = serve_on_loopback
     for module in (mii.utils, task_methods):
         module.kwarg_dict_to_proto = pack
     for module in (mii.backend, mii.backend.server):
-        module.MIIServer = KeptServer
-    mii.api._parse_kwargs_to_mii_config = parse(KNOWN["_parse_kwargs_to_mii_config"][0])
+        module.MIIServer = DetachedServer
+    mii.api._parse_kwargs_to_mii_config = patched_parse_kwargs(
+        ORIGINALS["_parse_kwargs_to_mii_config"][0]
+    )

@@ -1,8 +1,8 @@
-"""`mii.modeling.models.load_model`, on the machine there is.
+"""`mii.modeling.models.load_model`, with and without CUDA.
 
-On CUDA it is MII's own, FastGen's kernels built under a lock that no killed build leaves behind.
-Elsewhere the stand-in, whose model is loaded as the Accelerate engine does, or split over ranks as
-the DeepSpeed engine does.
+On CUDA it is MII's own; FastGen's kernels are built under a lock that a killed build does not leave
+behind. Elsewhere it makes a `CPUInferenceEngine`, whose model is loaded as by the Accelerate
+engine, or split over ranks as by the DeepSpeed engine.
 """
 
 from __future__ import annotations
@@ -25,45 +25,43 @@ from runners.config.mii import FASTGEN_BLOCK
 from runners.config.model import AccelerateTextConfig, DeepSpeedTextConfig, MIITextConfig
 from runners.engines import accelerate
 from runners.engines.deepspeed.load import load_split
-from runners.engines.mii.patches.stand_in import StandInEngine
+from runners.engines.mii.deployment.plan import ENGINE_FIELDS
+from runners.engines.mii.patches.cpu_engine import CPUInferenceEngine
 from runners.protocol.cache import building, cache_folder
 from runners.rank.process_group import connect
 from runners.text.loading import batch
 from runners.text.lockstep import Ranks
 from runners.text.parity import Proof
 
-COMMON = frozenset({"dtype", "cpu_kernels", "weight_quantization", "prefix_caching", "num_threads"})
-"""Fields of our own config that a stand-in has a use for."""
-
 settings: dict[str, Any] = {}
-"""Values of `COMMON` in this process, where another process's config decides them."""
+"""Values of `ENGINE_FIELDS` in a process of a deployment, from its plan."""
 
 
 def on_gpu() -> bool:
-    """Whether MII runs on its own kernels here."""
+    """Whether MII runs on its own kernels in this process."""
     return torch.cuda.is_available()
 
 
-def loader(stock: Callable[[ModelConfig], Any]) -> Callable[[ModelConfig], Any]:
-    """`load_model`, with `stock` being MII's own."""
+def patched_load_model(original: Callable[[ModelConfig], Any]) -> Callable[[ModelConfig], Any]:
+    """`load_model`; `original` is MII's own."""
 
     def load_model(model_config: ModelConfig) -> Any:
         if not on_gpu():
-            return load_stand_in(model_config)
+            return load_cpu_engine(model_config)
         with building_kernels():
-            return stock(model_config)
+            return original(model_config)
 
     return load_model
 
 
-def load_stand_in(model_config: ModelConfig) -> StandInEngine:
-    """The stand-in engine for what MII was told. Raises: ConfigError."""
-    if settings.get("num_threads"):
-        torch.set_num_threads(settings["num_threads"])
+def load_cpu_engine(model_config: ModelConfig) -> CPUInferenceEngine:
+    """The engine that MII's config describes, without CUDA. Raises: ConfigError."""
+    if (num_threads := settings.get("num_threads")) is not None:
+        torch.set_num_threads(num_threads)
     config = runner_config(model_config)
     model, proof, ranks = load_model_on_cpu(config)
     batched = batch(model, config, proof=proof, ranks=ranks)
-    return StandInEngine(
+    return CPUInferenceEngine(
         batched.engine(), model_config.inference_engine_config, max_context=batched.max_context
     )
 
@@ -73,16 +71,17 @@ def load_model_on_cpu(
     progress: Callable[[str], None] = lambda _: None,
     store: Store | None = None,
 ) -> tuple[PreTrainedModel, Proof | None, Ranks | None]:
-    """The model, or this rank's share of it with its proof and its group.
+    """The model, or this rank's share of it with its proof and its rank group.
 
-    `store`: where ranks meet, if not where the environment says. Raises: ConfigError.
+    `progress`: takes a sentence at each phase of loading. `store`: where the ranks meet; None:
+    where the environment says. Raises: ConfigError.
     """
     if config.tensor_parallel == 1:
-        placed = AccelerateTextConfig(**_common(config), device_map="cpu")
-        return accelerate.load_model(placed, Path(tempfile.gettempdir())), None, None
-    # Our launcher sets it, that of `mii.serve` does not.
+        one_device = AccelerateTextConfig(**_shared_fields(config), device_map="cpu")
+        return accelerate.load_model(one_device, Path(tempfile.gettempdir())), None, None
+    # DeepSpeed's launcher does not set it.
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
-    split = DeepSpeedTextConfig(**_common(config), tensor_parallel=config.tensor_parallel)
+    split = DeepSpeedTextConfig(**_shared_fields(config), tensor_parallel=config.tensor_parallel)
     groups = connect(config, store)
     ranks = Ranks(groups.control)
     model, proof = load_split(split, groups, ranks, progress)
@@ -90,7 +89,7 @@ def load_model_on_cpu(
 
 
 def runner_config(model_config: ModelConfig) -> MIITextConfig:
-    """MII's config as ours."""
+    """MII's config as Triptych's."""
     manager = model_config.inference_engine_config.state_manager
     memory = manager.memory_config
     allocated = str(getattr(memory.mode, "value", memory.mode)) == "allocate"
@@ -107,18 +106,18 @@ def runner_config(model_config: ModelConfig) -> MIITextConfig:
 
 
 def local_folder(name: str) -> Path:
-    """A model's folder, fetched from the hub if the name is none. Only what holds no code."""
+    """A model's folder, or its files from the hub that contain no code."""
     if os.path.isdir(name):
         return Path(name)
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-    return Path(snapshot_download(name, allow_patterns=wanted))
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    return Path(snapshot_download(name, allow_patterns=patterns))
 
 
 @contextmanager
 def building_kernels() -> Iterator[None]:
     """Hold the lock of the folder in which FastGen's kernels are built.
 
-    A folder that the operator chose is left alone.
+    A folder that `TORCH_EXTENSIONS_DIR` names already is not locked.
     """
     folder = cache_folder("extensions")
     if os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder)) != str(folder):
@@ -128,5 +127,5 @@ def building_kernels() -> Iterator[None]:
         yield
 
 
-def _common(config: TextConfig) -> Mapping[str, Any]:
-    return {name: getattr(config, name) for name in (*COMMON, "name", "model_path")}
+def _shared_fields(config: TextConfig) -> Mapping[str, Any]:
+    return {name: getattr(config, name) for name in (*ENGINE_FIELDS, "name", "model_path")}

@@ -1,8 +1,9 @@
-"""MII's request, with exact lengths and a text of its own.
+"""MII's request with exact limits, whose text survives the loss of its KV.
 
-MII's counts the prompt among `min_new_tokens`, generates a token too many up to `max_length`, and
-forgets what it generated when its KV is taken away. What ends it, and the text so far, is kept
-here; the fields MII's scheduler reads keep their meaning.
+MII's own counts the prompt towards `min_new_tokens`, generates one token too many up to
+`max_length`, and forgets its generated tokens when its KV is freed. This one keeps what it has
+generated, and why it ended, in a state that all copies share; the fields that MII's scheduler reads
+keep their meaning.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from mii.batching.data_classes import Request
 from mii.constants import GenerationFinishReason
+from typing_extensions import override
 
 from runners.text.detokenizer import Detokenizer
 from runners.text.sampling import SamplerState
@@ -22,71 +24,70 @@ LENGTH: Any = GenerationFinishReason.LENGTH
 
 
 @dataclass
-class Progress:
-    """What a request has come to, whichever copy of it MII works on."""
+class RequestState:
+    """What a request has generated; the same object for every copy that MII makes of it."""
 
     prompt: list[int]
     sampler: SamplerState
     detokenizer: Detokenizer
     eos_ids: frozenset[int]
     tokens: list[int] = field(default_factory=list)
-    """Generated so far, an end token among them."""
-    text: str = ""
-    """Certain text that has not been handed out."""
-    unsent: list[int] = field(default_factory=list)
-    """Tokens that have not been handed out."""
-    ended: Any = NONE
+    """All generated tokens, with the end token."""
+    unsent_text: str = ""
+    """Text that can no longer change and is not sent yet."""
+    unsent_tokens: list[int] = field(default_factory=list)
+    """Tokens that are not sent yet."""
+    finish_reason: Any = NONE
 
-    def take(self, token: int, *, most: int) -> None:
-        """A token was sampled; `most` may be generated in all."""
+    def append(self, token: int, *, max_tokens: int) -> None:
+        """Add a sampled token; the request ends at `max_tokens` generated tokens."""
         self.tokens.append(token)
-        self.unsent.append(token)
+        self.unsent_tokens.append(token)
         if token in self.eos_ids:
-            self.ended = STOP
-        else:
-            may_stop = len(self.tokens) >= self.sampler.min_new_tokens
-            self.text += self.detokenizer.add(token, may_stop=may_stop)
-            if self.detokenizer.stopped:
-                self.ended = STOP
-            elif len(self.tokens) >= most:
-                self.ended = LENGTH
-        if self.ended != NONE:
-            self.finish()
+            self.finish(STOP)
+            return
+        may_stop = len(self.tokens) >= self.sampler.min_new_tokens
+        self.unsent_text += self.detokenizer.add(token, may_stop=may_stop)
+        if self.detokenizer.stopped:
+            self.finish(STOP)
+        elif len(self.tokens) >= max_tokens:
+            self.finish(LENGTH)
 
-    def finish(self) -> None:
-        """Nothing will follow."""
-        self.text += self.detokenizer.finish()
-        self.ended = STOP if self.detokenizer.stopped else self.ended
+    def finish(self, reason: Any) -> None:
+        """End the request, by `reason` unless the last of its text completes a stop string."""
+        self.unsent_text += self.detokenizer.finish()
+        self.finish_reason = STOP if self.detokenizer.stopped else reason
 
 
 @dataclass
-class ExactRequest(Request):  # type: ignore[misc]  # MII carries no types
-    """MII's request, whose end is its `progress`'s."""
+class TrackedRequest(Request):  # type: ignore[misc]  # MII has no types
+    """MII's request over a `RequestState`."""
 
-    progress: Progress | None = None
-    """None for a request that only gives its KV back."""
-
-    @property
-    def most(self) -> int:
-        """How many tokens may be generated in all."""
-        params, progress = self.generate_params, self._known
-        return int(min(params.max_new_tokens, params.max_length - len(progress.prompt)))
+    state: RequestState | None = None
+    """None for a request that only frees the KV of its sequence."""
 
     @property
-    def _known(self) -> Progress:
-        assert self.progress is not None  # noqa: S101 - only asked of requests that run
-        return self.progress
+    def generation(self) -> RequestState:
+        """The state of a request that generates."""
+        assert self.state is not None  # noqa: S101 - MII asks only requests that generate
+        return self.state
 
     @property
+    def max_tokens(self) -> int:
+        """How many tokens it generates at most."""
+        params = self.generate_params
+        return int(min(params.max_new_tokens, params.max_length - len(self.generation.prompt)))
+
+    @property
+    @override
     def stop_generation(self) -> bool:
-        """Whether it is over."""
-        return bool(self._known.ended != NONE)
+        return bool(self.generation.finish_reason != NONE)
 
     @property
+    @override
     def finish_reason(self) -> Any:
-        """Why it is over, or NONE."""
-        return self._known.ended
+        return self.generation.finish_reason
 
+    @override
     def accumulate_generated_token(self) -> None:
-        """Take the token that was sampled last."""
-        self._known.take(int(self.next_token), most=self.most)
+        self.generation.append(int(self.next_token), max_tokens=self.max_tokens)

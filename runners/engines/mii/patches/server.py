@@ -1,4 +1,4 @@
-"""`mii.serve`'s server: the same processes, but kept, on this machine's loopback."""
+"""`mii.serve`: a detached, supervised deployment, on loopback, in place of MII's server."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ from typing import Any
 from mii.backend.server import MIIServer
 from mii.config import MIIConfig
 
-from runners.engines.mii.deployment.places import deployment_folder, free_port, private_cache
-from runners.engines.mii.deployment.plan import DeploymentPlan, plan_replicas
-from runners.engines.mii.deployment.starting import (
-    runs_already,
-    start,
-    wait_until_gone,
-    wait_until_serving,
+from runners.engines.mii.deployment.plan import plan_deployment
+from runners.engines.mii.deployment.ports import free_port
+from runners.engines.mii.deployment.registry import (
+    already_running,
+    deployment_folder,
+    private_cache,
+    wait_until_stopped,
 )
+from runners.engines.mii.deployment.starting import start, wait_until_serving
 
 
-class KeptServer(MIIServer):  # type: ignore[misc]  # MII carries no types
-    """Stands a deployment up, and returns once it answers."""
+class DetachedServer(MIIServer):  # type: ignore[misc]  # MII has no types
+    """Starts a deployment that outlives this process, and returns once it serves."""
 
     def __init__(self, mii_config: MIIConfig) -> None:
-        folder = deployment_folder(mii_config.deployment_name)
-        plan = plan_deployment(mii_config)
-        keeper = start(plan, folder, outlives=True)
-        if keeper is None:
-            raise runs_already(plan.name, folder)
-        keeper.wait()  # it has left a process of its own
+        model = mii_config.model_conf
+        plan = plan_deployment(
+            mii_config,
+            model,
+            name=mii_config.deployment_name,
+            ranks=model.tensor_parallel,
+            model_config=model.model_dump(mode="json"),
+        )
+        folder = deployment_folder(plan.name)
+        supervisor = start(plan, folder, detached=True)
+        if supervisor is None:
+            raise already_running(plan.name, folder)
+        supervisor.wait()  # it has forked: this is the parent, which exits at once
         wait_until_serving(plan, folder)
 
 
-def parse(stock: Callable[..., MIIConfig]) -> Callable[..., MIIConfig]:
-    """`mii.serve`'s reading of its arguments; ports it was not told are free ones."""
+def patched_parse_kwargs(original: Callable[..., MIIConfig]) -> Callable[..., MIIConfig]:
+    """MII's parser of the arguments of `mii.serve`; ports that they leave out are free ones."""
 
     def parse_kwargs(
         model_name_or_path: str = "",
@@ -41,41 +49,18 @@ def parse(stock: Callable[..., MIIConfig]) -> Callable[..., MIIConfig]:
         **kwargs: Any,
     ) -> MIIConfig:
         private_cache()
-        given = dict(mii_config or {})
-        config = stock(
+        config = original(
             model_name_or_path,
+            # MII writes into both.
             None if model_config is None else dict(model_config),
-            given,
+            dict(mii_config or {}),
             **kwargs,
         )
         for name in ("port_number", "restful_api_port"):
             if name not in kwargs and name not in (mii_config or {}):
                 setattr(config, name, free_port(getattr(config, name)))
-        # Before MII overwrites what the other's clients find it by.
-        wait_until_gone(config.deployment_name, deployment_folder(config.deployment_name))
+        # MII overwrites the score file next, by which clients find a deployment that still runs.
+        wait_until_stopped(config.deployment_name, deployment_folder(config.deployment_name))
         return config
 
     return parse_kwargs
-
-
-def plan_deployment(config: MIIConfig, settings: Mapping[str, Any] | None = None) -> DeploymentPlan:
-    """The processes that MII's config asks for. Raises: ConfigError."""
-    model: Any = config.model_conf
-    replicas = plan_replicas(
-        [replica.model_dump() for replica in model.replica_configs],
-        model.device_map,
-        replicas=model.replica_num,
-        ranks=model.tensor_parallel,
-        torch_dist_port=model.torch_dist_port,
-        zmq_port=model.zmq_port_number,
-    )
-    return DeploymentPlan(
-        name=config.deployment_name,
-        port=config.port_number,
-        model_config=model.model_dump(mode="json"),
-        replicas=replicas,
-        settings=dict(settings or {}),
-        rest_host=config.restful_api_host,
-        rest_port=config.restful_api_port if config.enable_restful_api else None,
-        rest_limit=config.restful_processes,
-    )

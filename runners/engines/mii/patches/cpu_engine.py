@@ -1,6 +1,6 @@
-"""StandInEngine: DeepSpeed FastGen's `InferenceEngineV2` on any device, over the ragged engine.
+"""CPUInferenceEngine: DeepSpeed FastGen's `InferenceEngineV2` without CUDA, over the ragged engine.
 
-It has the members that MII uses of that class, with their meanings.
+It has the members of that class that MII uses, with the same meaning.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ from runners.text.engine import RaggedEngine
 from runners.text.paging.blocks import BLOCK_SIZE
 
 
-class StandInEngine:
-    """See the module. With several ranks each has one, and all are told the same."""
+class CPUInferenceEngine:
+    """One rank's engine; MII calls those of all ranks with the same arguments."""
 
     def __init__(
-        self, ragged: RaggedEngine, config: RaggedInferenceEngineConfig, *, max_context: int
+        self, engine: RaggedEngine, config: RaggedInferenceEngineConfig, *, max_context: int
     ) -> None:
-        self._ragged = ragged
+        self._engine = engine
         self._config = config
         self._lengths: dict[int, int] = {}
         self.max_context = min(max_context, config.state_manager.max_context)
         model_config = SimpleNamespace(max_seq_length=self.max_context)
-        # Where MII looks for the length of the model's context.
+        # MII reads the length of the model's context here.
         self._policy = SimpleNamespace(
             _checkpoint_engine=SimpleNamespace(model_config=model_config)
         )
 
     @property
     def total_tokens(self) -> int:
-        """Tokens that the KV holds."""
-        return self._ragged.total_tokens
+        """Tokens that fit into the KV cache."""
+        return self._engine.total_tokens
 
     @property
     def free_blocks(self) -> torch.Tensor:
-        """Blocks that can be had, `[1]`."""
-        return torch.tensor([self._ragged.free_tokens // BLOCK_SIZE])
+        """Free KV blocks, `[1]`."""
+        return torch.tensor([self._engine.free_tokens // BLOCK_SIZE])
 
     def get_remaining_block_capacity(self, uid: int) -> int:
-        """Tokens that still fit into the last block of a sequence."""
+        """Free tokens in the last KV block of a sequence."""
         return -self._lengths.get(uid, 0) % BLOCK_SIZE
 
     def query(self, uid: int, max_request_tokens: int, max_request_blocks: int) -> tuple[int, int]:
-        """How many of so many tokens a sequence could be given, and the blocks they would take."""
+        """How many tokens a sequence can be extended by, within limits, and the blocks for them."""
         length = self._lengths.get(uid)
         if length is None:
             if len(self._lengths) >= self._config.state_manager.max_tracked_sequences:
                 return 0, 0
             length = 0
-        room = -length % BLOCK_SIZE + int(max_request_blocks) * BLOCK_SIZE
-        tokens = min(max_request_tokens, room, self.max_context - length)
+        kv_room = -length % BLOCK_SIZE + int(max_request_blocks) * BLOCK_SIZE
+        tokens = min(max_request_tokens, kv_room, self.max_context - length)
         return tokens, self._blocks(length, tokens)
 
     def can_schedule(self, uids: Iterable[int], lengths: Iterable[int]) -> SchedulingResult:
-        """Whether one step could take so many tokens of these sequences."""
+        """Whether one step can extend sequences by `lengths` tokens, or why it cannot."""
         manager = self._config.state_manager
         counts = dict(zip(uids, lengths, strict=True))
-        known = {uid: self._lengths.get(uid, 0) for uid in counts}
-        blocks = sum(self._blocks(known[uid], count) for uid, count in counts.items())
+        current = {uid: self._lengths.get(uid, 0) for uid in counts}
+        blocks = sum(self._blocks(current[uid], count) for uid, count in counts.items())
         if len(counts) > manager.max_ragged_sequence_count:
             return SchedulingResult.BatchSequenceLimitExceeded
-        if any(known[uid] + count > self.max_context for uid, count in counts.items()):
+        if any(current[uid] + count > self.max_context for uid, count in counts.items()):
             return SchedulingResult.SequenceTokenLimitExceeded
         if blocks > int(self.free_blocks[0]):
             return SchedulingResult.KVCacheLimitExceeded
@@ -82,36 +82,37 @@ class StandInEngine:
         batch_tokens: Iterable[torch.Tensor],
         do_checks: bool = True,
     ) -> torch.Tensor:
-        """Append tokens to sequences, in one step; float32 logits `[n, vocab]` of their last.
+        """Append tokens to sequences in one step; float32 logits `[n, vocab]` of their last tokens.
 
-        Raises: SchedulingError, and nothing is computed.
+        Raises: SchedulingError before anything is computed.
         """
-        uids, tokens = list(batch_uids), [each.tolist() for each in batch_tokens]
+        uids, tokens = list(batch_uids), [ids.tolist() for ids in batch_tokens]
         if do_checks:
             result = self.can_schedule(uids, map(len, tokens))
             if result != SchedulingResult.Success:
                 raise SchedulingError(result)
         for i, uid in enumerate(uids):
             if uid not in self._lengths:
-                shared = self._ragged.open(uid, tokens[i])
-                self._lengths[uid] = shared
-                tokens[i] = tokens[i][shared:]
-            if not self._ragged.extend(uid, len(tokens[i])):
+                cached = self._engine.open(uid, tokens[i])
+                self._lengths[uid] = cached
+                tokens[i] = tokens[i][cached:]
+            if not self._engine.extend(uid, len(tokens[i])):
                 raise SchedulingError(SchedulingResult.KVCacheLimitExceeded)
-        logits = self._ragged.put(uids, tokens)
+        logits = self._engine.put(uids, tokens)
         for uid, new in zip(uids, tokens, strict=True):
             self._lengths[uid] += len(new)
         return logits
 
     def flush(self, uid: int) -> None:
-        """Forget a sequence, known or not."""
+        """Free a sequence; unknown ones are ignored."""
         self._lengths.pop(uid, None)
-        self._ragged.flush(uid)
+        self._engine.flush(uid)
 
     def serialize(self, save_path: str) -> Any:
-        """Raises: NotImplementedError: the weights are the model folder's own."""
-        raise NotImplementedError("the weights lie in the model folder already")
+        """Raises: NotImplementedError."""
+        raise NotImplementedError("the weights are in the model folder already")
 
     @staticmethod
     def _blocks(length: int, count: int) -> int:
+        """KV blocks by which a sequence of `length` tokens grows with `count` more."""
         return -(-(length + count) // BLOCK_SIZE) - -(-length // BLOCK_SIZE)

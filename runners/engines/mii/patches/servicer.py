@@ -1,9 +1,10 @@
-"""A replica's gRPC server, mended: errors with a status, loopback only, cancelling."""
+"""The gRPC server of a replica: errors have a status, cancelled calls end, loopback only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent import futures
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -12,75 +13,73 @@ from mii.grpc_related.modelresponse_server import ModelResponse
 from mii.grpc_related.proto import modelresponse_pb2, modelresponse_pb2_grpc
 from mii.grpc_related.task_methods import TASK_METHODS_DICT
 from pydantic import ValidationError
+from typing_extensions import override
 
 from runners.contracts.errors import RequestError, TriptychError
 from runners.contracts.validation import problems_of
 from runners.engines.mii.deployment.proto import SERVER_OPTIONS, bind, with_tokens
+from runners.engines.mii.patches.batching import ResultStream
 from runners.engines.mii.patches.requests import NONE
 
 SHUTDOWN_S = 10
 
 
-class Replies(ModelResponse):  # type: ignore[misc]  # MII carries no types
-    """A replica's answers. Whoever leaves gives everything back; whatever fails says why."""
+class ResponseServicer(ModelResponse):  # type: ignore[misc]  # MII has no types
+    """MII's service. A call that ends, however it does, frees what its prompts have."""
 
-    def GeneratorReply(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        """All prompts' answers, in their order."""
-        with _Answers(self.inference_pipeline, request, context) as answers:
+    @override
+    def GeneratorReply(self, request: Any, context: grpc.ServicerContext) -> Any:
+        with _result_streams(self.inference_pipeline, request, context, streaming=False) as streams:
             return modelresponse_pb2.MultiGenerationReply(
-                response=[_reply(answer.next()) for answer in answers]
+                response=[_reply(stream.next()) for stream in streams]
             )
 
-    def GeneratorReplyStream(  # noqa: N802
-        self, request: Any, context: grpc.ServicerContext
-    ) -> Iterator[Any]:
-        """The first prompt's answer as it grows, a message per token."""
-        with _Answers(self.inference_pipeline, request, context, stream=True) as answers:
-            ended = False
-            while not ended:
-                result = answers[0].next()
-                ended = result[4] != NONE
+    @override
+    def GeneratorReplyStream(self, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        with _result_streams(self.inference_pipeline, request, context, streaming=True) as (
+            stream,
+        ):
+            finished = False
+            while not finished:
+                result = stream.next()
+                finished = result[4] != NONE
                 yield modelresponse_pb2.MultiGenerationReply(response=[_reply(result)])
 
 
-class _Answers:
-    """The answers to one call, as a context: closed afterwards, or when the client leaves."""
+@contextmanager
+def _result_streams(
+    pipeline: Any, request: Any, context: grpc.ServicerContext, *, streaming: bool
+) -> Iterator[list[ResultStream]]:
+    """The result streams of a call's prompts, closed at the end or when the client cancels.
 
-    def __init__(
-        self, pipeline: Any, request: Any, context: grpc.ServicerContext, *, stream: bool = False
-    ) -> None:
-        self._pipeline = pipeline
-        self._request = request
-        self._context = context
-        self._stream = stream
-        self._answers: list[Any] = []
+    A call that streams has its first prompt only, as in MII. An exception in the block becomes the
+    status of the call.
+    """
+    task = next(iter(TASK_METHODS_DICT.values()))
+    prompts, kwargs = task.unpack_request_from_proto(request)
+    kwargs = {**kwargs, "stream": streaming}
+    streams: list[ResultStream] = []
 
-    def __enter__(self) -> list[Any]:
-        task = next(iter(TASK_METHODS_DICT.values()))
-        prompts, kwargs = task.unpack_request_from_proto(self._request)
-        kwargs = {**kwargs, "stream": self._stream}
-        self._context.add_callback(self._close)
-        try:
-            for prompt in prompts[:1] if self._stream else prompts:
-                self._answers.append(self._pipeline.submit(prompt, dict(kwargs)))
-        except Exception as error:
-            self.__exit__(type(error), error)
-        if not self._context.is_active():
-            self._close()
-        return self._answers
+    def close() -> None:
+        for stream in streams:
+            stream.close()
 
-    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
-        self._close()
-        if isinstance(error, Exception):
-            self._context.abort(*_status(error))
-
-    def _close(self) -> None:
-        for answer in self._answers:
-            answer.close()
+    context.add_callback(close)
+    try:
+        for prompt in prompts[:1] if streaming else prompts:
+            streams.append(pipeline.submit(prompt, dict(kwargs)))
+        if not context.is_active():
+            close()
+        yield streams
+    except Exception as error:
+        close()
+        context.abort(*_status(error))
+    finally:
+        close()
 
 
 def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """What the client is told. Only what is meant for it is quoted."""
+    """The status of a failed call. It quotes only messages that are meant for clients."""
     if isinstance(error, RequestError):
         return grpc.StatusCode.INVALID_ARGUMENT, error.message
     if isinstance(error, TriptychError):
@@ -110,7 +109,7 @@ def _reply(result: tuple[Any, ...]) -> Any:
 
 
 def serve_on_loopback(service_impl: Any, port: int, interceptors: Sequence[Any] = ()) -> None:
-    """`_do_serve`, for this machine only: until the service is told to stop.
+    """MII's `_do_serve`, on loopback: serve until a client calls Terminate.
 
     Raises: ConfigError if the port is taken.
     """

@@ -1,4 +1,4 @@
-"""MII's bugs, each shown to be there in stock MII and gone in ours, over the same engine."""
+"""MII's bugs, each shown in stock MII and fixed by the patches, over the same engine."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ import transformers as tf
 import zmq
 
 from runners.contracts.errors import ConfigError, EngineUnavailable
-from runners.engines.mii.deployment.places import free_port, private_cache
-from runners.engines.mii.patches import source_check as guard
-from runners.engines.mii.patches.apply import KNOWN
+from runners.engines.mii.deployment.ports import free_port
+from runners.engines.mii.deployment.registry import private_cache
+from runners.engines.mii.patches.apply import ORIGINALS
 from runners.engines.mii.patches.sockets import LoopbackContext
+from runners.engines.mii.patches.source_check import check_source
 from runners.text.paging.blocks import BLOCK_SIZE
 from tests.support import mii as support
 from tests.support.mii import served
 from tests.support.models import greedy, write_model
 from tests.support.processes import wait_until
 
-OURS_AND_STOCK = pytest.mark.parametrize(
+PATCHED_AND_STOCK = pytest.mark.parametrize(
     "stock", [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, raises=Exception))]
 )
-# The scheduler's thread of stock MII dies of most of this.
+# Most of this kills the scheduler's thread of stock MII.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 GREEDY: dict[str, Any] = {"do_sample": False, "ignore_eos": True}
 PROMPTS = ["hello", "the cat sat on", "a long prompt of several steps, " * 3, "x", "mat 12"]
@@ -42,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock MII hangs; that need not take long."""
+    """Stock MII hangs: a call that hangs fails sooner."""
     monkeypatch.setattr(support, "TIMEOUT", 10.0)
 
 
@@ -52,7 +53,7 @@ def texts(folder: Path, prompts: list[str], count: int) -> list[str]:
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in tokens]
 
 
-@OURS_AND_STOCK
+@PATCHED_AND_STOCK
 def test_pipelines_of_one_rank_need_no_port_each(stock: bool, model: Path) -> None:
     with zmq.Context() as context, context.socket(zmq.PUB) as another:
         another.bind(f"tcp://127.0.0.1:{(port := free_port())}")
@@ -60,7 +61,7 @@ def test_pipelines_of_one_rank_need_no_port_each(stock: bool, model: Path) -> No
             assert client.ask("hello", max_new_tokens=2, **GREEDY)[0].response
 
 
-@OURS_AND_STOCK
+@PATCHED_AND_STOCK
 def test_requests_of_all_kinds_run_together(stock: bool, model: Path) -> None:
     kinds: list[dict[str, Any]] = [
         GREEDY,
@@ -81,7 +82,7 @@ def test_requests_of_all_kinds_run_together(stock: bool, model: Path) -> None:
     assert [answers[i].response for i in (0, 1, 8, 9)] == want * 2
 
 
-@OURS_AND_STOCK
+@PATCHED_AND_STOCK
 def test_a_failing_step_fails_its_requests_and_no_others(
     stock: bool, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +111,7 @@ def _all_free(client: support.Served) -> bool:
     return bool(int(engine.free_blocks[0]) * BLOCK_SIZE == engine.total_tokens)
 
 
-@OURS_AND_STOCK
+@PATCHED_AND_STOCK
 @pytest.mark.parametrize("stream", [False, True])
 def test_starved_kv_loses_no_token(stream: bool, stock: bool, model: Path) -> None:
     """Five requests that need 400 tokens of KV together, with 256."""
@@ -118,16 +119,19 @@ def test_starved_kv_loses_no_token(stream: bool, stock: bool, model: Path) -> No
         preempted = []
         reset = client.pipeline.reset_request_status
         client.pipeline.reset_request_status = lambda: preempted.append(reset())
-        asked: Any = client.streamed if stream else lambda *a, **k: client.ask(*a, **k)[0].response
+        generate: Any = (
+            client.streamed if stream else lambda *a, **k: client.ask(*a, **k)[0].response
+        )
         calls = [
-            lambda prompt=prompt: asked(prompt, max_new_tokens=50, **GREEDY) for prompt in PROMPTS
+            lambda prompt=prompt: generate(prompt, max_new_tokens=50, **GREEDY)
+            for prompt in PROMPTS
         ]
         answers = client.together(*calls)
         assert preempted
         assert answers == texts(model, PROMPTS, 50)
 
 
-@OURS_AND_STOCK
+@PATCHED_AND_STOCK
 def test_stop_strings_are_a_list_and_may_be_of_several_tokens(stock: bool, model: Path) -> None:
     whole = texts(model, ["the cat sat on"], 24)[0]
     stop = whole[6:9]
@@ -141,8 +145,8 @@ def test_stop_strings_are_a_list_and_may_be_of_several_tokens(stock: bool, model
         assert text == whole[: whole.index(stop)]
 
 
-@OURS_AND_STOCK
-def test_the_models_own_end_token_ends_beside_stop_strings(stock: bool, tmp_path: Path) -> None:
+@PATCHED_AND_STOCK
+def test_the_end_token_ends_a_request_with_stop_strings(stock: bool, tmp_path: Path) -> None:
     folder = write_model("llama", tmp_path / "llama")
     tokens = greedy(folder, ["the cat"], 8)[0]
     end = next(i for i in range(3, 8) if tokens[i] not in tokens[:i])
@@ -153,7 +157,7 @@ def test_the_models_own_end_token_ends_beside_stop_strings(stock: bool, tmp_path
         assert (answer.finish_reason, answer.generated_tokens) == ("stop", end + 1)
 
 
-@OURS_AND_STOCK
+@PATCHED_AND_STOCK
 @pytest.mark.parametrize(
     ("limits", "count"),
     [
@@ -167,13 +171,13 @@ def test_lengths_are_exact(limits: dict[str, Any], count: int, stock: bool, mode
     if "max_length" in limits:
         limits = limits | {"max_length": prompt_tokens + count}
     if stock and limits == {"max_new_tokens": 1}:
-        pytest.xfail("this one stock MII does rightly")
+        pytest.xfail("stock MII gets this one right")
     with served(model, stock=stock) as client:
         answer = client.ask("the cat", **{**GREEDY, **limits})[0]
     assert (answer.generated_tokens, answer.finish_reason) == (count, "length")
 
 
-@OURS_AND_STOCK
+@PATCHED_AND_STOCK
 def test_the_end_token_is_not_taken_too_early(stock: bool, tmp_path: Path) -> None:
     """The end token is what would be sampled first; the prompt counts for nothing."""
     folder = write_model("llama", tmp_path / "llama")
@@ -193,8 +197,8 @@ def test_the_end_token_is_not_taken_too_early(stock: bool, tmp_path: Path) -> No
     assert answer.response == tokenizer.decode(new, skip_special_tokens=True)
 
 
-@OURS_AND_STOCK
-def test_who_leaves_gives_its_kv_back(stock: bool, model: Path) -> None:
+@PATCHED_AND_STOCK
+def test_a_cancelled_call_frees_its_kv(stock: bool, model: Path) -> None:
     with served(model, stock=stock) as client:
         call = client.stream("hello", max_new_tokens=400, **GREEDY)
         next(call)
@@ -204,7 +208,7 @@ def test_who_leaves_gives_its_kv_back(stock: bool, model: Path) -> None:
         assert client.ask("hello", max_new_tokens=4, **GREEDY)
 
 
-@OURS_AND_STOCK
+@PATCHED_AND_STOCK
 def test_an_idle_scheduler_sleeps(stock: bool, model: Path) -> None:
     with served(model, stock=stock) as client:
         client.ask("hello", max_new_tokens=4)
@@ -216,8 +220,8 @@ def test_an_idle_scheduler_sleeps(stock: bool, model: Path) -> None:
         assert len(rounds) < 20
 
 
-@OURS_AND_STOCK
-def test_bad_parameters_are_refused_with_a_sentence(stock: bool, model: Path) -> None:
+@PATCHED_AND_STOCK
+def test_bad_parameters_are_refused(stock: bool, model: Path) -> None:
     with served(model, stock=stock) as client:
         for bad in (
             *({"nope": 1}, {"top_p": 3.0}, {"max_length": 1}, {"stop": [1]}),
@@ -231,13 +235,13 @@ def test_bad_parameters_are_refused_with_a_sentence(stock: bool, model: Path) ->
         assert client.ask("hello", max_new_tokens=2)
 
 
-def test_an_empty_prompt_hurts_nobody_else(tmp_path: Path) -> None:
+def test_an_empty_prompt_does_not_disturb_other_requests(tmp_path: Path) -> None:
     """A tokenizer without BOS makes no tokens of it. (Stock MII's scheduler spins for ever.)"""
     folder = write_model("qwen2", tmp_path / "qwen2")
     with served(folder) as client:
         call = client.stream("hello", max_new_tokens=40, **GREEDY)
         text = next(call).response[0].response
-        with pytest.raises(grpc.RpcError, match="the prompt has no tokens") as error:
+        with pytest.raises(grpc.RpcError, match="prompt: has no tokens") as error:
             client.ask("", max_new_tokens=2)
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         text += "".join(each.response[0].response for each in call)
@@ -249,7 +253,7 @@ def test_an_empty_prompt_hurts_nobody_else(tmp_path: Path) -> None:
     [LoopbackContext, pytest.param(zmq.Context, marks=pytest.mark.xfail(strict=True))],
 )
 def test_a_late_rank_misses_nothing(context: Any) -> None:
-    """As MII does it: bind, wait, publish; the other comes later."""
+    """As MII does it: bind, wait, publish; the other rank connects later."""
     port, heard = free_port(), []
 
     def late() -> None:
@@ -265,8 +269,8 @@ def test_a_late_rank_misses_nothing(context: Any) -> None:
 
     thread = threading.Thread(target=late)
     thread.start()
-    with context() as own:
-        publisher = own.socket(zmq.PUB)
+    with context() as sockets:
+        publisher = sockets.socket(zmq.PUB)
         publisher.bind(f"tcp://*:{port}")
         if context is LoopbackContext:
             publisher.wait_for(1)
@@ -280,14 +284,14 @@ def test_a_late_rank_misses_nothing(context: Any) -> None:
 
 
 def test_another_version_of_mii_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for patched, expected in KNOWN.values():
-        guard.check(patched, expected)
-    with pytest.raises(EngineUnavailable, match=r"knows DeepSpeed-MII 0\.3\.3"):
-        guard.check(KNOWN["_do_serve"][0], KNOWN["serve"][1])
+    for patched, expected in ORIGINALS.values():
+        check_source(patched, expected)
+    with pytest.raises(EngineUnavailable, match=r"needs DeepSpeed-MII 0\.3\.3"):
+        check_source(ORIGINALS["_do_serve"][0], ORIGINALS["serve"][1])
 
 
-def test_what_is_executed_is_nobody_elses_to_write(cache: Path) -> None:
+def test_a_folder_that_others_can_write_to_is_refused(cache: Path) -> None:
     assert stat.S_IMODE(private_cache().stat().st_mode) == 0o700
     cache.chmod(0o777)
-    with pytest.raises(ConfigError, match="others than you may write"):
+    with pytest.raises(ConfigError, match="other users can write to"):
         private_cache()
