@@ -87,40 +87,40 @@ def control(repeats: int = REPEATS) -> dict[str, float]:
 def _rank(rank: int, folder: str, repeats: int, results: Any) -> None:
     import torch.distributed as dist
 
-    from runners.text.lockstep import Ranks
-    from runners.text.paging.step import StepPlan
+    from runners.text.lockstep import TPGroup
+    from runners.text.paging.batch import Batch
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    ranks = Ranks()
-    decode = StepPlan([[7]] * 16, [200] * 16, [list(range(7))] * 16)
-    mixed = StepPlan([*decode.tokens, [7] * 512], [*decode.past, 0], [*decode.tables, [0] * 16])
+    group = TPGroup()
+    decode = Batch([[7]] * 16, [200] * 16, [list(range(7))] * 16)
+    mixed = Batch([*decode.tokens, [7] * 512], [*decode.past, 0], [*decode.block_tables, [0] * 16])
 
-    def tell(plan: StepPlan) -> None:
+    def tell(batch: Batch) -> None:
         if rank == 0:
-            ranks.send(plan)
+            group.send(batch)
         else:
-            ranks.receive()
+            group.receive()
 
     def pickled() -> None:
         box: list[Any] = [decode if rank == 0 else None]
         dist.broadcast_object_list(box)
 
     found = {
-        "decode_us": _round_trip(lambda: tell(decode), ranks, repeats),
-        "mixed_us": _round_trip(lambda: tell(mixed), ranks, repeats),
-        "pickled_us": _round_trip(pickled, ranks, repeats),
-        "acknowledgement_us": _round_trip(lambda: None, ranks, repeats),
+        "decode_us": _round_trip(lambda: tell(decode), group, repeats),
+        "mixed_us": _round_trip(lambda: tell(mixed), group, repeats),
+        "pickled_us": _round_trip(pickled, group, repeats),
+        "acknowledgement_us": _round_trip(lambda: None, group, repeats),
     }
     if rank == 0:
         results.put(found)
     dist.destroy_process_group()
 
 
-def _round_trip(tell: Callable[[], None], ranks: Any, repeats: int) -> float:
+def _round_trip(tell: Callable[[], None], group: Any, repeats: int) -> float:
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
         tell()
-        ranks.smallest(1)
+        group.all_reduce_min(1)
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e6

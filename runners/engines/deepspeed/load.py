@@ -30,9 +30,9 @@ from runners.hf.dtypes import choose_dtype
 from runners.hf.models import loading, stored_dtype
 from runners.rank.process_group import RankGroups, connect, meet
 from runners.rank.program import RankContext, RankProgram
-from runners.text.loading import text_program
-from runners.text.lockstep import Ranks, tells_of_loss
-from runners.text.parity import Proof
+from runners.text.loading import program_for_model
+from runners.text.lockstep import TPGroup, is_rank_loss
+from runners.text.parity import ParityCheck
 
 logger = logging.getLogger("triptych.deepspeed")
 
@@ -43,16 +43,16 @@ def load_program(context: RankContext) -> RankProgram:
     assert isinstance(config, DeepSpeedTextConfig)  # noqa: S101 - `create_runner` chose this engine
     torch.set_num_threads(context.num_threads)
     groups = connect(config, meet(context))
-    ranks = Ranks(groups.control)
-    model, proof = load_split(
-        config, groups, ranks, lambda detail: context.progress(RunnerState.LOADING, detail)
+    group = TPGroup(groups.control)
+    model, parity = load_split(
+        config, groups, group, lambda detail: context.progress(RunnerState.LOADING, detail)
     )
-    return text_program(context, model, proof=proof, ranks=ranks)
+    return program_for_model(context, model, parity=parity, group=group)
 
 
 def load_split(
-    config: DeepSpeedTextConfig, groups: RankGroups, ranks: Ranks, progress: Callable[[str], None]
-) -> tuple[PreTrainedModel, Proof]:
+    config: DeepSpeedTextConfig, groups: RankGroups, group: TPGroup, progress: Callable[[str], None]
+) -> tuple[PreTrainedModel, ParityCheck]:
     """This rank's share of the model, and the logits that all shares together have to give.
 
     Raises: ConfigError if no way of splitting is right; IncompleteModel.
@@ -64,12 +64,12 @@ def load_split(
     splitting = Splitting(config, own, groups)
     model = splitting.load()
     progress("computing a short prompt with the whole model")
-    proof = Proof(model, ranks)
+    parity = ParityCheck(model, group)
     if config.world_size > 1 or splitting.wants_kernels:
         progress(f"splitting it over {config.world_size} ranks")
-        model = splitting.split(model, proof)
-        proof = proof.of(model)
-    return model.to(groups.device), proof  # type: ignore[arg-type]
+        model = splitting.split(model, parity)
+        parity = parity.for_model(model)
+    return model.to(groups.device), parity  # type: ignore[arg-type]
 
 
 def _check_heads(own: PreTrainedConfig, config: DeepSpeedTextConfig) -> None:
@@ -123,7 +123,7 @@ class Splitting:
             raise IncompleteModel.missing_weights(config.name, type(model), missing)
         return cast(PreTrainedModel, model)
 
-    def split(self, model: PreTrainedModel, proof: Proof) -> PreTrainedModel:
+    def split(self, model: PreTrainedModel, parity: ParityCheck) -> PreTrainedModel:
         """This rank's share of the model. Raises: ConfigError if no way of splitting is right."""
         deepspeed = self._connect_deepspeed()
         ways: dict[str, Callable[[], PreTrainedModel]] = {
@@ -135,7 +135,7 @@ class Splitting:
             ways = kernels | ways
         reasons = []
         for name, way in ways.items():
-            candidate, reason = self._try(way, model, proof)
+            candidate, reason = self._try(way, model, parity)
             if reason is None:
                 logger.info("%s is split by %s", self.config.name, name)
                 return candidate
@@ -151,7 +151,7 @@ class Splitting:
         )
 
     def _try(
-        self, way: Callable[[], PreTrainedModel], model: PreTrainedModel, proof: Proof
+        self, way: Callable[[], PreTrainedModel], model: PreTrainedModel, parity: ParityCheck
     ) -> tuple[PreTrainedModel, str | None]:
         """What it makes of the model, and why that will not do."""
         candidate, failure = model, None
@@ -160,12 +160,12 @@ class Splitting:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a library trips over, this way is none
-            if tells_of_loss(error):
+            if is_rank_loss(error):
                 raise
             failure = error
-        if not proof.agree(failure is None, failure):
+        if not parity.all_ranks(failure is None, failure):
             return candidate, first_line(failure) if failure else "it failed on another rank"
-        if not proof.of(candidate).batches():
+        if not parity.for_model(candidate).has_layout():
             return candidate, "its logits are not those of the whole model"
         return candidate, None
 

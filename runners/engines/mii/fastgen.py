@@ -2,8 +2,8 @@
 
 Its `put` allocates KV as it goes; our scheduler wants to know beforehand that there is room. So the
 blocks are counted here, and what leaves is told to the engine with the next step. Several ranks run
-the same steps in lockstep: a plan's "tables" hold the sequences' ids, a sequence without tokens is
-one that leaves.
+the same steps in lockstep: a batch's block tables hold the sequences' ids, a sequence without
+tokens is one that leaves.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from runners.engines.mii.defaults import mii_defaults
 from runners.hf.models import loading
 from runners.rank.process_group import connect, meet
 from runners.rank.program import RankContext
-from runners.text.engine import Runs
-from runners.text.loading import serve
-from runners.text.lockstep import Follower, Leader, Ranks
-from runners.text.paging.step import StepPlan
+from runners.text.engine import ModelRunner
+from runners.text.loading import program_for_engine
+from runners.text.lockstep import Follower, Leader, TPGroup
+from runners.text.paging.batch import Batch
 from runners.text.program import TextProgram
 
 
@@ -44,16 +44,16 @@ class PutEngine(Protocol):
 
 
 class PutModel:
-    """See `engine.Runs`: one rank's engine."""
+    """See `engine.ModelRunner`: one rank's engine."""
 
     def __init__(self, engine: PutEngine) -> None:
         self._engine = engine
         self._known: set[int] = set()
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
+    def run(self, batch: Batch) -> torch.Tensor:
         """Let go of the sequences without tokens, then one step of the others."""
         uids, tokens = [], []
-        for new, (uid,) in zip(plan.tokens, plan.tables, strict=True):
+        for new, (uid,) in zip(batch.tokens, batch.block_tables, strict=True):
             if new:
                 uids.append(uid)
                 tokens.append(torch.tensor(new))
@@ -72,7 +72,7 @@ class PutModel:
 class CountedEngine:
     """See `engine.Engine`: rank 0's, over `blocks` blocks of `block_size` tokens."""
 
-    def __init__(self, model: Runs, *, blocks: int, block_size: int) -> None:
+    def __init__(self, model: ModelRunner, *, blocks: int, block_size: int) -> None:
         self._model = model
         self._block_size = block_size
         self._blocks = blocks
@@ -106,12 +106,12 @@ class CountedEngine:
     def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append `tokens[i]` to sequence `uids[i]`; last-token logits `[n, vocab]`."""
         leaving, self._leaving = self._leaving, []
-        plan = StepPlan(
+        batch = Batch(
             [*([] for _ in leaving), *map(list, tokens)],
             [*(0 for _ in leaving), *(self._lengths[uid] for uid in uids)],
             [[uid] for uid in (*leaving, *uids)],
         )
-        logits = self._model.run(plan)
+        logits = self._model.run(batch)
         for uid, new in zip(uids, tokens, strict=True):
             self._lengths[uid] += len(new)
         return logits
@@ -134,17 +134,17 @@ def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | F
     """The program over MII's engine, on this rank's GPU. Raises: ConfigError."""
     import mii.modeling.models
 
-    ranks = None
+    group = None
     if config.tensor_parallel > 1:
-        ranks = Ranks(connect(config, meet(context)).control)
+        group = TPGroup(connect(config, meet(context)).control)
     context.progress(RunnerState.LOADING, "building FastGen's kernels and loading the weights")
     with loading(config.name):
         engine: Any = mii.modeling.models.load_model(mii_model_config(config))
     model = engine.model()
     block_size = int(model.kv_block_size if hasattr(model, "kv_block_size") else _block(model))
     blocks = int(min(engine.free_blocks))
-    if ranks is not None:
-        blocks = ranks.smallest(blocks)
+    if group is not None:
+        blocks = group.all_reduce_min(blocks)
     own = engine._policy._checkpoint_engine.model_config
     info = ModelInfo(
         architecture=(own.architectures or [type(model).__name__])[0],
@@ -157,16 +157,18 @@ def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | F
         max_kv_tokens=blocks * block_size,
         has_chat_template=False,
     )
-    put: Runs = PutModel(engine)
-    if ranks is not None and not ranks.leads:
-        return Follower(put, ranks, info)
+    put: ModelRunner = PutModel(engine)
+    if group is not None and not group.is_leader:
+        return Follower(put, group, info)
     counted = CountedEngine(
-        put if ranks is None else Leader(put, ranks), blocks=blocks, block_size=block_size
+        put if group is None else Leader(put, group), blocks=blocks, block_size=block_size
     )
     file = config.model_path / "generation_config.json"
     generation = GenerationConfig.from_pretrained(config.model_path) if file.is_file() else None
     defaults = mii_defaults(config.mii.generate, generation)
-    return serve(context, counted, info, generation=generation, defaults=defaults)
+    return program_for_engine(
+        context, counted, info, generation_config=generation, defaults=defaults
+    )
 
 
 def mii_model_config(config: MIITextConfig) -> Any:

@@ -28,9 +28,9 @@ from runners.engines.deepspeed.load import load_split
 from runners.engines.mii.patches.stand_in import StandInEngine
 from runners.protocol.cache import building, cache_folder
 from runners.rank.process_group import connect
-from runners.text.loading import batch
-from runners.text.lockstep import Ranks
-from runners.text.parity import Proof
+from runners.text.loading import prepare_model
+from runners.text.lockstep import TPGroup
+from runners.text.parity import ParityCheck
 
 COMMON = frozenset({"dtype", "cpu_kernels", "weight_quantization", "prefix_caching", "num_threads"})
 """Fields of our own config that a stand-in has a use for."""
@@ -61,10 +61,12 @@ def load_stand_in(model_config: ModelConfig) -> StandInEngine:
     if settings.get("num_threads"):
         torch.set_num_threads(settings["num_threads"])
     config = runner_config(model_config)
-    model, proof, ranks = load_model_on_cpu(config)
-    batched = batch(model, config, proof=proof, ranks=ranks)
+    model, parity, group = load_model_on_cpu(config)
+    batched = prepare_model(model, config, parity=parity, group=group)
     return StandInEngine(
-        batched.engine(), model_config.inference_engine_config, max_context=batched.max_context
+        batched.create_engine(),
+        model_config.inference_engine_config,
+        max_context=batched.max_context,
     )
 
 
@@ -72,8 +74,8 @@ def load_model_on_cpu(
     config: TextConfig,
     progress: Callable[[str], None] = lambda _: None,
     store: Store | None = None,
-) -> tuple[PreTrainedModel, Proof | None, Ranks | None]:
-    """The model, or this rank's share of it with its proof and its group.
+) -> tuple[PreTrainedModel, ParityCheck | None, TPGroup | None]:
+    """The model, or this rank's share of it with its parity check and its group.
 
     `store`: where ranks meet, if not where the environment says. Raises: ConfigError.
     """
@@ -84,9 +86,9 @@ def load_model_on_cpu(
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     split = DeepSpeedTextConfig(**_common(config), tensor_parallel=config.tensor_parallel)
     groups = connect(config, store)
-    ranks = Ranks(groups.control)
-    model, proof = load_split(split, groups, ranks, progress)
-    return model, proof, ranks
+    group = TPGroup(groups.control)
+    model, parity = load_split(split, groups, group, progress)
+    return model, parity, group
 
 
 def runner_config(model_config: ModelConfig) -> MIITextConfig:

@@ -1,4 +1,4 @@
-"""StandInEngine: DeepSpeed FastGen's `InferenceEngineV2` on any device, over the ragged engine.
+"""StandInEngine: DeepSpeed FastGen's `InferenceEngineV2` on any device, over the paged engine.
 
 It has the members that MII uses of that class, with their meanings.
 """
@@ -13,7 +13,7 @@ import torch
 from deepspeed.inference import RaggedInferenceEngineConfig
 from deepspeed.inference.v2.scheduling_utils import SchedulingError, SchedulingResult
 
-from runners.text.engine import RaggedEngine
+from runners.text.engine import PagedEngine
 from runners.text.paging.blocks import BLOCK_SIZE
 
 
@@ -21,7 +21,7 @@ class StandInEngine:
     """See the module. With several ranks each has one, and all are told the same."""
 
     def __init__(
-        self, ragged: RaggedEngine, config: RaggedInferenceEngineConfig, *, max_context: int
+        self, ragged: PagedEngine, config: RaggedInferenceEngineConfig, *, max_context: int
     ) -> None:
         self._ragged = ragged
         self._config = config
