@@ -36,7 +36,7 @@ REPEATS = 2000
 
 
 def measure(concurrencies: Sequence[int], rounds: int, *, extra: int = 8) -> dict[str, Any]:
-    """Tokens per second of each side by round, and microseconds per plan. Raises: Unavailable."""
+    """Tokens per second of each side by round, and microseconds per batch. Raises: Unavailable."""
     for server, _ in SIDES.values():
         server.prepare()
     cells = []
@@ -70,7 +70,7 @@ async def _side(
 
 
 def control(repeats: int = REPEATS) -> dict[str, float]:
-    """Median round trips in microseconds: a plan is sent to the other rank, which acknowledges it.
+    """Median round trips in microseconds: a batch is sent to the other rank, which acknowledges it.
 
     Measured for 16 decoding sequences, for the same with a prompt chunk of 512 tokens, for 16
     sequences as a pickled object, and for the acknowledgement alone.
@@ -93,40 +93,40 @@ def control(repeats: int = REPEATS) -> dict[str, float]:
 def _rank(rank: int, folder: str, repeats: int, results: Any) -> None:
     import torch.distributed as dist
 
-    from runners.text.lockstep import Ranks
-    from runners.text.paging.step import StepPlan
+    from runners.text.lockstep import TPGroup
+    from runners.text.paging.batch import Batch
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    ranks = Ranks()
-    decode = StepPlan([[7]] * 16, [200] * 16, [list(range(7))] * 16)
-    mixed = StepPlan([*decode.tokens, [7] * 512], [*decode.past, 0], [*decode.tables, [0] * 16])
+    group = TPGroup()
+    decode = Batch([[7]] * 16, [200] * 16, [list(range(7))] * 16)
+    mixed = Batch([*decode.tokens, [7] * 512], [*decode.past, 0], [*decode.block_tables, [0] * 16])
 
-    def send_plan(plan: StepPlan) -> None:
+    def send_batch(batch: Batch) -> None:
         if rank == 0:
-            ranks.send(plan)
+            group.send(batch)
         else:
-            ranks.receive()
+            group.receive()
 
     def send_pickled() -> None:
         box: list[Any] = [decode if rank == 0 else None]
         dist.broadcast_object_list(box)
 
     round_trips = {
-        "decode_us": _round_trip(lambda: send_plan(decode), ranks, repeats),
-        "mixed_us": _round_trip(lambda: send_plan(mixed), ranks, repeats),
-        "pickled_us": _round_trip(send_pickled, ranks, repeats),
-        "acknowledgement_us": _round_trip(lambda: None, ranks, repeats),
+        "decode_us": _round_trip(lambda: send_batch(decode), group, repeats),
+        "mixed_us": _round_trip(lambda: send_batch(mixed), group, repeats),
+        "pickled_us": _round_trip(send_pickled, group, repeats),
+        "acknowledgement_us": _round_trip(lambda: None, group, repeats),
     }
     if rank == 0:
         results.put(round_trips)
     dist.destroy_process_group()
 
 
-def _round_trip(send: Callable[[], None], ranks: Any, repeats: int) -> float:
+def _round_trip(send: Callable[[], None], group: Any, repeats: int) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         send()
-        ranks.smallest(1)
+        group.all_reduce_min(1)
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e6

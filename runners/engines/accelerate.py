@@ -18,7 +18,7 @@ from runners.contracts.runner import RunnerState
 from runners.hf.dtypes import choose_dtype
 from runners.hf.models import loading, stored_dtype
 from runners.rank.program import RankContext, RankProgram
-from runners.text.loading import text_program
+from runners.text.loading import program_for_model
 
 logger = logging.getLogger("triptych.accelerate")
 
@@ -29,7 +29,7 @@ def load_program(context: RankContext) -> RankProgram:
     assert isinstance(config, AccelerateConfig)  # noqa: S101 - `create_runner` chose this engine
     torch.set_num_threads(context.num_threads)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
-    return text_program(context, load_model(config, context.work_dir))
+    return program_for_model(context, load_model(config, context.work_dir))
 
 
 def load_model(

@@ -1,4 +1,4 @@
-"""Which type a model is computed in. Imported in rank processes only."""
+"""The type that a model is computed in. The engines call this in rank processes only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ _STORED = {
 }
 
 
-def choose_dtype(wanted: str, stored: torch.dtype | None, *, on_cpu: bool) -> torch.dtype | str:
-    """The dtype to load in. On a CPU `auto` is float32 unless it computes half precision natively:
-    elsewhere torch's half-precision matmul is two orders of magnitude slower."""
-    if wanted != "auto":
-        dtype: torch.dtype = getattr(torch, wanted)
+def choose_dtype(name: str, stored: torch.dtype | None, *, on_cpu: bool) -> torch.dtype | str:
+    """The dtype to load in, for the configured `name`: a torch type or `auto`.
+
+    On a CPU that does not compute the stored half precision natively, `auto` is float32: torch's
+    half-precision matmul is two orders of magnitude slower there.
+    """
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
         return dtype
     instruction = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
     if not on_cpu or stored not in instruction:
@@ -30,6 +33,6 @@ def choose_dtype(wanted: str, stored: torch.dtype | None, *, on_cpu: bool) -> to
 
 
 def dtype_in(file: Path) -> torch.dtype | None:
-    """The type of the first floating tensor in a safetensors file."""
+    """The type of the first floating-point tensor in a safetensors file; None without one."""
     stored = (tensor.dtype for tensor in read_header(file).tensors.values())
     return next((_STORED[dtype] for dtype in stored if dtype in _STORED), None)

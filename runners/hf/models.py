@@ -1,15 +1,20 @@
-"""Facts about a Hugging Face model folder: tokenizer, context length, generation defaults."""
+"""Facts about a Hugging Face model folder: tokenizer, context length, generation defaults.
+
+The engines and the programs call this in rank processes only.
+"""
 
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from runners.contracts.errors import ConfigError, reraise_as
 from runners.hf.dtypes import dtype_in
@@ -19,10 +24,10 @@ logger = logging.getLogger("triptych.hf")
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What None in a request means: the operator's config, else the model's generation config."""
+    """Values for parameters that a request leaves out: of the config, else of the model."""
 
     temperature: float | None = None
-    """None: neither names one, and decoding is greedy unless the route has a default."""
+    """None if neither sets one: decoding is greedy, unless the route has a default."""
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float = 1.0
@@ -45,11 +50,11 @@ IGNORED_GENERATION_KEYS = (
     "typical_p",
     "encoder_repetition_penalty",
 )
-"""What generation_config.json may ask of `generate` and this engine does not do."""
+"""Keys of generation_config.json that `generate` applies and Triptych does not."""
 
 
 def stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype | None:
-    """The dtype of the weights: as the config says, else that of the first floating tensor."""
+    """The dtype of the weights: that of the config, else of the first floating-point tensor."""
     if isinstance(dtype := getattr(config, "dtype", None), torch.dtype):
         return dtype
     files = sorted(folder.glob("*.safetensors"))
@@ -62,16 +67,21 @@ def load_tokenizer(path: Path) -> Any:  # AutoTokenizer's class is only known at
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def loading(name: str) -> AbstractContextManager[None]:
-    """Turn whatever a library raises while loading `name` into a ConfigError.
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Load `name` without progress bars, and turn the errors of libraries into ConfigError.
 
-    Such an error does not go away by trying again; running out of memory may.
+    Such an error persists at a restart. Running out of memory may not, so that passes.
     """
-    return reraise_as(
-        ConfigError,
-        f"{name} cannot be loaded",
-        passing=(torch.OutOfMemoryError, torch.AcceleratorError),
-    )
+    mute_progress_bars()
+    passing = (torch.OutOfMemoryError, torch.AcceleratorError)
+    with reraise_as(ConfigError, f"{name} cannot be loaded", passing=passing):
+        yield
+
+
+def mute_progress_bars() -> None:
+    """Switch off transformers' progress bars in this process: they would garble a rank's log."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -80,19 +90,19 @@ def context_length(config: PreTrainedConfig) -> int:
     rope = getattr(text, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") in ("dynamic", "longrope") and original is not None:
-        # Beyond it the frequencies follow the longest position of a forward, whoever's it is.
+        # Beyond it, the longest sequence of a batch sets the frequencies of all the others.
         logger.warning(
-            "the context is cut to %d tokens: longer ones would differ in a batch", original
+            "the context is limited to %d tokens: longer ones would depend on the batch", original
         )
         return int(original)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         if isinstance(value := getattr(text, name, None), int):
             return value
-    return 2048  # ALiBi models name no limit; this is what they were usually trained on
+    return 2048  # ALiBi models state no limit; most were trained on this length
 
 
 def eos_ids(generation: GenerationConfig | None, vocab_size: int) -> frozenset[int]:
-    """The end tokens that a generation config names."""
+    """The end tokens of a generation config; ids outside the vocabulary are ignored."""
     eos = generation.eos_token_id if generation else None
     ids = frozenset([eos] if isinstance(eos, int) else eos or ())
     outside = {i for i in ids if not 0 <= i < vocab_size}
@@ -102,7 +112,7 @@ def eos_ids(generation: GenerationConfig | None, vocab_size: int) -> frozenset[i
 
 
 def warn_about_ignored(generation: GenerationConfig | None) -> None:
-    """Log which keys of a generation config have no effect here."""
+    """Log the keys of a generation config that have no effect."""
     neutral = GenerationConfig()  # type: ignore[no-untyped-call]
     ignored = [
         name
@@ -110,11 +120,11 @@ def warn_about_ignored(generation: GenerationConfig | None) -> None:
         if getattr(generation, name, None) not in (None, getattr(neutral, name, None))
     ]
     if ignored:
-        logger.warning("generation_config.json: ignored here: %s", ", ".join(ignored))
+        logger.warning("generation_config.json: ignored keys: %s", ", ".join(ignored))
 
 
 def sampling_defaults(generation: GenerationConfig | None) -> SamplingDefaults:
-    """The model's generation config where it names something, as in vLLM and transformers."""
+    """The defaults of a generation config, with the meaning they have in transformers and vLLM."""
     neutral = SamplingDefaults()
     if generation is None:
         return neutral
@@ -133,7 +143,7 @@ def sampling_defaults(generation: GenerationConfig | None) -> SamplingDefaults:
 
 
 def devices(model: PreTrainedModel) -> list[str]:
-    """Where the parts of a placed model lie."""
-    placed = getattr(model, "hf_device_map", None) or {"": model.device}
-    names = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in placed.values()}
+    """The devices that a model's parts are on, sorted by name."""
+    device_map = getattr(model, "hf_device_map", None) or {"": model.device}
+    names = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in device_map.values()}
     return sorted(names)

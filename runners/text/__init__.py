@@ -1,8 +1,8 @@
-"""Continuous batching for any Hugging Face causal LM.
+"""Continuous batching for any Hugging Face causal LM. Imported in rank processes only.
 
-`engine` is the seam: `put(uids, tokens) -> last-token logits` over sequences of any length, with
-`kv` holding each sequence's keys and values and `attention` (packed) or `padded` doing the forward.
-`scheduler` decides what each step runs; `sampling` picks tokens; `detokenizer` turns them to text;
-`tokenization` turns prompts to tokens; `program` ties them to the rank's channel; `loading` builds
-all of it around a loaded model.
+`program` receives the host's messages in rank 0 and drives `scheduler`, which decides what each
+step computes. `engine` keeps the block tables and has a `ModelRunner` compute the step: that of
+`model_runner` in one process, that of `lockstep` in several. `paging` has the KV cache, `attention`
+and `padded` are the two layouts of a batch, `cpu` has kernels. `loading` builds all of it around a
+loaded model, whose layout and kernels `parity` checks.
 """

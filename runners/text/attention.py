@@ -1,9 +1,9 @@
-"""Packed attention: one forward over the tokens of many sequences, attention done per sequence.
+"""Packed attention: one forward over the tokens of many sequences, with attention per sequence.
 
-Registered with transformers' AttentionInterface under `PACKED`. The rows of a packed forward
-(`[1, T]` tokens) belong to the segments of a `Step`; everything but attention is row-wise, so no
-padding exists. On a CPU in float32 our kernel reads the blocks where they lie; elsewhere they are
-gathered for torch's own attention, all decoding rows at once.
+transformers calls it through its AttentionInterface, under the name `PACKED`. The rows of a packed
+forward (`[1, T]` tokens) are the segments of a `ForwardContext`. Everything except attention works
+row by row, so a batch needs no padding. In float32 on a CPU the kernel reads the KV blocks in
+place; elsewhere they are gathered for torch's attention, for all decoding rows at once.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the name the whole field uses
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from transformers import AttentionInterface
 
 from runners.text.cpu import Kernels, load_kernels
-from runners.text.cpu.library import AttentionShape, Heads, Pool
+from runners.text.cpu.library import AttentionShape, Heads, KVPointers
+from runners.text.paging.batch import ForwardContext, Segment, forward_context
 from runners.text.paging.kv import LayerKV
-from runners.text.paging.step import Segment, Step, current
 
 PACKED = "triptych_packed"
 
-UNKNOWN = ("position_bias", "indices", "block_indices")
-"""What some architectures hand over beside a mask, and no proof by a short prompt would miss."""
+UNSUPPORTED = ("position_bias", "indices", "block_indices")
+"""Arguments of some architectures that change attention, maybe only beyond a short prompt: a parity
+check might miss them."""
 
 
 def packed_attention(
@@ -40,38 +41,40 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of packed rows. Shapes: query `[1, H, T, D]`, key and value `[1, H_kv, T, D]`.
+    """Attention of packed rows: query `[1, H, T, D]`, key `[1, H_kv, T, D]`, value
+    `[1, H_kv, T, D_v]`.
 
     Returns `[1, T, H, D_v]`. `softcap` as in Gemma 2, `s_aux` (attention sinks) as in GPT-OSS.
+    Raises: NotImplementedError for a mask or another argument that has no counterpart here.
     """
-    if attention_mask is not None or any(others.get(name) is not None for name in UNKNOWN):
-        raise NotImplementedError("attention with a mask of the model's own")
-    step = current.get()
-    layer = step.pool.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
+    if attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED):
+        raise NotImplementedError("attention with a mask that the model makes")
+    context = forward_context.get()
+    layer = context.pool.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernels = load_kernels()
     if kernels is not None and layer.native and query.dtype == torch.float32:
         shape = (*query.shape[1::2], key.shape[1], value.shape[3], sliding_window, scale, softcap)
-        return _by_kernel(kernels, step, layer, (query, key, value), shape, s_aux), None
+        return _by_kernel(kernels, context, layer, (query, key, value), shape, s_aux), None
     options = _Options(scale, sliding_window, softcap, s_aux)
-    step.write(layer, key[0], value[0])
+    context.write(layer, key[0], value[0])
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    if step.singles:
-        rows = step.single_rows(query.device)
-        keys, values = step.read(layer, step.singles, value.shape[3])
-        mask = step.single_mask(keys.shape[2], sliding_window, query)
+    if context.singles:
+        rows = context.single_rows(query.device)
+        keys, values = context.read(layer, context.singles, value.shape[3])
+        mask = context.single_mask(keys.shape[2], sliding_window, query)
         single = query[0, :, rows].transpose(0, 1)[:, :, None]
         out[0, rows] = _attend(single, keys, values, mask, options)[:, :, 0]
-    for segment in step.chunks:
+    for segment in context.chunks:
         out[0, segment.start : segment.start + segment.count] = _chunk(
-            step, layer, segment, query, value.shape[3], options
+            context, layer, segment, query, value.shape[3], options
         )
     return out, None
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """What varies between architectures."""
+    """Variants of attention among architectures."""
 
     scale: float
     window: int | None
@@ -81,7 +84,7 @@ class _Options:
 
 def _by_kernel(
     kernels: Kernels,
-    step: Step,
+    context: ForwardContext,
     layer: LayerKV,
     rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     shape: tuple[Any, ...],
@@ -94,11 +97,11 @@ def _by_kernel(
     heads = (Heads(t.data_ptr(), t.stride(2), t.stride(1)) for t in (query, key, value))
     kernels.attention(
         *heads,
-        Pool(layer.keys.data_ptr(), layer.values.data_ptr()),
+        KVPointers(layer.keys.data_ptr(), layer.values.data_ptr()),
         out.data_ptr(),
-        step.layout.data_ptr(),
-        len(step.segments),
-        step.tables.data_ptr(),
+        context.layout.data_ptr(),
+        len(context.segments),
+        context.block_tables.data_ptr(),
         _kernel_shape(layer.values.shape[3], *shape),
         None if sinks is None else sinks.data_ptr(),
     )
@@ -122,17 +125,17 @@ def _kernel_shape(
 
 
 def _chunk(
-    step: Step,
+    context: ForwardContext,
     layer: LayerKV,
     segment: Segment,
     query: torch.Tensor,
     value_size: int,
     options: _Options,
 ) -> torch.Tensor:
-    """`[count, H, D_v]` of one piece of a prompt."""
-    keys, values = step.read(layer, [segment], value_size)
+    """Attention `[count, H, D_v]` of one chunk of a prompt."""
+    keys, values = context.read(layer, [segment], value_size)
     keys, values = keys[:, :, : segment.end], values[:, :, : segment.end]
-    mask = step.chunk_mask(segment, segment.end, options.window, query)
+    mask = context.chunk_mask(segment, segment.end, options.window, query)
     rows = query[:, :, segment.start : segment.start + segment.count]
     return _attend(rows, keys, values, mask, options)[0].transpose(0, 1)
 
@@ -144,6 +147,7 @@ def _attend(
     mask: torch.Tensor,
     options: _Options,
 ) -> torch.Tensor:
+    """Attention `[n, H, rows, D_v]` of queries `[n, H, rows, D]` over `[n, H_kv, columns, D]`."""
     if options.softcap is None and options.sinks is None:
         return F.scaled_dot_product_attention(
             query,
@@ -166,5 +170,6 @@ def _attend(
     return weights[..., : keys.shape[2]] @ values
 
 
-# No mask function is registered beside it: transformers then builds no mask tensor.
+# At import, the one side effect of these modules: transformers finds the function by its name in a
+# table of the process. No mask function is registered with it, so transformers creates no mask.
 AttentionInterface.register(PACKED, packed_attention)

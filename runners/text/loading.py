@@ -1,8 +1,10 @@
-"""From a loaded Hugging Face model to the program that serves it: the part all engines share."""
+"""From a loaded model to the rank program that serves it: what all engines have in common.
+
+The engines call this in every rank of a text model.
+"""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import msgspec
@@ -22,39 +24,37 @@ from runners.hf.models import (
 )
 from runners.rank.program import RankContext
 from runners.text.cpu import switch_off_kernels
-from runners.text.engine import Engine, RaggedEngine
-from runners.text.forward import Forward
-from runners.text.lockstep import Follower, Leader, Ranks
+from runners.text.engine import Engine, PagedEngine
+from runners.text.lockstep import Follower, Leader, TPGroup
 from runners.text.memory import default_kv_tokens
+from runners.text.model_runner import HFModelRunner
 from runners.text.paging.blocks import BLOCK_SIZE
-from runners.text.parity import Proof, prove_and_pack
+from runners.text.parity import ParityCheck, check_and_pack
 from runners.text.program import TextProgram
 from runners.text.scheduler import Limits
 from runners.text.tokenization import PromptTokenizer
 
-logger = logging.getLogger("triptych.ragged")
 
-
-def text_program(
+def program_for_model(
     context: RankContext,
     model: PreTrainedModel,
     *,
-    proof: Proof | None = None,
-    ranks: Ranks | None = None,
+    parity: ParityCheck | None = None,
+    group: TPGroup | None = None,
     max_total_tokens: int | None = None,
     defaults: SamplingDefaults | None = None,
 ) -> TextProgram | Follower:
-    """Wrap a placed model: prove its batching, measure its KV, read its tokenizer and defaults.
+    """The program of this rank for a model that is on its devices.
 
-    `ranks` hold the model together, of which `proof` was made before it was split;
-    `max_total_tokens` bounds prompt plus output where the context is longer; `defaults` as in
-    `serve`. Raises: ConfigError if the model cannot be served correctly.
+    `group` has the ranks that the model is split over, `parity` is the check from before it was
+    split. `max_total_tokens` bounds prompt plus output of a longer context; `defaults` as in
+    `program_for_engine`. Raises: ConfigError if the model cannot be served correctly.
     """
     config = context.config
     assert isinstance(config, TextConfig)  # noqa: S101 - the engines checked it
     parameters = sum(p.numel() for p in model.parameters())
-    context.progress(RunnerState.WARMUP, "comparing batched steps with the model's own forward")
-    batched = batch(model, config, proof=proof, ranks=ranks)
+    context.progress(RunnerState.WARMUP, "comparing batched steps with the model's plain forward")
+    batched = prepare_model(model, config, parity=parity, group=group)
     info = ModelInfo(
         architecture=type(model).__name__,
         engine=config.engine,
@@ -62,79 +62,81 @@ def text_program(
         dtype=str(model.dtype).removeprefix("torch."),
         devices=devices(model),
         max_context=min(batched.max_context, max_total_tokens or batched.max_context),
-        vocab_size=batched.forward.vocab_size,
+        vocab_size=batched.runner.vocab_size,
         max_kv_tokens=batched.blocks * BLOCK_SIZE,
         has_chat_template=False,
     )
-    if ranks is not None and not ranks.leads:
-        return Follower(batched.forward, ranks, info)
-    engine = batched.engine(ranks)
-    return serve(context, engine, info, generation=model.generation_config, defaults=defaults)
+    if group is not None and not group.is_leader:
+        return Follower(batched.runner, group, info)
+    engine = batched.create_engine(group)
+    return program_for_engine(
+        context, engine, info, generation_config=model.generation_config, defaults=defaults
+    )
 
 
 @dataclass(frozen=True)
-class Batched:
-    """A model that runs in batches of steps."""
+class BatchedModel:
+    """A model in its layout, and the size of its KV cache."""
 
-    forward: Forward
+    runner: HFModelRunner
     blocks: int
-    """Blocks of KV."""
+    """Number of KV blocks."""
     max_context: int
     """Longest prompt plus output, in tokens."""
     prefix_caching: bool
 
-    def engine(self, ranks: Ranks | None = None) -> RaggedEngine:
-        """The engine over it; with `ranks`, rank 0's, which the others follow."""
-        return RaggedEngine(
-            self.forward if ranks is None else Leader(self.forward, ranks),
+    def create_engine(self, group: TPGroup | None = None) -> PagedEngine:
+        """An engine over the model; with `group`, that of rank 0, whose batches all ranks run."""
+        return PagedEngine(
+            self.runner if group is None else Leader(self.runner, group),
             blocks=self.blocks,
             prefix_caching=self.prefix_caching,
         )
 
 
-def batch(
+def prepare_model(
     model: PreTrainedModel,
     config: TextConfig,
     *,
-    proof: Proof | None = None,
-    ranks: Ranks | None = None,
-) -> Batched:
-    """Prove how a placed model can be batched, and measure its KV; see `text_program`.
+    parity: ParityCheck | None = None,
+    group: TPGroup | None = None,
+) -> BatchedModel:
+    """Choose a model's layout and kernels, and size its KV; arguments as in `program_for_model`.
 
-    Raises: ConfigError if the model can not be served rightly.
+    Raises: ConfigError if the model cannot be served correctly.
     """
     if not config.cpu_kernels:
         switch_off_kernels()
-    path = prove_and_pack(model, config.weight_quantization, proof)
+    layout = check_and_pack(model, config.weight_quantization, parity)
     max_context = context_length(model.config)
-    useful = config.max_batch_size * max_context
     kv_tokens = config.max_kv_tokens or default_kv_tokens(
-        model, path, useful, sharing=config.local_world_size
+        model, layout, config.max_batch_size * max_context, ranks=config.local_world_size
     )
-    if ranks is not None:
-        kv_tokens = ranks.smallest(kv_tokens)
+    if group is not None:
+        kv_tokens = group.all_reduce_min(kv_tokens)
     blocks = max(1, kv_tokens // BLOCK_SIZE)
-    return Batched(Forward(model, path, blocks=blocks), blocks, max_context, config.prefix_caching)
+    runner = HFModelRunner(model, layout, blocks=blocks)
+    return BatchedModel(runner, blocks, max_context, config.prefix_caching)
 
 
-def serve(
+def program_for_engine(
     context: RankContext,
     engine: Engine,
     info: ModelInfo,
     *,
-    generation: GenerationConfig | None,
+    generation_config: GenerationConfig | None,
     defaults: SamplingDefaults | None = None,
 ) -> TextProgram:
-    """The program that schedules on an engine, with the model's tokenizer and defaults.
+    """The program of rank 0 that schedules on an engine, with the tokenizer of the model folder.
 
-    `defaults`: those of the operator's config in place of the generation config's. Fills in what
-    `info` says about the tokenizer and the defaults.
+    `info` lacks what depends on the tokenizer and the defaults, which is added here. `defaults`
+    replace those of the generation config. Raises: ConfigError if the tokenizer cannot be loaded.
     """
     config = context.config
     assert isinstance(config, TextConfig)  # noqa: S101 - the engines checked it
-    defaults = defaults or sampling_defaults(generation)
+    defaults = defaults or sampling_defaults(generation_config)
     tokenizer = load_tokenizer(config.model_path)
-    warn_about_ignored(generation)
+    warn_about_ignored(generation_config)
     return TextProgram(
         info=msgspec.structs.replace(
             info,
@@ -144,7 +146,7 @@ def serve(
         engine=engine,
         tokenizer=PromptTokenizer(tokenizer, info.vocab_size),
         limits=Limits(config.max_batch_size, config.max_step_tokens),
-        eos_ids=eos_ids(generation, info.vocab_size),
+        eos_ids=eos_ids(generation_config, info.vocab_size),
         defaults=defaults,
         max_prompt_tokens=config.max_length,
         default_new_tokens=config.max_new_tokens,

@@ -1,9 +1,8 @@
-"""Several ranks that hold one model together and run the same steps.
+"""Ranks that hold one model together and run every step in lockstep.
 
-Rank 0 has the scheduler, the block tables and the sampler. All that a forward depends on is in the
-`StepPlan` that it hands to the others, so no rank can compute another step than the others do. A
-plan travels as integers in one tensor of fixed size, and in a second where it is longer: nothing is
-pickled.
+Rank 0 has the scheduler, the block tables and the sampler, and broadcasts the `Batch` of each step
+to the others. As a forward depends on nothing else, all ranks compute the same. A batch travels as
+integers in a tensor of fixed size, and the rest of a long one in a second tensor: no pickle.
 """
 
 from __future__ import annotations
@@ -15,82 +14,83 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from runners.contracts.text import ModelInfo
 from runners.protocol.messages import HostMessage
-from runners.rank.program import Occupancy
-from runners.text.engine import Runs
-from runners.text.paging.step import StepPlan
+from runners.rank.program import Occupancy, RankProgram
+from runners.text.engine import ModelRunner
+from runners.text.paging.batch import Batch
 
 HEADER = 1024
-"""Integers of the first tensor: its length, then as much of the plan as fits, which is all of it
-for some dozens of running sequences."""
+"""Integers of the first tensor: the length of the batch, then as much of it as fits, which is all
+of it for some dozens of decoding sequences."""
 
 
-class Ranks:
-    """What the ranks of a group tell each other, on the CPU. All make the same calls in order."""
+class TPGroup:
+    """The collectives of a tensor-parallel group, on the CPU. All ranks call the same in order."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
-        self.leads = dist.get_rank(group) == 0
+        self.is_leader = dist.get_rank(group) == 0
         self._header = torch.zeros(HEADER, dtype=torch.int32)
 
-    def smallest(self, value: int, *, patience: float | None = None) -> int:
-        """The smallest of the ranks' values.
+    def all_reduce_min(self, value: int, *, timeout_s: float | None = None) -> int:
+        """The smallest value of all ranks.
 
-        Raises: TimeoutError if another rank does not ask after `patience` seconds.
+        Raises: TimeoutError if another rank does not take part within `timeout_s`.
         """
-        number = torch.tensor(value)
-        work: Any = dist.all_reduce(number, dist.ReduceOp.MIN, group=self._group, async_op=True)
+        tensor = torch.tensor(value)
+        work: Any = dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._group, async_op=True)
         try:
-            work.wait(timedelta(seconds=patience or 0))  # none waits as long as the group does
+            work.wait(timedelta(seconds=timeout_s or 0))  # 0 stands for the group's timeout
         except RuntimeError as error:
-            if patience is None or "imed out" not in str(error):
+            if timeout_s is None or "imed out" not in str(error):
                 raise
-            raise TimeoutError("the other ranks are elsewhere") from None
-        return int(number)
+            raise TimeoutError("another rank does not take part") from None
+        return int(tensor)
 
-    def share(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Rank 0's tensor; the others' have its shape and type, and are overwritten."""
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's tensor; that of other ranks has the same shape and type, and is overwritten."""
         dist.broadcast(tensor, 0, group=self._group)
         return tensor
 
-    def send(self, plan: StepPlan | None) -> None:
-        """Rank 0: tell the others what is run next, or, with None, that nothing is for now."""
-        numbers = [] if plan is None else encode(plan)
-        fits = numbers[: HEADER - 1]
-        self._header[: len(fits) + 1] = torch.tensor([len(numbers), *fits], dtype=torch.int32)
-        self.share(self._header)
-        if len(numbers) > len(fits):
-            self.share(torch.tensor(numbers[len(fits) :], dtype=torch.int32))
+    def send(self, batch: Batch | None) -> None:
+        """In rank 0: send the next batch to the others, or None to keep the connection alive."""
+        numbers = [] if batch is None else encode(batch)
+        head = numbers[: HEADER - 1]
+        self._header[: len(head) + 1] = torch.tensor([len(numbers), *head], dtype=torch.int32)
+        self.broadcast(self._header)
+        if len(numbers) > len(head):
+            self.broadcast(torch.tensor(numbers[len(head) :], dtype=torch.int32))
 
-    def receive(self) -> StepPlan | None:
-        """The others: what `send` was given."""
-        length, *numbers = self.share(self._header).tolist()
+    def receive(self) -> Batch | None:
+        """In the other ranks: what rank 0 sends next."""
+        length, *numbers = self.broadcast(self._header).tolist()
         if length > len(numbers):
             rest = torch.empty(length - len(numbers), dtype=torch.int32)
-            numbers += self.share(rest).tolist()
+            numbers += self.broadcast(rest).tolist()
         return decode(numbers) if length else None
 
 
-def encode(plan: StepPlan) -> list[int]:
-    """A plan as integers: how many sequences, then of each the counts, past, tokens and table."""
-    numbers = [len(plan.tokens)]
-    for tokens, past, table in zip(plan.tokens, plan.past, plan.tables, strict=True):
+def encode(batch: Batch) -> list[int]:
+    """A batch as integers: the number of sequences, then each one's counts, past, tokens, table."""
+    numbers = [len(batch.tokens)]
+    for tokens, past, table in zip(batch.tokens, batch.past, batch.block_tables, strict=True):
         numbers += (len(tokens), len(table), past, *tokens, *table)
     return numbers
 
 
-def decode(numbers: list[int]) -> StepPlan:
-    """The plan that `encode` made integers of; what follows it is ignored."""
-    left = iter(numbers)
-    plan = StepPlan([], [], [])
-    for _ in range(next(left)):
-        count, blocks, past = next(left), next(left), next(left)
-        plan.tokens.append(_take(left, count))
-        plan.past.append(past)
-        plan.tables.append(_take(left, blocks))
-    return plan
+def decode(numbers: list[int]) -> Batch:
+    """The batch that was encoded; what follows it is ignored."""
+    rest = iter(numbers)
+    batch = Batch([], [], [])
+    for _ in range(next(rest)):
+        count, blocks, past = next(rest), next(rest), next(rest)
+        batch.tokens.append(_take(rest, count))
+        batch.past.append(past)
+        batch.block_tables.append(_take(rest, blocks))
+    return batch
 
 
 def _take(numbers: Iterator[int], count: int) -> list[int]:
@@ -98,63 +98,71 @@ def _take(numbers: Iterator[int], count: int) -> list[int]:
 
 
 class RankLost(Exception):
-    """Another rank of the group ended or can not be reached."""
+    """Another rank of the group ended or cannot be reached."""
 
 
-def tells_of_loss(error: Exception) -> bool:
-    """Whether it is what a lost rank makes of a collective; gloo's errors have no type."""
+def is_rank_loss(error: Exception) -> bool:
+    """Whether a collective failed because a rank is lost; gloo's errors have no type."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Tell what a lost rank does to a collective from other errors. Raises: RankLost."""
+def detect_rank_loss() -> Iterator[None]:
+    """Raises: RankLost in place of the error that a lost rank causes in a collective."""
     try:
         yield
     except RuntimeError as error:
-        if tells_of_loss(error):
+        if is_rank_loss(error):
             raise RankLost(f"another rank of the group is lost: {error}") from error
         raise
 
 
-class Leader:
-    """Rank 0's share of the model: has the others run what it runs."""
+class Leader(ModelRunner):
+    """In rank 0: has all ranks run a batch. Raises: RankLost."""
 
-    def __init__(self, model: Runs, ranks: Ranks) -> None:
+    def __init__(self, model: ModelRunner, group: TPGroup) -> None:
         self._model = model
-        self._ranks = ranks
+        self._group = group
 
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        """See `engine.Runs`. Raises: RankLost."""
-        with together():
-            self._ranks.send(plan)
-            return self._model.run(plan)
+    @override
+    def run(self, batch: Batch) -> torch.Tensor:
+        with detect_rank_loss():
+            self._group.send(batch)
+            return self._model.run(batch)
 
+    @override
     def idle(self) -> None:
-        """Let no rank wait so long that it takes this one for lost. Raises: RankLost."""
-        with together():
-            self._ranks.send(None)
+        # The others would take a silent rank 0 for lost.
+        with detect_rank_loss():
+            self._group.send(None)
 
 
-class Follower:
-    """The program of every rank but 0: runs what rank 0 runs."""
+class Follower(RankProgram):
+    """The program of the other ranks: runs the batches of rank 0. Raises: RankLost."""
 
-    def __init__(self, model: Runs, ranks: Ranks, info: ModelInfo) -> None:
-        self.info = info
+    def __init__(self, model: ModelRunner, group: TPGroup, info: ModelInfo) -> None:
         self._model = model
-        self._ranks = ranks
+        self._group = group
+        self._info = info
 
+    @property
+    @override
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @override
     def receive(self, message: HostMessage) -> None:
-        """The host speaks to rank 0 only."""
+        # The host sends to rank 0 only.
         raise ValueError(f"unexpected {type(message).__name__}")
 
+    @override
     def step(self) -> None:
-        """Run the next step of rank 0, once there is one. Raises: RankLost."""
-        with together():
-            plan = self._ranks.receive()
-            if plan is not None:
-                self._model.run(plan)
+        with detect_rank_loss():
+            batch = self._group.receive()
+            if batch is not None:
+                self._model.run(batch)
 
+    @override
     def occupancy(self) -> Occupancy:
-        """Rank 0 knows."""
+        # Rank 0 reports that of the group.
         return Occupancy()

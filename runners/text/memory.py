@@ -1,65 +1,59 @@
-"""How many tokens of KV the free memory holds."""
+"""The number of KV tokens that fit in free memory. `loading` calls it at the start of a rank."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
 from runners.contracts.errors import ConfigError
-from runners.text.forward import Batching, Forward
+from runners.text.model_runner import HFModelRunner, Layout
+from runners.text.paging.batch import Batch
 from runners.text.paging.blocks import BLOCK_SIZE
-from runners.text.paging.step import StepPlan
 
 KV_SHARE = 0.6
-"""Share of the free memory that KV may take by default; the rest is for activations and others."""
+"""Share of the free memory that KV may take by default; activations need some of the rest."""
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
-def default_kv_tokens(model: PreTrainedModel, path: Batching, useful: int, *, sharing: int) -> int:
-    """As many tokens as the free memory of the tightest device holds, at most `useful`.
+def default_kv_tokens(
+    model: PreTrainedModel, layout: Layout, max_useful: int, *, ranks: int
+) -> int:
+    """The KV tokens that fit on the device with the least room, at most `max_useful`.
 
-    `sharing` ranks have the CPU's memory in common.
+    `ranks` is the number of ranks that share this machine's memory.
+    Raises: ConfigError if not even one block fits.
     """
-    forward = Forward(model, path, blocks=1)
-    forward.run(StepPlan([[0]], [0], [[0]]))
-    per_token = forward.bytes_per_token()
-    room = [
-        int(KV_SHARE * _free_bytes(d) / (sharing if d.type == "cpu" else 1) / size)
-        for d, size in per_token.items()
+    runner = HFModelRunner(model, layout, blocks=1)
+    runner.run(Batch([[0]], [0], [[0]]))
+    fitting = [
+        int(KV_SHARE * _free_bytes(device) / (ranks if device.type == "cpu" else 1) / size)
+        for device, size in runner.bytes_per_token().items()
         if size
     ]
-    fits = min([useful, *room])
-    if fits < BLOCK_SIZE:
+    tokens = min([max_useful, *fitting])
+    if tokens < BLOCK_SIZE:
         raise ConfigError("no memory is left for the KV cache; choose a smaller model or dtype")
-    return fits
+    return tokens
 
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in Path("/proc/meminfo").read_text().splitlines() if _linux() else []:
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    return min([free, *_cgroup_room()])
+    return min([psutil.virtual_memory().available, *_cgroup_free()])
 
 
-def _cgroup_room() -> list[int]:
-    """What a container's memory limit leaves (cgroup v2); empty without a limit."""
+def _cgroup_free() -> list[int]:
+    """Bytes below a container's memory limit (cgroup v2); empty without a limit."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        stat = Path("/sys/fs/cgroup/memory.stat").read_text()
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = int((CGROUP / "memory.current").read_text())
+        statistics = (CGROUP / "memory.stat").read_text().splitlines()
     except OSError:
         return []
-    # The page cache of the weights counts as used, but gives way.
-    cached = next(
-        (int(x.split()[1]) for x in stat.splitlines() if x.startswith("inactive_file")), 0
-    )
-    return [] if limit == "max" else [max(0, int(limit) - used + cached)]
-
-
-def _linux() -> bool:
-    return Path("/proc/meminfo").is_file()
+    # Memory in use includes the page cache of the weight files, which the kernel can reclaim.
+    reclaimable = next((int(x.split()[1]) for x in statistics if x.startswith("inactive_file")), 0)
+    return [] if limit == "max" else [max(0, int(limit) - used + reclaimable)]

@@ -1,7 +1,7 @@
-"""The path for architectures without transformers' attention interface (BLOOM, for one).
+"""The padded layout, for architectures without transformers' attention interface (such as BLOOM).
 
-A `Cache` over the same blocks: decode tokens of many sequences run as one left-padded batch, each
-prompt chunk as a batch of its own, with the plain 2-D mask every architecture knows.
+A `Cache` over the KV blocks. The decoding sequences run as one left-padded batch and each chunk of
+a prompt as a batch of one, with the plain 2-D attention mask that every architecture takes.
 """
 
 from __future__ import annotations
@@ -10,36 +10,38 @@ from typing import Any
 
 import torch
 from transformers import Cache
+from typing_extensions import override
 
+from runners.text.paging.batch import ForwardContext
 from runners.text.paging.blocks import BLOCK_SIZE
-from runners.text.paging.step import Step
 
 
 class PaddedCache(Cache):
-    """Shows the KV of a step's sequences as one right-aligned batch of `length` columns.
+    """The KV of a batch as one right-aligned tensor of `length` columns per layer.
 
-    Every segment of the step has the same count of rows.
+    All segments of the batch have the same number of rows.
     """
 
     is_compileable = False
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, context: ForwardContext) -> None:
         super().__init__(layers=[])
-        self._step = step
-        self._count = step.segments[0].count
-        self._past = max(s.past for s in step.segments)
-        self._places: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._context = context
+        self._count = context.segments[0].count
+        self._past = max(s.past for s in context.segments)
+        self._gather: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     @property
     def length(self) -> int:
-        """Columns of the batch, the new tokens included."""
+        """Columns of the batch, including the new tokens."""
         return self._past + self._count
 
     def mask(self) -> torch.Tensor:
-        """`[B, length]`, 1 where a row has a token."""
-        ends = torch.tensor([s.end for s in self._step.segments])
+        """int64 `[B, length]`, 1 for a token and 0 for padding."""
+        ends = torch.tensor([s.end for s in self._context.segments])
         return (torch.arange(self.length)[None] >= self.length - ends[:, None]).long()
 
+    @override
     def update(
         self,
         key_states: torch.Tensor,
@@ -48,47 +50,47 @@ class PaddedCache(Cache):
         *_: Any,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[B, kv_heads, count, D]`; return `[B, kv_heads, length, D]`, left-padded."""
-        layer = self._step.pool.layer(layer_idx, key_states, value_states)
+        layer = self._context.pool.layer(layer_idx, key_states, value_states)
         key = key_states.transpose(0, 1).flatten(1, 2)
-        self._step.write(layer, key, value_states.transpose(0, 1).flatten(1, 2))
+        self._context.write(layer, key, value_states.transpose(0, 1).flatten(1, 2))
         blocks, offsets, padding = self._columns(key.device)
         keys = layer.keys[blocks, :, :, offsets].transpose(1, 2)
         values = layer.values[blocks, :, offsets].transpose(1, 2)[..., : value_states.shape[-1]]
-        # The mask alone would not do: another sequence's NaN times nothing is NaN.
+        # The mask does not suffice: zero times the NaN of another sequence is NaN.
         return keys.masked_fill(padding, 0), values.masked_fill(padding, 0)
 
     def _columns(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Block and offset of every column `[B, length]`, and where there is but padding, which
-        shows some block's first token: `[B, 1, length, 1]`."""
-        if device not in self._places:
+        """Block and offset of every column, `[B, length]`, and a mask of the padding,
+        `[B, 1, length, 1]`. Padding refers to the first token of some block."""
+        if device not in self._gather:
             blocks, offsets = [], []
-            for s in self._step.segments:
+            for s in self._context.segments:
                 pad = [0] * (self.length - s.end)
-                blocks.append(pad + [s.table[t // BLOCK_SIZE] for t in range(s.end)])
+                blocks.append(pad + [s.block_table[t // BLOCK_SIZE] for t in range(s.end)])
                 offsets.append(pad + [t % BLOCK_SIZE for t in range(s.end)])
-            self._places[device] = (
+            self._gather[device] = (
                 torch.tensor(blocks, device=device),
                 torch.tensor(offsets, device=device),
                 (self.mask() == 0).to(device)[:, None, :, None],
             )
-        return self._places[device]
+        return self._gather[device]
 
+    @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns before the new tokens."""
         return self._past
 
+    @override
     def get_mask_sizes(self, *_: Any, **__: Any) -> tuple[int, int]:
-        """Columns of the attention mask, and its offset."""
         return self.length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Unbounded here; the scheduler keeps sequences within the context."""
+        """-1, unlimited: the scheduler keeps sequences within the context."""
         return -1
 
     @property
+    @override
     def is_sliding(self) -> list[bool]:
-        """All layers keep the whole sequence; windows are the mask's business."""
+        # Every layer keeps the whole sequence; the mask applies a window.
         return [False]
 
     def __len__(self) -> int:

@@ -1,12 +1,15 @@
-"""Which forward a model may be batched with, and which of its parts on our kernels: by proof.
+"""Parity checks: which layout a model may be batched in, and which of its parts run on CPU kernels.
 
-Everything is compared with the model's own plain forward, in chunked and mixed steps over short
-prompts. A model that no batched forward serves rightly is refused; parts that change it are undone.
+At its start, every model's logits from chunked, mixed steps over short prompts are compared with
+those of its plain forward. A model without a layout that gives the same logits is refused; kernels
+that change them are removed. `loading` and the engines call this in all ranks.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 
 import torch
@@ -14,123 +17,127 @@ from transformers import PreTrainedModel
 
 from runners.contracts.errors import ConfigError
 from runners.text.attention import PACKED
-from runners.text.cpu import load_kernels, switch_off_kernels
+from runners.text.cpu import Kernels, load_kernels, switch_off_kernels
 from runners.text.cpu.decoder import fuse_decoder, unfuse_decoder
 from runners.text.cpu.fusing import fuse_modules, unfuse_modules
 from runners.text.cpu.linear import Quantization, pack_linears, unpack_linears
-from runners.text.engine import RaggedEngine
-from runners.text.forward import Batching, Forward, input_device
-from runners.text.lockstep import Ranks, tells_of_loss
+from runners.text.engine import PagedEngine
+from runners.text.lockstep import TPGroup, is_rank_loss
+from runners.text.model_runner import HFModelRunner, Layout, input_device
 from runners.text.paging.blocks import BLOCK_SIZE
-from runners.text.windows import narrow_windows
 
-logger = logging.getLogger("triptych.ragged")
+logger = logging.getLogger("triptych.text")
 
-_KV_TOKENS = 256
+KV_TOKENS = 256
 
-PATIENCE_S = 60
-"""How long a rank whose forward failed waits for the others to say so too."""
+FAILURE_TIMEOUT_S = 60
+"""Seconds that a rank whose forward failed waits for the other ranks to take part."""
+
+EXACT, HALF_PRECISION, QUANTIZED = 1e-3, 0.1, 0.5
+"""Largest difference of a logit, in standard deviations of the reference. In half precision the
+last bits depend on the shape of a batch, quantized weights are rounded; wrong arithmetic differs by
+more."""
+
+WINDOW_ATTRIBUTES = ("sliding_window", "attention_chunk_size")
+NARROW_WINDOW = 4
 
 
-EXACT, HALF, QUANTIZED = 1e-3, 0.1, 0.5
-"""How far logits may lie from the reference, in its standard deviations. Half precision differs in
-its last bits between batch shapes, quantized weights by their rounding; wrong maths by more."""
+class ParityCheck:
+    """The logits of a model as it was loaded, to compare with those of batched steps.
 
-
-class Proof:
-    """A model's own logits, as it was loaded, and whether batched steps give the same.
-
-    With `ranks`, all of them agree in everything, and what is proved may be split among them.
+    With `group`, all its ranks get the same results, and a model may be split among them between
+    the reference and a check.
     """
 
-    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, group: TPGroup | None = None) -> None:
         self._model = model
-        self._ranks = ranks
-        self._tolerance = EXACT if model.dtype in (torch.float32, torch.float64) else HALF
-        if ranks is None or ranks.leads:
-            # Windows wider than the probe would prove nothing about how a path treats them.
-            with narrow_windows(model):
-                self._reference = _reference(model)
+        self._group = group
+        exact = model.dtype in (torch.float32, torch.float64)
+        self._tolerance = EXACT if exact else HALF_PRECISION
+        if group is None or group.is_leader:
+            # Windows wider than the prompts would not be checked at all.
+            with _narrow_windows(model):
+                self._reference = _reference_logits(model)
         else:
-            self._reference = torch.empty(len(_probe(model)), _vocab_size(model))
-        if ranks is not None:
-            self._reference = ranks.share(self._reference)
+            self._reference = torch.empty(len(_prompts(model)), _vocab_size(model))
+        if group is not None:
+            self._reference = group.broadcast(self._reference)
 
-    def of(self, model: PreTrainedModel) -> Proof:
-        """The same proof for another copy of the model."""
-        proof = copy(self)
-        proof._model = model
-        return proof
+    def for_model(self, model: PreTrainedModel) -> ParityCheck:
+        """The check of another copy of the model against the same reference."""
+        check = copy(self)
+        check._model = model
+        return check
 
-    def choose(self) -> Batching:
-        """The forward that is right; sets the model's attention. Raises: ConfigError."""
+    def choose_layout(self) -> Layout:
+        """The layout that matches; sets the model's attention accordingly. Raises: ConfigError."""
         model = self._model
-        usual = model.config._attn_implementation
+        default_attention = model.config._attn_implementation
         if getattr(model, "_supports_attention_backend", False):
             model.set_attn_implementation(PACKED)
-            if self.holds("packed"):
+            if self.matches("packed"):
                 return "packed"
-            model.set_attn_implementation(usual)
-        if self.holds("padded"):
+            model.set_attn_implementation(default_attention)
+        if self.matches("padded"):
             return "padded"
         raise ConfigError(
-            f"{type(model).__name__} can not be batched continuously: its logits with a KV "
-            "cache differ from its own plain forward"
+            f"{type(model).__name__} cannot be batched continuously: its logits with a KV cache "
+            "differ from those of its plain forward"
         )
 
-    def holds(self, path: Batching, *, tolerance: float | None = None) -> bool:
-        """Whether the model, as it is now, still gives the logits it had."""
+    def has_layout(self) -> bool:
+        """Whether the model matches in any layout."""
         try:
-            with narrow_windows(self._model):
-                ours = _batched(self._model, path)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever an architecture trips over, this is not its path
-            if tells_of_loss(error):
-                raise
-            logger.info("%s on the %s path: %s", type(self._model).__name__, path, error)
-            return self.agree(False, error)
-        spread = max(float(self._reference.std()), 1e-3)
-        most = (tolerance or self._tolerance) * spread
-        return self.agree(
-            bool(torch.isfinite(ours).all() and (ours - self._reference).abs().max() <= most)
-        )
-
-    def batches(self) -> bool:
-        """Whether some path gives the logits it had, whatever else may."""
-        try:
-            self.choose()
+            self.choose_layout()
         except ConfigError:
             return False
         return True
 
-    def agree(self, own: bool, error: Exception | None = None) -> bool:
-        """Whether it is so on every rank; `error` is why it is not on this one.
-
-        Raises: ConfigError if the others know of no error, and wait for this rank elsewhere.
-        """
-        if self._ranks is None:
-            return own
+    def matches(self, layout: Layout, *, tolerance: float | None = None) -> bool:
+        """Whether the model, as it is now, gives the reference logits in this layout."""
         try:
-            return bool(self._ranks.smallest(own, patience=PATIENCE_S if error else None))
+            with _narrow_windows(self._model):
+                logits = _batched_logits(self._model, layout)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # an architecture may fail in any way in a layout it cannot use
+            if is_rank_loss(error):
+                raise
+            logger.info("%s in the %s layout: %s", type(self._model).__name__, layout, error)
+            return self.all_ranks(False, error)
+        spread = max(float(self._reference.std()), 1e-3)
+        limit = (tolerance or self._tolerance) * spread
+        difference = (logits - self._reference).abs().max()
+        return self.all_ranks(bool(torch.isfinite(logits).all() and difference <= limit))
+
+    def all_ranks(self, success: bool, error: Exception | None = None) -> bool:
+        """Whether all ranks have success; `error` is the failure of this one.
+
+        Raises: ConfigError if the other ranks had no failure, and do not take part.
+        """
+        if self._group is None:
+            return success
+        timeout_s = FAILURE_TIMEOUT_S if error else None
+        try:
+            return bool(self._group.all_reduce_min(success, timeout_s=timeout_s))
         except TimeoutError:
             raise ConfigError(
-                f"{type(self._model).__name__} can not be split: a rank fails alone: {error}"
+                f"{type(self._model).__name__} cannot be split: it fails on one rank only: {error}"
             ) from error
 
 
-def prove_and_pack(
-    model: PreTrainedModel, quantization: Quantization | None, proof: Proof | None = None
-) -> Batching:
-    """How the model is to be batched, with its linear layers packed where that is right.
+def check_and_pack(
+    model: PreTrainedModel, quantization: Quantization | None, parity: ParityCheck | None = None
+) -> Layout:
+    """The layout of a model, which gets packed weights and fused kernels where these match.
 
-    `proof` is of the model as it was before anything was done to it; made here if it is as loaded.
-    Raises: ConfigError if no batching is right, or for a quantization that can not be done here.
+    `parity` is the check of the model as it was loaded; by default, as it is now.
+    Raises: ConfigError if no layout matches, or the quantization is impossible here.
     """
-    proof = proof or Proof(model)
-    path = proof.choose()
+    parity = parity or ParityCheck(model)
+    layout = parity.choose_layout()
     kernels = load_kernels()
-    if not proof.agree(kernels is not None) and kernels is not None:
+    if not parity.all_ranks(kernels is not None) and kernels is not None:
         switch_off_kernels()  # another rank has none
         kernels = None
     if kernels is None:
@@ -139,47 +146,58 @@ def prove_and_pack(
                 "weight_quantization needs the CPU kernels, which are switched off or could not be "
                 "compiled (the log says why); they need a C++ compiler such as g++"
             )
-        return path
+        return layout
     if not pack_linears(model, kernels, quantization):
         if quantization is not None:
             raise ConfigError(
                 "weight_quantization is for models computed in float32 on a CPU; this one is not"
             )
-        return path
+        return layout
     tolerance = None if quantization is None else QUANTIZED
-    fuse_modules(model, kernels)
-    if path == "packed":
-        fuse_decoder(model, kernels)
-    for undo in (unfuse_decoder, unfuse_modules):
-        if proof.holds(path, tolerance=tolerance):
-            return path
-        undo(model)
-    if not proof.holds(path, tolerance=tolerance):
+    if not _fuse(model, kernels, layout, parity, tolerance):
         if quantization is not None:
             raise ConfigError(
-                f"{type(model).__name__} does not bear weight_quantization {quantization}: "
-                "its logits become others"
+                f"{type(model).__name__} does not tolerate weight_quantization {quantization}: "
+                "its logits change too much"
             )
-        logger.warning("%s runs without the CPU kernels: they change it", type(model).__name__)
+        logger.warning("%s runs without CPU kernels: its logits differ", type(model).__name__)
         unpack_linears(model)
-    return path
+    return layout
+
+
+def _fuse(
+    model: PreTrainedModel,
+    kernels: Kernels,
+    layout: Layout,
+    parity: ParityCheck,
+    tolerance: float | None,
+) -> bool:
+    """Fuse as many modules of a packed model as match; whether even the packed model matches."""
+    fuse_modules(model, kernels)
+    if layout == "packed":
+        fuse_decoder(model, kernels)
+    for undo in (unfuse_decoder, unfuse_modules):
+        if parity.matches(layout, tolerance=tolerance):
+            return True
+        undo(model)
+    return parity.matches(layout, tolerance=tolerance)
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
     return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
 
 
-def _probe(model: PreTrainedModel) -> list[list[int]]:
+def _prompts(model: PreTrainedModel) -> list[list[int]]:
+    """Two prompts; the first extends into a second KV block."""
     vocab_size = _vocab_size(model)
-    # The first crosses into a second block of KV.
     return [
         [(7 * i + 3 + k) % vocab_size for i in range(n)] for k, n in enumerate((BLOCK_SIZE + 9, 9))
     ]
 
 
 @torch.inference_mode()
-def _reference(model: PreTrainedModel) -> torch.Tensor:
-    """Last-token logits of two short prompts by the model's own forward, without any cache."""
+def _reference_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Last-token logits `[2, vocab]` of the prompts by the model's plain forward, uncached."""
     model.train(False)
     device = input_device(model)
     return torch.cat(
@@ -188,19 +206,41 @@ def _reference(model: PreTrainedModel) -> torch.Tensor:
             .logits[:, -1]
             .float()
             .cpu()
-            for ids in _probe(model)
+            for ids in _prompts(model)
         ]
     )
 
 
-def _batched(model: PreTrainedModel, path: Batching) -> torch.Tensor:
-    """The reference's logits, but from chunked, mixed steps over the probe."""
-    blocks = _KV_TOKENS // BLOCK_SIZE
-    engine = RaggedEngine(Forward(model, path, blocks=blocks), blocks=blocks)
-    first, second = _probe(model)
+def _batched_logits(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
+    """Last-token logits `[2, vocab]` of the prompts from chunked, mixed steps."""
+    blocks = KV_TOKENS // BLOCK_SIZE
+    engine = PagedEngine(HFModelRunner(model, layout, blocks=blocks), blocks=blocks)
+    first, second = _prompts(model)
     for uid, ids in ((1, first), (2, second)):
         engine.open(uid, ids)
         engine.extend(uid, len(ids))
     engine.put([1], [first[:4]])
     engine.put([1, 2], [first[4:-1], second[:-1]])
     return engine.put([1, 2], [first[-1:], second[-1:]])
+
+
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Narrow all sliding windows and attention chunks, so that short prompts extend beyond them.
+
+    Architectures that pass the window to the attention function keep it in their modules; those
+    that only mask read it from the configuration.
+    """
+    owners = [model.config, model.config.get_text_config(), *model.modules()]
+    changed: list[tuple[object, str, int]] = []
+    try:
+        for owner in owners:
+            for name in WINDOW_ATTRIBUTES:
+                width = getattr(owner, name, None)
+                if isinstance(width, int) and not isinstance(width, bool) and width > NARROW_WINDOW:
+                    changed.append((owner, name, width))
+                    setattr(owner, name, NARROW_WINDOW)
+        yield
+    finally:
+        for owner, name, width in reversed(changed):
+            setattr(owner, name, width)

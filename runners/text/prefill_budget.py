@@ -1,9 +1,9 @@
-"""How much of the prompts a step may read beside running streams.
+"""The number of prompt tokens in a step that running streams can bear.
 
-Every prompt token makes the step longer, and every running stream waits for it. So the share of
-prompts is bounded in time, not in tokens: each prompt that is being read may lengthen a step by
-`SHARE` times what the step's decoding rows alone take. One long prompt can not stall the streams,
-and many short ones do not wait for one another. What steps cost is learned from the steps.
+Every prompt token makes the step longer for all running streams. So prefill is bounded in time, not
+in tokens: each prompt may lengthen a step by `SHARE` times the duration of a step without prompts.
+One long prompt cannot stall the streams, and many short ones do not wait for one another. The
+durations are measured on past steps.
 """
 
 from __future__ import annotations
@@ -12,40 +12,39 @@ from collections import deque
 from statistics import median
 
 SHARE = 0.8
-"""What one prompt may add to a step, in steps without prompts."""
+"""Time that one prompt may add to a step, relative to a step without prompts."""
 
-SMALLEST_CHUNK = 16
-"""Below this the weights are read for next to nothing."""
+MIN_CHUNK = 16
+"""Tokens; a smaller chunk takes about as long, because a step reads all weights anyway."""
 
 
-class Pacer:
-    """Learns what steps cost; says how many prompt tokens the next may hold.
+class PrefillBudget:
+    """Measures steps, and bounds the prompt tokens of the next one.
 
-    Medians, because a step may take ten times as long for reasons of the machine's own.
+    It uses medians, because other load on the machine can make a single step ten times as long.
     """
 
     def __init__(self) -> None:
         self._decode_s: deque[float] = deque(maxlen=15)
         self._prompt_token_s: deque[float] = deque(maxlen=5)
 
-    def budget(self, decoding: int, prompts: int, most: int) -> int:
-        """Prompt tokens, of `prompts` sequences, for a step that also has `decoding` rows; `most`
-        bounds the whole step."""
-        room = max(most - decoding, 1)
+    def tokens(self, decoding: int, prompts: int, max_step_tokens: int) -> int:
+        """Prompt tokens for a step with `decoding` decoding sequences and `prompts` prompts."""
+        room = max(max_step_tokens - decoding, 1)
         if not decoding:
             return room
         if not self._decode_s or not self._prompt_token_s:
-            return min(room, 2 * SMALLEST_CHUNK * max(prompts, 1))
+            return min(room, 2 * MIN_CHUNK * max(prompts, 1))
         time_s = SHARE * prompts * median(self._decode_s)
-        fitting = int(time_s / max(median(self._prompt_token_s), 1e-9))
-        return min(room, max(fitting, SMALLEST_CHUNK))
+        affordable = int(time_s / max(median(self._prompt_token_s), 1e-9))
+        return min(room, max(affordable, MIN_CHUNK))
 
     def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
-        """A step with so many decoding rows and prompt tokens took so long."""
+        """Record the duration of a step."""
         if not prompt_tokens:
             self._decode_s.append(seconds)
         elif not decoding:
             self._prompt_token_s.append(seconds / prompt_tokens)
-        elif self._decode_s and prompt_tokens >= SMALLEST_CHUNK // 2:
-            own = seconds - median(self._decode_s)
-            self._prompt_token_s.append(max(own, 0.1 * seconds) / prompt_tokens)
+        elif self._decode_s and prompt_tokens >= MIN_CHUNK // 2:
+            prefill_s = seconds - median(self._decode_s)
+            self._prompt_token_s.append(max(prefill_s, 0.1 * seconds) / prompt_tokens)

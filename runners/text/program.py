@@ -1,4 +1,7 @@
-"""TextProgram: the program of a rank with a text model."""
+"""TextProgram: the program of rank 0 of a text model.
+
+The rank's reader thread calls `receive`, two threads tokenise, the main thread runs the steps.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +31,19 @@ from runners.text.detokenizer import Detokenizer
 from runners.text.engine import Engine
 from runners.text.requests import answer_call, token_limit
 from runners.text.sampling import SamplerState
-from runners.text.scheduler import Generation, Limits, Scheduler
+from runners.text.scheduler import Limits, Scheduler, Sequence
 from runners.text.tokenization import PromptTokenizer
 
 CONTEXT_TOKENS = 6
+"""Tokens at the end of a prompt that the text of its continuation may depend on."""
+
 TOKENIZER_THREADS = 2
 
 
 class TextProgram(RankProgram):
-    """Schedules the sequences of a text model.
+    """Tokenises the prompts of a text model and schedules its sequences.
 
-    Separate threads tokenise prompts, so that a huge prompt delays no other request's next token.
+    Separate threads tokenise, so that a huge prompt does not delay the next token of others.
     """
 
     def __init__(
@@ -69,7 +74,7 @@ class TextProgram(RankProgram):
             fail=lambda request_id, error: emit(request_failed(request_id, error)),
             describe=self._describe_token,
         )
-        self._inbox = Inbox[Generation | Abort]()
+        self._inbox = Inbox[Sequence | Abort]()
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
         self._lock = threading.Lock()
         self._preparing: set[str] = set()
@@ -118,32 +123,32 @@ class TextProgram(RankProgram):
         )
 
     def _prepare(self, request: GenerationRequest) -> None:
-        """In a tokenizer thread: validate, accept or refuse, and queue."""
+        """In a tokenizer thread: validate the request, accept or refuse it, and queue it."""
         try:
-            prepared: Generation | Failed = self._sequence(request)
-        except Exception as error:  # one request's tokenizer error must not end the rank
-            prepared = request_failed(request.request_id, error)
+            outcome: Sequence | Failed = self._sequence(request)
+        except Exception as error:  # the tokenizer's error for one request must not end the rank
+            outcome = request_failed(request.request_id, error)
         with self._lock:
             if request.request_id not in self._preparing:
                 return  # aborted in the meantime
             self._preparing.discard(request.request_id)
-            if isinstance(prepared, Failed):
-                self._emit(prepared)
+            if isinstance(outcome, Failed):
+                self._emit(outcome)
                 return
             # Under the lock, so that an abort is queued behind the request that it aborts.
-            self._emit(Accepted(request.request_id, len(prepared.prompt_ids)))
-            self._inbox.put(prepared)
+            self._emit(Accepted(request.request_id, len(outcome.prompt_ids)))
+            self._inbox.put(outcome)
 
-    def _sequence(self, request: GenerationRequest) -> Generation:
+    def _sequence(self, request: GenerationRequest) -> Sequence:
         params = request.sampling
-        ids = self._tokenizer.begin(
+        ids = self._tokenizer.ensure_not_empty(
             self._tokenizer.encode(request.prompt, max_tokens=self.info.max_model_len)
         )
         stop = self._defaults.stop if params.stop is None else params.stop
         end_ids = self._tokenizer.special_ids(stop)
         sampler = SamplerState(params, self._defaults, ids, end_ids | self._eos_ids)
         ignore_eos = self._defaults.ignore_eos if params.ignore_eos is None else params.ignore_eos
-        return Generation(
+        return Sequence(
             request_id=request.request_id,
             prompt_ids=ids,
             max_new_tokens=token_limit(
@@ -159,8 +164,8 @@ class TextProgram(RankProgram):
             detokenizer=Detokenizer(
                 self._tokenizer.tokenizer,
                 stop,
-                # An answer in a chat starts anew; a continuation's first token needs the end of the
-                # prompt, or SentencePiece tokenizers lose the space before it.
+                # A continuation's first token is decoded after the end of the prompt, or
+                # SentencePiece tokenizers lose the space before it. A chat's answer starts anew.
                 context=() if isinstance(request.prompt, ChatPrompt) else ids[-CONTEXT_TOKENS:],
             ),
         )

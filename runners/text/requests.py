@@ -1,4 +1,4 @@
-"""From a request to its tokens and limits, the same for Triptych's scheduler and for MII's."""
+"""Checks and calls of the host that Triptych's scheduler and MII's deployment have in common."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def token_limit(
     max_prompt_tokens: int | None = None,
     default_new_tokens: int | None = None,
 ) -> int:
-    """How many tokens a request generates at most.
+    """The maximum number of tokens that a request generates.
 
     `max_model_len` bounds prompt plus output, `max_prompt_tokens` the prompt; `min_new_tokens` is
-    the request's own or the default; `default_new_tokens` applies to a request without a limit.
+    that of the request or the default; `default_new_tokens` applies to a request without a limit.
     Raises: ContextLengthExceeded, InvalidRequest.
     """
-    longest = min(max_prompt_tokens or max_model_len, max_model_len - 1)
-    if prompt_tokens > longest:
+    max_prompt = min(max_prompt_tokens or max_model_len, max_model_len - 1)
+    if prompt_tokens > max_prompt:
         raise ContextLengthExceeded(
-            f"has {prompt_tokens} tokens; at most {longest} are allowed", field="prompt"
+            f"has {prompt_tokens} tokens; at most {max_prompt} are allowed", field="prompt"
         )
     room = max_model_len - prompt_tokens
     limit = params.max_new_tokens
@@ -50,12 +50,12 @@ def token_limit(
 
 
 def answer_call(tokenizer: PromptTokenizer, call: Tokenize | Detokenize) -> RankMessage:
-    """The answer to a call of the host; an error is answered too."""
+    """The answer to a call of the host, also if it fails."""
     try:
         if isinstance(call, Tokenize):
             ids = tokenizer.encode(call.prompt, add_special_tokens=call.add_special_tokens)
             return Tokens(call.call_id, ids)
         text = tokenizer.decode(call.token_ids, skip_special_tokens=call.skip_special_tokens)
         return Text(call.call_id, text)
-    except Exception as error:  # whatever a tokenizer raises must not end the rank
+    except Exception as error:  # a tokenizer's error must not end the rank
         return call_failed(call.call_id, error)

@@ -1,10 +1,11 @@
-"""What each step runs: joins and leaves at token boundaries, prompts in chunks beside decodes.
+"""The scheduler: decides what each step computes, and turns its logits into text deltas.
 
-A step holds one token of every running sequence and fills the rest of its token budget with chunks
-of the prompts that are still being read (Dynamic SplitFuse, as in DeepSpeed-FastGen,
-arXiv:2401.08671), so a long prompt never stalls running streams. A sequence is admitted when its
-prompt fits the free KV; when a running one needs a block and none is left, the youngest gives its
-KV back, waits, and is computed anew from the tokens it has (recomputation, as in vLLM).
+`program` calls it in rank 0. Sequences join and leave the batch between steps. A step computes one
+token of every decoding sequence and fills the rest of its budget with chunks of prompts (Dynamic
+SplitFuse, as in DeepSpeed-FastGen, arXiv:2401.08671), so that a long prompt never stalls running
+streams. A sequence is admitted once its prompt fits the free KV. If a running sequence needs a
+block and none is free, the youngest is preempted: it loses its KV, waits, and is recomputed from
+its tokens (as in vLLM).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,13 +23,13 @@ from runners.contracts.text import FinishReason, TextDelta, TokenLogprob
 from runners.text.detokenizer import Detokenizer
 from runners.text.engine import Engine
 from runners.text.paging.blocks import BLOCK_SIZE
-from runners.text.prefill_budget import Pacer
+from runners.text.prefill_budget import PrefillBudget
 from runners.text.sampling import RankedToken, SamplerState, sample
 
 
 @dataclass(eq=False)
-class Generation:
-    """One request on its way through the engine."""
+class Sequence:
+    """The prompt of one request, and the tokens generated for it so far."""
 
     request_id: str
     prompt_ids: list[int]
@@ -37,46 +38,51 @@ class Generation:
     """Tokens that end it; empty under ignore_eos."""
     sampler: SamplerState
     detokenizer: Detokenizer
-    uid: int = -1
-    generated: list[int] = field(default_factory=list)
-    computed: int = 0
-    """Tokens whose KV exists: all but the last while it generates, fewer while it reads."""
+    uid: int = field(default=-1, init=False)
+    """Its id in the engine, a new one at each admission; -1 before the first."""
+    output_ids: list[int] = field(default_factory=list, init=False)
+    num_computed: int = field(default=0, init=False)
+    """Tokens whose KV exists: all except the last while it decodes, fewer during prefill."""
 
     @property
     def length(self) -> int:
-        """Tokens it has, prompt and generated."""
-        return len(self.prompt_ids) + len(self.generated)
+        """Number of its tokens, prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def decoding(self) -> bool:
-        """Whether the next step computes its newest token, and nothing before it."""
-        return self.length - self.computed == 1 and self.computed > 0
+        """Whether only its newest token is to be computed."""
+        return self.length - self.num_computed == 1 and self.num_computed > 0
 
     @property
-    def tokens(self) -> list[int]:
-        """Prompt and generated tokens."""
-        return self.prompt_ids + self.generated
+    def token_ids(self) -> list[int]:
+        """Prompt and output tokens."""
+        return self.prompt_ids + self.output_ids
 
     def next_tokens(self, count: int) -> list[int]:
-        """At most `count` of the tokens that are still to be computed."""
-        if self.decoding and self.generated:
-            return [self.generated[-1]]
-        return self.tokens[self.computed : self.computed + count]
+        """The first `count` tokens of those that are still to be computed."""
+        if self.decoding and self.output_ids:
+            return [self.output_ids[-1]]
+        return self.token_ids[self.num_computed : self.num_computed + count]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of the scheduler, in sequences and tokens."""
+    """Bounds of a step, in sequences and tokens."""
 
     max_batch_size: int
     max_step_tokens: int
 
 
-class Scheduler:
-    """Runs sequences on an engine. One thread calls it.
+Schedule = list[tuple[Sequence, list[int]]]
+"""The sequences of a step, each with the tokens that the step computes."""
 
-    `emit` gets each step's deltas, `fail` a request that ends with an error of its own; `describe`
-    gives a token's text and bytes.
+
+class Scheduler:
+    """Runs sequences on an engine. All calls come from one thread.
+
+    `emit` gets the deltas of each step, `fail` the error of a request that ends with one;
+    `describe` gives the text and the bytes of a token.
     """
 
     def __init__(
@@ -93,25 +99,25 @@ class Scheduler:
         self._emit = emit
         self._fail = fail
         self._describe = describe
-        self._waiting: deque[Generation] = deque()
-        self._running: list[Generation] = []
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
         self._uids = itertools.count()
-        self._pacer = Pacer()
+        self._prefill_budget = PrefillBudget()
         self.preemptions = 0
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether any sequence runs or waits."""
         return bool(self._waiting or self._running)
 
     @property
     def running(self) -> int:
-        """Sequences in the batch."""
+        """Number of admitted sequences."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Sequences not yet admitted."""
+        """Number of sequences that are not admitted."""
         return len(self._waiting)
 
     @property
@@ -119,122 +125,140 @@ class Scheduler:
         """Tokens of KV in use, in whole blocks."""
         return self._engine.total_tokens - self._engine.free_tokens
 
-    def add(self, sequence: Generation) -> None:
-        """Queue a sequence that alone fits the KV cache with all it may generate."""
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. The KV cache must be large enough for it alone."""
         self._waiting.append(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Drop a sequence and free its KV; unknown ids are ignored."""
+        """Remove a sequence and free its KV. Unknown ids are ignored."""
         for sequence in [*self._running, *self._waiting]:
             if sequence.request_id == request_id:
-                self._leave(sequence)
+                self._remove(sequence)
 
     def step(self) -> None:
-        """Admit, compute one step, sample, and emit what it added."""
+        """Run one step: schedule, compute, sample, emit."""
+        schedule = self._schedule()
+        if schedule:
+            logits = self._run(schedule)
+            self._postprocess(schedule, logits)
+
+    def _schedule(self) -> Schedule:
         self._admit()
-        plan = self._plan()
-        if not plan:
-            return
-        decoding = sum(sequence.decoding for sequence, _ in plan)
-        began = time.perf_counter()
-        logits = self._engine.put([s.uid for s, _ in plan], [tokens for _, tokens in plan])
-        prompt_tokens = sum(len(tokens) for _, tokens in plan) - decoding
-        self._pacer.observe(decoding, prompt_tokens, time.perf_counter() - began)
-        for sequence, tokens in plan:
-            sequence.computed += len(tokens)
-        rows = [i for i, (sequence, _) in enumerate(plan) if sequence.computed == sequence.length]
+        schedule: Schedule = [
+            (s, s.next_tokens(1)) for s in list(self._running) if s.decoding and self._ensure_kv(s)
+        ]
+        prompts = len(self._running) - len(schedule)
+        max_tokens = self.limits.max_step_tokens
+        budget = self._prefill_budget.tokens(len(schedule), prompts, max_tokens)
+        for sequence in self._running:
+            if budget > 0 and not sequence.decoding:
+                chunk = sequence.next_tokens(budget)
+                schedule.append((sequence, chunk))
+                budget -= len(chunk)
+        return schedule
+
+    def _run(self, schedule: Schedule) -> torch.Tensor:
+        """Logits `[n, vocab]` of each sequence's last scheduled token."""
+        decoding = sum(sequence.decoding for sequence, _ in schedule)
+        prompt_tokens = sum(len(tokens) for _, tokens in schedule) - decoding
+        start = time.perf_counter()
+        logits = self._engine.put([s.uid for s, _ in schedule], [tokens for _, tokens in schedule])
+        self._prefill_budget.observe(decoding, prompt_tokens, time.perf_counter() - start)
+        return logits
+
+    def _postprocess(self, schedule: Schedule, logits: torch.Tensor) -> None:
+        """Sample for the sequences whose tokens are all computed, and emit the deltas."""
+        for sequence, tokens in schedule:
+            sequence.num_computed += len(tokens)
+        rows = [i for i, (s, _) in enumerate(schedule) if s.num_computed == s.length]
         if not rows:
             return
-        chosen = logits if len(rows) == len(plan) else logits[rows]
-        deltas = self._sample([plan[i][0] for i in rows], chosen)
+        last_logits = logits if len(rows) == len(schedule) else logits[rows]
+        deltas = self._sample([schedule[i][0] for i in rows], last_logits)
         if deltas:
             self._emit(deltas)
 
-    def _sample(self, sequences: list[Generation], logits: torch.Tensor) -> list[TextDelta]:
-        """A token for each sequence; one whose sampling fails ends alone."""
-        broken = logits.sum(-1).isnan().tolist()
-        if any(broken):
-            for sequence, nan in zip(sequences, broken, strict=True):
-                if nan:
-                    self._leave(sequence)
-                    error = EngineFailure("the model's output is not a number")
-                    self._fail(sequence.request_id, error)
-            whole = [i for i, nan in enumerate(broken) if not nan]
-            return self._sample([sequences[i] for i in whole], logits[whole]) if whole else []
-        try:
-            tokens, ranked = sample(logits, [s.sampler for s in sequences])
-        except Exception as error:
-            if len(sequences) == 1:
-                self._leave(sequences[0])
-                self._fail(sequences[0].request_id, error)
-                return []
-            each = (self._sample([s], logits[i : i + 1]) for i, s in enumerate(sequences))
-            return [delta for deltas in each for delta in deltas]
-        return [self._advance(*item) for item in zip(sequences, tokens, ranked, strict=True)]
-
     def _admit(self) -> None:
-        """First come, first served: a small one behind must not starve the one in front."""
+        """Admit in order of arrival: small requests must not starve a large one before them."""
         while self._waiting and len(self._running) < self.limits.max_batch_size:
             sequence = self._waiting[0]
-            # What runs will soon want more: without some air, they would only push each other out.
-            air = min(len(self._running) * BLOCK_SIZE, self._engine.total_tokens // 8)
+            # The running sequences need more KV soon. Without this reserve, they and the new one
+            # would preempt each other.
+            watermark = min(len(self._running) * BLOCK_SIZE, self._engine.total_tokens // 8)
             sequence.uid = next(self._uids)
-            sequence.computed = self._engine.open(sequence.uid, sequence.tokens)
-            missing = sequence.length - sequence.computed
-            if self._engine.free_tokens < missing + air or not self._engine.extend(
+            sequence.num_computed = self._engine.open(sequence.uid, sequence.token_ids)
+            missing = sequence.length - sequence.num_computed
+            if self._engine.free_tokens < missing + watermark or not self._engine.extend(
                 sequence.uid, missing
             ):
                 self._engine.flush(sequence.uid)
                 return
             self._running.append(self._waiting.popleft())
 
-    def _plan(self) -> list[tuple[Generation, Sequence[int]]]:
-        plan: list[tuple[Generation, Sequence[int]]] = [
-            (s, s.next_tokens(1)) for s in list(self._running) if s.decoding and self._room(s)
-        ]
-        prompts = len(self._running) - len(plan)
-        budget = self._pacer.budget(len(plan), prompts, self.limits.max_step_tokens)
-        for sequence in self._running:
-            if budget > 0 and not sequence.decoding:
-                chunk = sequence.next_tokens(budget)
-                plan.append((sequence, chunk))
-                budget -= len(chunk)
-        return plan
-
-    def _room(self, sequence: Generation) -> bool:
-        """Room for the token it computes next, taken from the youngest if need be."""
+    def _ensure_kv(self, sequence: Sequence) -> bool:
+        """Allocate KV for its next token, preempting the youngest if needed; False if that is it
+        itself."""
         while sequence in self._running:
             if self._engine.extend(sequence.uid, 1):
                 return True
             self._preempt(self._running[-1])
         return False
 
-    def _preempt(self, sequence: Generation) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self._running.remove(sequence)
         self._engine.flush(sequence.uid)
-        sequence.computed = 0
+        sequence.num_computed = 0
         self._waiting.appendleft(sequence)
 
-    def _advance(self, sequence: Generation, token: int, ranked: RankedToken | None) -> TextDelta:
-        """Take a sampled token: text, end, and the delta that says so."""
-        sequence.generated.append(token)
-        generated = len(sequence.generated)
+    def _remove(self, sequence: Sequence) -> None:
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._engine.flush(sequence.uid)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[TextDelta]:
+        """One token per sequence. A sequence that cannot be sampled fails alone."""
+        nan_rows = logits.sum(-1).isnan().tolist()
+        if any(nan_rows):
+            for sequence, is_nan in zip(sequences, nan_rows, strict=True):
+                if is_nan:
+                    self._remove(sequence)
+                    error = EngineFailure("the model's logits are not numbers (NaN)")
+                    self._fail(sequence.request_id, error)
+            valid = [i for i, is_nan in enumerate(nan_rows) if not is_nan]
+            return self._sample([sequences[i] for i in valid], logits[valid]) if valid else []
+        try:
+            tokens, ranked = sample(logits, [s.sampler for s in sequences])
+        except Exception as error:
+            if len(sequences) == 1:
+                self._remove(sequences[0])
+                self._fail(sequences[0].request_id, error)
+                return []
+            each = (self._sample([s], logits[i : i + 1]) for i, s in enumerate(sequences))
+            return [delta for deltas in each for delta in deltas]
+        return [self._append(*item) for item in zip(sequences, tokens, ranked, strict=True)]
+
+    def _append(self, sequence: Sequence, token: int, ranked: RankedToken | None) -> TextDelta:
+        """Append a sampled token, and remove the sequence if it ends with it."""
+        sequence.output_ids.append(token)
+        count = len(sequence.output_ids)
         reason: FinishReason | None = None
         text = ""
         if token in sequence.eos_ids:
             reason = "stop"
         else:
-            may_stop = generated >= sequence.sampler.min_new_tokens
+            may_stop = count >= sequence.sampler.min_new_tokens
             text = sequence.detokenizer.add(token, may_stop=may_stop)
             if sequence.detokenizer.stopped:
                 reason = "stop"
-            elif generated >= sequence.max_new_tokens:
+            elif count >= sequence.max_new_tokens:
                 reason = "length"
         if reason is not None:
             text += sequence.detokenizer.finish()
             reason = "stop" if sequence.detokenizer.stopped else reason
-            self._leave(sequence)
+            self._remove(sequence)
         return TextDelta(
             request_id=sequence.request_id,
             text=text,
@@ -244,17 +268,10 @@ class Scheduler:
         )
 
     def _logprob(self, token: int, ranked: RankedToken) -> TokenLogprob:
-        def named(token_id: int, logprob: float, top: list[TokenLogprob]) -> TokenLogprob:
+        def entry(token_id: int, logprob: float, top: list[TokenLogprob]) -> TokenLogprob:
             text, raw = self._describe(token_id)
             return TokenLogprob(
                 token_id=token_id, token=text, token_bytes=raw, logprob=logprob, top=top
             )
 
-        return named(token, ranked.logprob, [named(t, p, []) for t, p in ranked.top])
-
-    def _leave(self, sequence: Generation) -> None:
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self._engine.flush(sequence.uid)
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
+        return entry(token, ranked.logprob, [entry(t, p, []) for t, p in ranked.top])

@@ -1,4 +1,4 @@
-"""Prompts to token ids, and single tokens to the bytes they stand for."""
+"""Tokenisation: prompts to token ids, token ids to text, and single tokens to their bytes."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class PromptTokenizer:
-    """The model's tokenizer as the engine uses it. Safe to call from several threads."""
+    """The model's tokenizer with the checks of a server. Safe to call from several threads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self._special_ids = frozenset(tokenizer.all_special_ids)
-        self._longest = max(map(len, tokenizer.get_vocab()), default=1)
-        self._byte_of = _byte_alphabet(tokenizer)
-        # The first call drops truncation settings of tokenizer.json; done later, while another
-        # thread encodes, that raises "Already borrowed".
+        self._max_token_length = max(map(len, tokenizer.get_vocab()), default=1)
+        self._bytes = _byte_alphabet(tokenizer)
+        # The first call drops the truncation settings of tokenizer.json. While another thread
+        # encodes, that would raise "Already borrowed".
         tokenizer("a")
 
     def encode(
         self, prompt: Prompt, *, add_special_tokens: bool = True, max_tokens: int | None = None
     ) -> list[int]:
-        """Token ids of a prompt. A text that can not fit `max_tokens` is not even tokenised.
+        """The token ids of a prompt.
 
-        Raises: InvalidRequest, which names the field at fault; ContextLengthExceeded.
+        A text that cannot fit `max_tokens` is refused before it is tokenised, which takes long.
+        Raises: InvalidRequest, ContextLengthExceeded.
         """
         ids = self._encode(prompt, add_special_tokens, max_tokens)
-        # Not only a client's own: a tokenizer may know tokens the model has no embedding for.
+        # Ids of texts are checked too: a tokenizer may have tokens without an embedding.
         self._check_ids(ids, field="prompt")
         return ids
 
@@ -48,7 +49,7 @@ class PromptTokenizer:
         if isinstance(prompt, ChatPrompt):
             return self._render(prompt)
         if isinstance(prompt, str):
-            if max_tokens is not None and len(prompt) > max_tokens * self._longest:
+            if max_tokens is not None and len(prompt) > max_tokens * self._max_token_length:
                 raise ContextLengthExceeded(
                     f"has {len(prompt)} characters, more than the {max_tokens} tokens that are "
                     "allowed can hold",
@@ -68,8 +69,11 @@ class PromptTokenizer:
                     field=field,
                 )
 
-    def begin(self, ids: list[int]) -> list[int]:
-        """What generation starts from. Raises: InvalidRequest if that is nothing at all."""
+    def ensure_not_empty(self, ids: list[int]) -> list[int]:
+        """The ids, or the begin-of-sequence token if there are none.
+
+        Raises: InvalidRequest if the tokenizer has no such token.
+        """
         if ids:
             return ids
         if self.tokenizer.bos_token_id is None:
@@ -88,22 +92,22 @@ class PromptTokenizer:
         )
 
     def special_ids(self, texts: Sequence[str]) -> frozenset[int]:
-        """Ids of those texts that are special tokens, which decoding leaves out of the text."""
+        """The ids of the texts that are special tokens, which decoding omits."""
         ids = (self.tokenizer.convert_tokens_to_ids(text) for text in texts)
         return frozenset(i for i in ids if isinstance(i, int) and i in self._special_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token adds to the text (RFC 3629 pieces for tokens inside a character)."""
-        found = self.tokenizer.convert_ids_to_tokens(token_id)
-        if found is None:  # rows of the embedding beyond the tokenizer's vocabulary
+        """The bytes that a token adds to the text, maybe a part of a UTF-8 character."""
+        name = self.tokenizer.convert_ids_to_tokens(token_id)
+        if name is None:  # a row of the embedding beyond the tokenizer's vocabulary
             return b""
-        token = str(found)
+        token = str(name)
         if (match := _BYTE_FALLBACK.fullmatch(token)) is not None:
             return bytes([int(match[1], 16)])
         if token_id in self._special_ids:
             return token.encode()
-        if self._byte_of and all(character in self._byte_of for character in token):
-            return bytes(self._byte_of[character] for character in token)
+        if self._bytes and all(character in self._bytes for character in token):
+            return bytes(self._bytes[character] for character in token)
         return token.replace("▁", " ").encode()
 
     def _render(self, prompt: ChatPrompt) -> list[int]:
@@ -121,7 +125,7 @@ class PromptTokenizer:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", field="messages"
             ) from None
-        except Exception as error:  # templates are programs of others, and raise what they like
+        except Exception as error:  # a template is a program that comes with the model
             raise InvalidRequest(
                 f"the model's chat template fails on these messages: {type(error).__name__}",
                 field="messages",
@@ -130,7 +134,7 @@ class PromptTokenizer:
 
 
 def _byte_alphabet(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Character to byte for byte-level BPE (GPT-2's table), empty for other tokenizers."""
+    """Character to byte for byte-level BPE (GPT-2's table); empty for other tokenizers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         return {}

@@ -12,12 +12,12 @@ from runners.contracts.text import SamplingParams, TextDelta
 from runners.hf.models import SamplingDefaults
 from runners.text.cpu.linear import Quantization
 from runners.text.detokenizer import Detokenizer
-from runners.text.engine import RaggedEngine
-from runners.text.forward import Forward
+from runners.text.engine import PagedEngine
+from runners.text.model_runner import HFModelRunner
 from runners.text.paging.blocks import BLOCK_SIZE
-from runners.text.parity import prove_and_pack
+from runners.text.parity import check_and_pack
 from runners.text.sampling import SamplerState
-from runners.text.scheduler import Generation, Limits, Scheduler
+from runners.text.scheduler import Limits, Scheduler, Sequence
 from tests.support.models import write_tokenizer
 
 COUNT = 12
@@ -38,27 +38,27 @@ def load(
     kv_tokens: int = 4096,
     prefix_caching: bool = True,
     quantization: Quantization | None = None,
-) -> RaggedEngine:
+) -> PagedEngine:
     """A model's engine, made as a rank makes it."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    path = prove_and_pack(model, quantization)
+    layout = check_and_pack(model, quantization)
     blocks = kv_tokens // BLOCK_SIZE
-    forward = Forward(model, path, blocks=blocks)
-    return RaggedEngine(forward, blocks=blocks, prefix_caching=prefix_caching)
+    runner = HFModelRunner(model, layout, blocks=blocks)
+    return PagedEngine(runner, blocks=blocks, prefix_caching=prefix_caching)
 
 
-def forward_of(engine: RaggedEngine) -> Forward:
+def runner_of(engine: PagedEngine) -> HFModelRunner:
     """What computes the engine's steps."""
-    assert isinstance(engine.model, Forward)
+    assert isinstance(engine.model, HFModelRunner)
     return engine.model
 
 
-def generation(
+def sequence(
     name: str, prompt: list[int], count: int = COUNT, params: SamplingParams | None = None
-) -> Generation:
+) -> Sequence:
     """A request that generates exactly `count` tokens."""
     sampler = SamplerState(params or SamplingParams(), SamplingDefaults(), prompt, frozenset())
-    return Generation(
+    return Sequence(
         request_id=name,
         prompt_ids=prompt,
         max_new_tokens=count,
@@ -72,7 +72,7 @@ class Run:
     """Remembers what a scheduler emitted, and the most KV it used."""
 
     def __init__(
-        self, engine: RaggedEngine, *, max_batch_size: int = 8, max_step_tokens: int = 16
+        self, engine: PagedEngine, *, max_batch_size: int = 8, max_step_tokens: int = 16
     ) -> None:
         self.tokens: dict[str, list[int]] = {}
         self.finished: list[str] = []

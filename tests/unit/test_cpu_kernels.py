@@ -24,7 +24,7 @@ from runners.text.cpu import Kernels, library, load_kernels, switch_off_kernels
 from runners.text.cpu.decoder import FusedDecoder
 from runners.text.cpu.fusing import FusedMLP, FusedRMSNorm, fuse_modules
 from runners.text.cpu.linear import PackedLinear, join, pack_linear
-from runners.text.parity import prove_and_pack
+from runners.text.parity import check_and_pack
 from tests.support.models import write_model
 
 
@@ -122,7 +122,7 @@ def test_norms_are_right_with_and_without_offset(kernels: Kernels) -> None:
 )
 def test_decoders_are_fused_where_they_are_alike(kind: str, whole: bool, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_model(kind, tmp_path / kind))
-    prove_and_pack(model, None)
+    check_and_pack(model, None)
     assert any(isinstance(m, FusedDecoder) for m in model.modules()) == whole
 
 
@@ -139,7 +139,7 @@ def test_layers_with_code_of_their_own_are_not_fused(tmp_path: Path) -> None:
         head_dim=16,
     )
     model = Ministral3ForCausalLM(config)
-    prove_and_pack(model, None)
+    check_and_pack(model, None)
     assert any(isinstance(m, FusedRMSNorm) for m in model.modules())
     assert not any(isinstance(m, FusedDecoder) for m in model.modules())
 
@@ -149,7 +149,7 @@ def test_norms_in_float32_of_a_half_precision_model_are_left_alone(kernels: Kern
     x = torch.randn(1, 3, 64, dtype=torch.float16)
     fused = FusedRMSNorm(plain, kernels, 0.0)
     assert torch.equal(fused(x), plain(x))
-    assert prove_and_pack(GptOssForCausalLM(gpt_oss()).half(), None) in ("packed", "padded")
+    assert check_and_pack(GptOssForCausalLM(gpt_oss()).half(), None) in ("packed", "padded")
 
 
 def gpt_oss() -> GptOssConfig:
@@ -186,7 +186,7 @@ def test_a_clamped_mlp_is_not_taken_for_a_plain_one(kernels: Kernels) -> None:
 
 def test_conv1d_of_gpt2_is_packed(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_model("gpt2", tmp_path / "gpt2"))
-    prove_and_pack(model, None)
+    check_and_pack(model, None)
     assert not any(isinstance(m, Conv1D) for m in model.modules())
     assert any(isinstance(m, PackedLinear) for m in model.modules())
 

@@ -1,4 +1,4 @@
-"""The ragged engine on real models: which forward each architecture gets, and that it is right."""
+"""The paged engine on real models: which forward each architecture gets, and that it is right."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, MambaConfig, MambaForCausalLM
 
 from runners.contracts.errors import ConfigError, EngineFailure
-from runners.text import attention
-from runners.text import parity as proof
+from runners.text import attention, parity
 from runners.text.cpu.linear import PackedLinear
-from runners.text.parity import Proof
+from runners.text.parity import ParityCheck
 from tests.support.models import CONFIGS, greedy, write_model
-from tests.support.scheduling import COUNT, Run, forward_of, generation, load
+from tests.support.scheduling import COUNT, Run, load, runner_of, sequence
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
 PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon", "falcon_mq", "qwen2_moe"}
@@ -24,7 +23,7 @@ PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon", "falcon_mq", "qwen2_moe"}
 def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether our kernels run, or what runs without a compiler."""
     if request.param == "torch":
-        for module in (attention, proof):
+        for module in (attention, parity):
             monkeypatch.setattr(module, "load_kernels", lambda: None)
     return str(request.param)
 
@@ -33,12 +32,12 @@ def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_mixed_chunked_steps_equal_generate(kind: str, operators: str, tmp_path: Path) -> None:
     folder = write_model(kind, tmp_path / kind)
     engine = load(folder)
-    assert forward_of(engine).path == ("padded" if kind in PADDED else "packed")
-    packed = any(isinstance(m, PackedLinear) for m in forward_of(engine).model.modules())
+    assert runner_of(engine).layout == ("padded" if kind in PADDED else "packed")
+    packed = any(isinstance(m, PackedLinear) for m in runner_of(engine).model.modules())
     assert packed == (operators == "kernels")
     run = Run(engine)
     for i, prompt in enumerate(PROMPTS):
-        run.scheduler.add(generation(str(i), prompt))
+        run.scheduler.add(sequence(str(i), prompt))
         run.step()  # the next one joins a step later
     run.drain()
     expected = greedy(folder, PROMPTS, COUNT)
@@ -49,8 +48,8 @@ def test_mixed_chunked_steps_equal_generate(kind: str, operators: str, tmp_path:
 def test_half_precision_is_served_too(kind: str, tmp_path: Path) -> None:
     folder = write_model(kind, tmp_path / kind, dtype=torch.bfloat16)
     engine = load(folder)
-    assert forward_of(engine).path == ("padded" if kind in PADDED else "packed")
-    assert forward_of(engine).model.dtype == torch.bfloat16
+    assert runner_of(engine).layout == ("padded" if kind in PADDED else "packed")
+    assert runner_of(engine).model.dtype == torch.bfloat16
 
 
 def test_a_model_that_ignores_its_cache_is_refused(tmp_path: Path) -> None:
@@ -63,14 +62,14 @@ def test_a_model_that_ignores_its_cache_is_refused(tmp_path: Path) -> None:
         return plain(**kwargs)
 
     model.forward = forgetful
-    with pytest.raises(ConfigError, match="can not be batched continuously"):
-        Proof(model).choose()
+    with pytest.raises(ConfigError, match="cannot be batched continuously"):
+        ParityCheck(model).choose_layout()
 
 
 def test_a_state_space_model_is_refused_with_a_sentence() -> None:
     config = MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4)
-    with pytest.raises(ConfigError, match="MambaForCausalLM can not be batched continuously"):
-        Proof(MambaForCausalLM(config)).choose()
+    with pytest.raises(ConfigError, match="MambaForCausalLM cannot be batched continuously"):
+        ParityCheck(MambaForCausalLM(config)).choose_layout()
 
 
 def test_a_model_whose_packed_layers_change_it_keeps_its_own(
@@ -80,9 +79,9 @@ def test_a_model_whose_packed_layers_change_it_keeps_its_own(
     whole = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: whole(self, x) * 1.01)
     engine = load(folder)
-    assert not any(isinstance(m, PackedLinear) for m in forward_of(engine).model.modules())
+    assert not any(isinstance(m, PackedLinear) for m in runner_of(engine).model.modules())
     run = Run(engine)
-    run.scheduler.add(generation("only", PROMPTS[1]))
+    run.scheduler.add(sequence("only", PROMPTS[1]))
     run.drain()
     assert run.tokens["only"] == greedy(folder, [PROMPTS[1]], COUNT)[0]
 
@@ -97,14 +96,14 @@ def test_one_sequence_that_overflows_ends_alone(kind: str, operators: str, tmp_p
     def overflow(_: object, inputs: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
         return out.masked_fill((inputs[0] == broken)[..., None], float("nan"))
 
-    forward_of(engine).model.get_input_embeddings().register_forward_hook(overflow)
+    runner_of(engine).model.get_input_embeddings().register_forward_hook(overflow)
     run = Run(engine, max_step_tokens=64)
-    run.scheduler.add(generation("bad", [broken] * 20))
-    run.scheduler.add(generation("good", PROMPTS[0]))
+    run.scheduler.add(sequence("bad", [broken] * 20))
+    run.scheduler.add(sequence("good", PROMPTS[0]))
     run.drain()
     assert run.failed == [("bad", EngineFailure)]
     for i in range(3):
-        run.scheduler.add(generation(f"after {i}", PROMPTS[0]))
+        run.scheduler.add(sequence(f"after {i}", PROMPTS[0]))
         run.drain()
     expected = greedy(folder, PROMPTS[:1], COUNT)[0]
     assert run.tokens == dict.fromkeys(["good", "after 0", "after 1", "after 2"], expected)
@@ -125,7 +124,7 @@ def test_int8_weights_follow_the_model_closely(tmp_path: Path) -> None:
 def test_int8_without_a_compiler_is_refused_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "load_kernels", lambda: None)
+    monkeypatch.setattr(parity, "load_kernels", lambda: None)
     with pytest.raises(ConfigError, match="could not be compiled"):
         load(write_model("llama", tmp_path / "llama"), quantization="int8")
 
@@ -151,4 +150,4 @@ def test_sinks_and_soft_caps_are_right_in_both(operators: str, tmp_path: Path) -
         for name, parameter in model.named_parameters():
             if "sinks" in name:
                 parameter.fill_(1.5)
-    assert Proof(model).choose() == "packed"
+    assert ParityCheck(model).choose_layout() == "packed"

@@ -1,4 +1,4 @@
-"""Plans between ranks: what is sent is what is received, short and long."""
+"""Batches between ranks: what is sent is what is received, short and long."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from runners.text.lockstep import HEADER, Ranks, decode, encode
-from runners.text.paging.step import StepPlan
+from runners.text.lockstep import HEADER, TPGroup, decode, encode
+from runners.text.paging.batch import Batch
 
-SHORT = StepPlan([[7], [8, 9]], [200, 0], [[1, 2, 3], [4]])
-LONG = StepPlan([[5], list(range(3 * HEADER))], [31, 64], [[0], list(range(96))])
+SHORT = Batch([[7], [8, 9]], [200, 0], [[1, 2, 3], [4]])
+LONG = Batch([[5], list(range(3 * HEADER))], [31, 64], [[0], list(range(96))])
 
 
-@pytest.mark.parametrize("plan", [SHORT, LONG, StepPlan([], [], [])])
-def test_a_plan_is_made_integers_of_and_back(plan: StepPlan) -> None:
-    assert decode([*encode(plan), 0, 0]) == plan
+@pytest.mark.parametrize("batch", [SHORT, LONG, Batch([], [], [])])
+def test_a_batch_is_made_integers_of_and_back(batch: Batch) -> None:
+    assert decode([*encode(batch), 0, 0]) == batch
 
 
 def _rank(rank: int, folder: str, results: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    ranks = Ranks()
+    group = TPGroup()
     got: list[Any] = []
-    for plan in (SHORT, LONG, None, SHORT):
-        if ranks.leads:
-            ranks.send(plan)
+    for batch in (SHORT, LONG, None, SHORT):
+        if group.is_leader:
+            group.send(batch)
         else:
-            got.append(ranks.receive())
-    got.append(ranks.smallest(rank + 3))
+            got.append(group.receive())
+    got.append(group.all_reduce_min(rank + 3))
     if rank == 1:
         try:
-            ranks.smallest(1, patience=0.2)
+            group.all_reduce_min(1, timeout_s=0.2)
         except TimeoutError as error:
             got.append(str(error))
         results.put(got)
@@ -47,4 +47,4 @@ def test_ranks_receive_what_was_sent_and_do_not_wait_for_ever(tmp_path: Path) ->
         rank.start()
     for rank in ranks:
         rank.join()
-    assert results.get() == [SHORT, LONG, None, SHORT, 3, "the other ranks are elsewhere"]
+    assert results.get() == [SHORT, LONG, None, SHORT, 3, "another rank does not take part"]

@@ -124,7 +124,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     ours = row.clone()
     penalised = state(repetition_penalty=1.7)
     for token in (10, 11, 10):
-        penalised.took(token)
+        penalised.record(token)
     penalised.adjust(ours[0])
     seen = torch.tensor([[*PROMPT, 10, 11, 10]])
     theirs = RepetitionPenaltyLogitsProcessor(1.7)(seen, row.clone())
@@ -136,7 +136,7 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
     ours = row.clone()
     penalised = state(presence_penalty=0.5, frequency_penalty=0.25)
     for token in (10, 11, 10):
-        penalised.took(token)
+        penalised.record(token)
     penalised.adjust(ours[0])
     expected = row.clone()
     expected[0, 10] -= 0.5 + 2 * 0.25

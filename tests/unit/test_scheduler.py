@@ -9,7 +9,7 @@ import pytest
 
 from runners.contracts.text import SamplingParams
 from tests.support.models import greedy
-from tests.support.scheduling import COUNT, Run, generation, load
+from tests.support.scheduling import COUNT, Run, load, sequence
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
 BLOCK = 32
@@ -17,7 +17,7 @@ BLOCK = 32
 
 def test_one_failing_sampler_ends_its_own_sequence_only(llama: Path) -> None:
     run = Run(load(llama))
-    good, bad = generation("good", PROMPTS[0]), generation("bad", PROMPTS[1])
+    good, bad = sequence("good", PROMPTS[0]), sequence("bad", PROMPTS[1])
     bad.sampler.min_new_tokens = 5
     bad.sampler.eos_ids = [10**6]
     for each in (good, bad):
@@ -31,7 +31,7 @@ def test_one_failing_sampler_ends_its_own_sequence_only(llama: Path) -> None:
 def test_kv_is_never_exceeded_and_what_does_not_fit_waits(llama: Path) -> None:
     run = Run(load(llama, kv_tokens=3 * BLOCK))
     for i, prompt in enumerate(PROMPTS):
-        run.scheduler.add(generation(str(i), prompt))
+        run.scheduler.add(sequence(str(i), prompt))
     run.drain()
     assert 0 < run.peak <= 3 * BLOCK
     assert run.scheduler.kv_used == 0
@@ -45,7 +45,7 @@ def test_preempted_sequences_lose_no_token(llama: Path, prefix_caching: bool) ->
     prompts = [[10 + i] * (5 + i) for i in range(6)]
     run = Run(load(llama, kv_tokens=7 * BLOCK, prefix_caching=prefix_caching))
     for i, prompt in enumerate(prompts):
-        run.scheduler.add(generation(str(i), prompt, 75))
+        run.scheduler.add(sequence(str(i), prompt, 75))
     run.drain()
     assert run.scheduler.preemptions > 0
     assert run.peak <= 7 * BLOCK
@@ -59,7 +59,7 @@ def test_a_preempted_seeded_sequence_draws_the_same_tokens(llama: Path) -> None:
         run = Run(load(llama, kv_tokens=kv_tokens))
         for i in range(5):
             params = SamplingParams(temperature=1.0, seed=i)
-            run.scheduler.add(generation(str(i), [10 + i] * 6, 60, params))
+            run.scheduler.add(sequence(str(i), [10 + i] * 6, 60, params))
         run.drain()
         return run.tokens, run.scheduler.preemptions
 
@@ -76,7 +76,7 @@ def test_many_mixed_requests_in_little_kv_all_finish(llama: Path) -> None:
     for i in range(64):
         prompt = [draw.randrange(300) for _ in range(draw.randrange(1, 100))]
         wanted[str(i)] = draw.randrange(1, 60)
-        run.scheduler.add(generation(str(i), prompt, wanted[str(i)]))
+        run.scheduler.add(sequence(str(i), prompt, wanted[str(i)]))
     run.drain()
     assert {name: len(tokens) for name, tokens in run.tokens.items()} == wanted
     assert run.peak <= 8 * BLOCK
@@ -97,7 +97,7 @@ def test_equal_prompt_heads_are_computed_once(llama: Path) -> None:
     run.engine.put = counting  # type: ignore[method-assign]
     first_steps = []
     for i, prompt in enumerate(prompts):
-        run.scheduler.add(generation(str(i), prompt))
+        run.scheduler.add(sequence(str(i), prompt))
         run.step()
         first_steps.append(fed[-1])
         run.drain()
@@ -108,22 +108,22 @@ def test_equal_prompt_heads_are_computed_once(llama: Path) -> None:
 def test_a_chat_that_goes_on_finds_its_own_answer(llama: Path) -> None:
     run = Run(load(llama))
     prompt = [7] * 40
-    run.scheduler.add(generation("turn", prompt, 30))
+    run.scheduler.add(sequence("turn", prompt, 30))
     run.drain()
     more = prompt + run.tokens["turn"] + [3, 4]
-    again = generation("again", more)
+    again = sequence("again", more)
     run.scheduler.add(again)
     run.step()
-    assert again.computed >= 2 * BLOCK
+    assert again.num_computed >= 2 * BLOCK
     run.drain()
     assert run.tokens["again"] == greedy(llama, [more], COUNT)[0]
 
 
 def test_a_long_prompt_does_not_stall_running_sequences(llama: Path) -> None:
     run = Run(load(llama), max_step_tokens=8)
-    run.scheduler.add(generation("short", [5, 6, 7], 40))
+    run.scheduler.add(sequence("short", [5, 6, 7], 40))
     run.step()
-    run.scheduler.add(generation("long", [8] * 100, 4))
+    run.scheduler.add(sequence("long", [8] * 100, 4))
     for steps in range(1, 12):
         run.step()
         assert len(run.tokens["short"]) == 1 + steps
@@ -132,8 +132,8 @@ def test_a_long_prompt_does_not_stall_running_sequences(llama: Path) -> None:
 
 def test_abort_frees_kv_within_the_step_also_while_waiting(llama: Path) -> None:
     run = Run(load(llama), max_batch_size=1)
-    run.scheduler.add(generation("first", [5, 6, 7], 40))
-    run.scheduler.add(generation("second", [5, 6, 7], 4))
+    run.scheduler.add(sequence("first", [5, 6, 7], 40))
+    run.scheduler.add(sequence("second", [5, 6, 7], 4))
     run.step()
     assert (run.scheduler.running, run.scheduler.waiting) == (1, 1)
     run.scheduler.abort("first")

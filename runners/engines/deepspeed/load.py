@@ -29,9 +29,9 @@ from runners.hf.dtypes import choose_dtype
 from runners.hf.models import loading, stored_dtype
 from runners.rank.process_group import RankGroups, connect, meet
 from runners.rank.program import RankContext, RankProgram
-from runners.text.loading import text_program
-from runners.text.lockstep import Ranks, tells_of_loss
-from runners.text.parity import Proof
+from runners.text.loading import program_for_model
+from runners.text.lockstep import TPGroup, is_rank_loss
+from runners.text.parity import ParityCheck
 
 logger = logging.getLogger("triptych.deepspeed")
 
@@ -42,17 +42,17 @@ def load_program(context: RankContext) -> RankProgram:
     assert isinstance(config, DeepSpeedTextConfig)  # noqa: S101 - `create_runner` chose this engine
     torch.set_num_threads(context.num_threads)
     groups = connect(config, meet(context))
-    ranks = Ranks(groups.control)
-    model, proof = load_split(
-        config, groups, ranks, lambda detail: context.progress(RunnerState.LOADING, detail)
+    group = TPGroup(groups.control)
+    model, parity = load_split(
+        config, groups, group, lambda detail: context.progress(RunnerState.LOADING, detail)
     )
-    return text_program(context, model, proof=proof, ranks=ranks)
+    return program_for_model(context, model, parity=parity, group=group)
 
 
 def load_split(
-    config: DeepSpeedTextConfig, groups: RankGroups, ranks: Ranks, progress: Callable[[str], None]
-) -> tuple[PreTrainedModel, Proof]:
-    """This rank's share of a model, and the proof made of the whole model.
+    config: DeepSpeedTextConfig, groups: RankGroups, group: TPGroup, progress: Callable[[str], None]
+) -> tuple[PreTrainedModel, ParityCheck]:
+    """This rank's share of a model, and the parity made of the whole model.
 
     `progress`: takes a sentence at each phase. Raises: ConfigError if the model cannot be split;
     IncompleteModel.
@@ -64,12 +64,12 @@ def load_split(
     splitter = ModelSplitter(config, model_config, groups)
     model = splitter.load()
     progress("computing reference logits with the whole model")
-    proof = Proof(model, ranks)
+    parity = ParityCheck(model, group)
     if config.world_size > 1 or splitter.uses_kernels:
         progress(f"splitting the model over {config.world_size} ranks")
-        model = splitter.split(model, proof)
-        proof = proof.of(model)
-    return model.to(groups.device), proof  # type: ignore[arg-type]
+        model = splitter.split(model, parity)
+        parity = parity.for_model(model)
+    return model.to(groups.device), parity  # type: ignore[arg-type]
 
 
 def _check_heads(model_config: PreTrainedConfig, config: DeepSpeedTextConfig) -> None:
@@ -126,7 +126,7 @@ class ModelSplitter:
             raise IncompleteModel.missing_weights(config.name, type(model), missing)
         return cast(PreTrainedModel, model)
 
-    def split(self, model: PreTrainedModel, proof: Proof) -> PreTrainedModel:
+    def split(self, model: PreTrainedModel, parity: ParityCheck) -> PreTrainedModel:
         """This rank's share of the model. Raises: ConfigError if no method splits it correctly."""
         self._connect_deepspeed()
         methods: dict[str, Callable[[], PreTrainedModel]] = {
@@ -140,7 +140,7 @@ class ModelSplitter:
             methods = kernels | methods
         failures = []
         for name, method in methods.items():
-            candidate, failure = self._split_by(method, model, proof)
+            candidate, failure = self._split_by(method, model, parity)
             if failure is None:
                 logger.info("%s is split by %s", self.config.name, name)
                 return candidate
@@ -156,7 +156,7 @@ class ModelSplitter:
         )
 
     def _split_by(
-        self, method: Callable[[], PreTrainedModel], model: PreTrainedModel, proof: Proof
+        self, method: Callable[[], PreTrainedModel], model: PreTrainedModel, parity: ParityCheck
     ) -> tuple[PreTrainedModel, str | None]:
         """What a method makes of the model, and why that cannot be used: None if it can."""
         candidate, failure = model, None
@@ -165,12 +165,12 @@ class ModelSplitter:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a library raises, another method may work
-            if tells_of_loss(error):
+            if is_rank_loss(error):
                 raise
             failure = error
-        if not proof.agree(failure is None, failure):
+        if not parity.all_ranks(failure is None, failure):
             return candidate, first_line(failure) if failure else "it failed on another rank"
-        if not proof.of(candidate).batches():
+        if not parity.for_model(candidate).has_layout():
             return candidate, "its logits differ from those of the whole model"
         return candidate, None
 

@@ -22,10 +22,10 @@ from runners.engines.mii.defaults import load_generation_config, mii_defaults
 from runners.hf.models import loading
 from runners.rank.process_group import connect, meet
 from runners.rank.program import RankContext
-from runners.text.engine import Engine, Runs
-from runners.text.loading import serve
-from runners.text.lockstep import Follower, Leader, Ranks
-from runners.text.paging.step import StepPlan
+from runners.text.engine import Engine, ModelRunner
+from runners.text.loading import program_for_engine
+from runners.text.lockstep import Follower, Leader, TPGroup
+from runners.text.paging.batch import Batch
 from runners.text.program import TextProgram
 
 
@@ -43,7 +43,7 @@ class InferenceEngine(Protocol):
         ...
 
 
-class FastGenModel(Runs):
+class FastGenModel(ModelRunner):
     """One rank's engine as a model that runs steps."""
 
     def __init__(self, engine: InferenceEngine) -> None:
@@ -51,9 +51,9 @@ class FastGenModel(Runs):
         self._sequences: set[int] = set()
 
     @override
-    def run(self, plan: StepPlan) -> torch.Tensor:
+    def run(self, batch: Batch) -> torch.Tensor:
         uids, tokens = [], []
-        for new, (uid,) in zip(plan.tokens, plan.tables, strict=True):
+        for new, (uid,) in zip(batch.tokens, batch.block_tables, strict=True):
             if new:
                 uids.append(uid)
                 tokens.append(torch.tensor(new))
@@ -73,7 +73,7 @@ class FastGenModel(Runs):
 class FastGenEngine(Engine):
     """Rank 0's engine over `blocks` KV blocks of `block_size` tokens, which it counts."""
 
-    def __init__(self, model: Runs, *, blocks: int, block_size: int) -> None:
+    def __init__(self, model: ModelRunner, *, blocks: int, block_size: int) -> None:
         self._model = model
         self._block_size = block_size
         self._blocks = blocks
@@ -107,12 +107,12 @@ class FastGenEngine(Engine):
     @override
     def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         flushed, self._to_flush = self._to_flush, []
-        plan = StepPlan(
+        batch = Batch(
             [*([] for _ in flushed), *map(list, tokens)],
             [*(0 for _ in flushed), *(self._lengths[uid] for uid in uids)],
             [[uid] for uid in (*flushed, *uids)],
         )
-        logits = self._model.run(plan)
+        logits = self._model.run(batch)
         for uid, new in zip(uids, tokens, strict=True):
             self._lengths[uid] += len(new)
         return logits
@@ -136,17 +136,17 @@ def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | F
     # MII takes seconds, and mode `persistent` needs only `model_values` of this module.
     import mii.modeling.models
 
-    ranks = None
+    group = None
     if config.tensor_parallel > 1:
-        ranks = Ranks(connect(config, meet(context)).control)
+        group = TPGroup(connect(config, meet(context)).control)
     context.progress(RunnerState.LOADING, "building FastGen's kernels and loading the weights")
     with loading(config.name):
         engine: Any = mii.modeling.models.load_model(mii_model_config(config))
     model = engine.model()
     block_size = _block_size(model)
     blocks = int(min(engine.free_blocks))
-    if ranks is not None:
-        blocks = ranks.smallest(blocks)
+    if group is not None:
+        blocks = group.all_reduce_min(blocks)
     model_config = engine._policy._checkpoint_engine.model_config
     info = ModelInfo(
         architecture=(model_config.architectures or [type(model).__name__])[0],
@@ -160,15 +160,15 @@ def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | F
         has_chat_template=False,
     )
     rank_model = FastGenModel(engine)
-    if ranks is not None and not ranks.leads:
-        return Follower(rank_model, ranks, info)
-    group_model: Runs = rank_model if ranks is None else Leader(rank_model, ranks)
+    if group is not None and not group.is_leader:
+        return Follower(rank_model, group, info)
+    group_model: ModelRunner = rank_model if group is None else Leader(rank_model, group)
     generation = load_generation_config(config.model_path)
-    return serve(
+    return program_for_engine(
         context,
         FastGenEngine(group_model, blocks=blocks, block_size=block_size),
         info,
-        generation=generation,
+        generation_config=generation,
         defaults=mii_defaults(config.mii.generate, generation),
     )
 

@@ -16,7 +16,7 @@ from runners.engines.mii.defaults import mii_defaults
 from runners.engines.mii.fastgen import load_fastgen
 from runners.rank.process_group import meet
 from runners.rank.program import RankContext, RankProgram
-from runners.text.loading import text_program
+from runners.text.loading import program_for_model
 
 
 def load_program(context: RankContext) -> RankProgram:
@@ -36,16 +36,16 @@ def load_program(context: RankContext) -> RankProgram:
     if loading.on_gpu():
         return load_fastgen(context, config)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
-    model, proof, ranks = loading.load_model_on_cpu(
+    model, parity, group = loading.load_model_on_cpu(
         config,
         lambda detail: context.progress(RunnerState.LOADING, detail),
         meet(context) if config.world_size > 1 else None,
     )
-    return text_program(
+    return program_for_model(
         context,
         model,
-        proof=proof,
-        ranks=ranks,
+        parity=parity,
+        group=group,
         max_total_tokens=config.mii.max_total_tokens,
         defaults=mii_defaults(config.mii.generate, model.generation_config),
     )

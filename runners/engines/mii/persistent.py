@@ -291,7 +291,9 @@ class PersistentProgram(RankProgram):
     def _prompt(self, request: GenerationRequest) -> tuple[list[int], str]:
         """A prompt's tokens, and a text that MII encodes as them. Raises: InvalidRequest."""
         tokenizer = self._tokenizer
-        ids = tokenizer.begin(tokenizer.encode(request.prompt, max_tokens=self.info.max_model_len))
+        ids = tokenizer.ensure_not_empty(
+            tokenizer.encode(request.prompt, max_tokens=self.info.max_model_len)
+        )
         if isinstance(request.prompt, str) and request.prompt:
             return ids, request.prompt
         text = tokenizer.decode(ids, skip_special_tokens=False)

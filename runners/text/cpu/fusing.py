@@ -1,7 +1,7 @@
-"""Small modules of common architectures on our kernels: RMS norms, gated MLPs.
+"""RMS norms and gated MLPs on the CPU kernels.
 
-Each costs little arithmetic and much dispatching, a third of a step with one row. A module is
-replaced only where its own forward, on a few rows, gives what the replacement gives.
+Their arithmetic is cheap, but dispatching torch's operators takes a third of a step with one row. A
+module is replaced only if its forward, on a few rows, gives what the replacement gives.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from runners.text.cpu import Kernels
 from runners.text.cpu.library import NormWeights
@@ -18,22 +19,26 @@ from runners.text.cpu.linear import PackedLinear, join
 
 
 class FusedRMSNorm(nn.Module):
-    """`x / rms(x) * (offset + weight)` over the last dimension, float32. Gemma's offset is 1."""
+    """`x / rms(x) * (offset + weight)` over the last dimension, float32. Gemma's offset is 1.
 
-    def __init__(self, plain: nn.Module, kernels: Kernels, offset: float) -> None:
+    Rows of another type go to the original module: a half-precision model may have float32 norms.
+    """
+
+    def __init__(self, original: nn.Module, kernels: Kernels, offset: float) -> None:
         super().__init__()
-        self.plain = plain
-        weight: Any = plain.weight
+        self.original = original
+        weight: Any = original.weight
         self.weight: nn.Parameter = weight
         self._size = len(weight)
         self._kernel = kernels.rms_norm
-        self.weights = NormWeights(weight.data_ptr(), _epsilon(plain), offset)
-        """What the kernels need to know of it; valid as long as it lives."""
+        self.weights = NormWeights(weight.data_ptr(), _epsilon(original), offset)
+        """Pointers for the kernels, valid while this module exists."""
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The normalised rows, in a tensor of their own."""
         if x.dtype != torch.float32:
-            return _plain(self.plain, x)
+            result: torch.Tensor = self.original(x)
+            return result
         x = x.contiguous()
         out = torch.empty_like(x)
         rows = x.numel() // self._size
@@ -42,20 +47,24 @@ class FusedRMSNorm(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, gate and up joined: `[..., hidden]` to `[..., hidden]`."""
+    """`down(silu(gate(x)) * up(x))` with gate and up joined, `[..., hidden]` to `[..., hidden]`.
+
+    Rows of another type than float32 go to the original module.
+    """
 
     def __init__(
-        self, plain: nn.Module, gate_up: PackedLinear, down: PackedLinear, kernels: Kernels
+        self, original: nn.Module, gate_up: PackedLinear, down: PackedLinear, kernels: Kernels
     ) -> None:
         super().__init__()
-        self.plain = plain
+        self.original = original
         self.gate_up, self.down = gate_up, down
         self._kernel = kernels.gated_mlp
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The MLP of every row."""
         if x.dtype != torch.float32:
-            return _plain(self.plain, x)
+            result: torch.Tensor = self.original(x)
+            return result
         x = x.contiguous()
         out = torch.empty(*x.shape[:-1], self.down.out_features)
         rows = x.numel() // self.gate_up.in_features
@@ -64,56 +73,49 @@ class FusedMLP(nn.Module):
         return out
 
 
-def _plain(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What the module itself makes of rows that are no float32: norms may be, in a half-precision
-    model."""
-    out: torch.Tensor = module(x)
-    return out
-
-
 def fuse_modules(model: nn.Module, kernels: Kernels) -> None:
-    """Replace what can be; linear layers are packed already."""
+    """Replace the modules that have an equivalent; the linear layers are packed already."""
     for parent in list(model.modules()):
-        for name, plain in list(parent.named_children()):
-            for fused, size in _candidates(plain, kernels):
-                if _agrees(plain, fused, size):
+        for name, module in list(parent.named_children()):
+            for fused, size in _candidates(module, kernels):
+                if _equivalent(module, fused, size):
                     setattr(parent, name, fused)
                     break
 
 
 def unfuse_modules(model: nn.Module) -> None:
-    """Put the modules back that were replaced."""
+    """Restore the modules that were replaced."""
     for parent in list(model.modules()):
         for name, fused in list(parent.named_children()):
             if isinstance(fused, FusedRMSNorm | FusedMLP):
-                setattr(parent, name, fused.plain)
+                setattr(parent, name, fused.original)
 
 
-def _candidates(plain: nn.Module, kernels: Kernels) -> Iterator[tuple[nn.Module, int]]:
-    """What may stand for a module, and the size of its rows."""
-    if hasattr(plain, "_hf_hook") or plain._forward_hooks or plain._forward_pre_hooks:
+def _candidates(module: nn.Module, kernels: Kernels) -> Iterator[tuple[nn.Module, int]]:
+    """Possible replacements of a module, each with the size of its rows."""
+    if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
         return
-    weight: Any = getattr(plain, "weight", None)
-    if type(plain).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor):
+    weight: Any = getattr(module, "weight", None)
+    if type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor):
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.dim() == 1:
             for offset in (0.0, 1.0):
-                yield FusedRMSNorm(plain, kernels, offset), len(weight)
+                yield FusedRMSNorm(module, kernels, offset), len(weight)
         return
-    gate, up, down = (getattr(plain, n, None) for n in ("gate_proj", "up_proj", "down_proj"))
+    gate, up, down = (getattr(module, n, None) for n in ("gate_proj", "up_proj", "down_proj"))
     if all(isinstance(x, PackedLinear) for x in (gate, up, down)):
-        joined = join(gate, up)  # type: ignore[arg-type]
-        if joined is not None:
-            yield FusedMLP(plain, joined, down, kernels), joined.in_features  # type: ignore[arg-type]
+        gate_up = join(gate, up)  # type: ignore[arg-type]
+        if gate_up is not None:
+            yield FusedMLP(module, gate_up, down, kernels), gate_up.in_features  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
-def _agrees(plain: nn.Module, fused: nn.Module, size: int) -> bool:
-    # Small rows show another epsilon, large ones a clamp.
+def _equivalent(module: nn.Module, fused: nn.Module, size: int) -> bool:
+    # Small values reveal another epsilon, large ones a clamp.
     for scale in (1e-3, 1.0, 1e3):
         x = scale * torch.linspace(-2, 3, 3 * size).view(1, 3, size)
         try:
-            expected = plain(x)
-        except Exception:  # a module of that name which wants more than rows
+            expected = module(x)
+        except Exception:  # its forward takes other arguments
             return False
         if not isinstance(expected, torch.Tensor):
             return False
@@ -124,5 +126,5 @@ def _agrees(plain: nn.Module, fused: nn.Module, size: int) -> bool:
 
 
 def _epsilon(norm: nn.Module) -> float:
-    found: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    return torch.finfo(torch.float32).eps if found is None else float(found)
+    eps: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return torch.finfo(torch.float32).eps if eps is None else float(eps)

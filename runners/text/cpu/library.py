@@ -1,4 +1,7 @@
-"""Compile `native/` for this machine, once, and call it."""
+"""Compile the C++ sources of `native/` for this CPU, and load them as `Kernels`.
+
+The shared library is cached by its sources, compiler and CPU, so that only a first start compiles.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +64,8 @@ class Heads(ctypes.Structure):
     _fields_ = (("data", _P), ("row", _I), ("head", _I))
 
 
-class Pool(ctypes.Structure):
-    """`Pool` of attention.h."""
+class KVPointers(ctypes.Structure):
+    """`LayerKV` of attention.h."""
 
     _fields_ = (("keys", _P), ("values", _P))
 
@@ -74,70 +77,67 @@ class LayerWeights(ctypes.Structure):
         *((name, NormWeights) for name in ("before_attention", "before_mlp", "query", "key")),
         *((name, LinearWeights) for name in ("qkv", "output_projection", "gate_up", "down")),
         ("shape", AttentionShape),
-        ("pool", Pool),
+        ("kv", KVPointers),
     )
 
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-"""Weights' types, numbered as in linear.h."""
+WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+"""Types of weights, in the order of their numbers in linear.h."""
 
 
 class Kernels:
-    """The compiled library. Arguments are those of the functions in kernels.cpp."""
+    """The compiled library. The functions take the arguments of those in kernels.cpp."""
 
     def __init__(self, file: Path) -> None:
         library = ctypes.CDLL(str(file))
         self.panel_width: int = library.triptych_panel_width()
         self.block_size: int = library.triptych_block_size()
 
-        def function(name: str, *arguments: type) -> ctypes._NamedFuncPointer:
-            found: ctypes._NamedFuncPointer = getattr(library, f"triptych_{name}")
-            found.argtypes, found.restype = arguments, None
-            return found
+        def declare(name: str, *argtypes: type) -> ctypes._NamedFuncPointer:
+            function: ctypes._NamedFuncPointer = getattr(library, f"triptych_{name}")
+            function.argtypes, function.restype = argtypes, None
+            return function
 
-        layer, norm, heads = (ctypes.POINTER(t) for t in (LinearWeights, NormWeights, Heads))
-        self.linear = function("linear", layer, _P, _P, _I)
-        self.rms_norm = function("rms_norm", norm, _P, _P, _I, _I)
-        self.gated_mlp = function("gated_mlp", layer, layer, _P, _P, _I)
-        step = (_P, _I, _P)
-        self.attention = function(
-            "attention",
-            *[heads] * 3,
-            ctypes.POINTER(Pool),
-            _P,
-            *step,
-            ctypes.POINTER(AttentionShape),
-            _P,
-        )
-        self.decode = function("decode", ctypes.POINTER(LayerWeights), _I, *[_P] * 3, *step)
+        linear, norm, heads = (ctypes.POINTER(t) for t in (LinearWeights, NormWeights, Heads))
+        kv, shape, layer = (ctypes.POINTER(t) for t in (KVPointers, AttentionShape, LayerWeights))
+        segments = (_P, _I, _P)
+        self.linear = declare("linear", linear, _P, _P, _I)
+        self.rms_norm = declare("rms_norm", norm, _P, _P, _I, _I)
+        self.gated_mlp = declare("gated_mlp", linear, linear, _P, _P, _I)
+        self.attention = declare("attention", *[heads] * 3, kv, _P, *segments, shape, _P)
+        self.decoder = declare("decoder", layer, _I, *[_P] * 3, *segments)
 
 
 def switch_off_kernels() -> None:
-    """From now on this process has none."""
+    """Make `load_kernels` return None in this process from now on."""
     _switched_off.append(True)
     load_kernels.cache_clear()
 
 
 @functools.cache
 def load_kernels() -> Kernels | None:
-    """The kernels for this CPU; None, with a warning, where they can not be compiled."""
+    """The kernels for this CPU; None, with a warning, if they cannot be compiled."""
     if _switched_off:
         return None
     try:
         try:
-            return Kernels(_compiled(cache_folder()))
+            return Kernels(_compile(cache_folder()))
         except CacheUnavailable as error:
             logger.warning("the CPU kernels are compiled anew at each start: %s", error)
-            with tempfile.TemporaryDirectory(prefix="triptych-") as own:
-                return Kernels(_compiled(Path(own)))
+            with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+                return Kernels(_compile(Path(folder)))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        reason = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        logger.warning("no CPU kernels, torch's own are slower here: %s", (reason or ["?"])[0])
+        lines = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        logger.warning("no CPU kernels, torch's slower operators run instead: %s", reason)
         return None
 
 
-def _compiled(folder: Path) -> Path:
-    """The shared library in `folder`, made anew unless it was by this source, compiler and CPU."""
+def _compile(folder: Path) -> Path:
+    """The shared library in `folder`, compiled unless it exists for this source, compiler and CPU.
+
+    Raises: OSError, subprocess.SubprocessError.
+    """
     compiler = _compiler()
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
@@ -145,35 +145,36 @@ def _compiled(folder: Path) -> Path:
     native = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
     flags = [*FLAGS, native]
     sources = [file.read_text(encoding="utf-8") for file in sorted(NATIVE.iterdir())]
-    made_of = [*sources, version, *flags, _cpu()]
-    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:20]
+    key = "\0".join([*sources, version, *flags, _cpu()])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:20]
     target = folder / f"kernels-{digest}.so"
     if not target.exists():
-        # Under a name of its own until whole: ranks start together, and may be killed meanwhile.
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            made = Path(own) / "kernels.so"
+        # Renamed once complete: ranks compile at the same time, and may be killed meanwhile.
+        with tempfile.TemporaryDirectory(dir=folder) as build:
+            output = Path(build) / "kernels.so"
             subprocess.run(
-                [*compiler, *flags, "-o", str(made), str(NATIVE / "kernels.cpp")],
+                [*compiler, *flags, "-o", str(output), str(NATIVE / "kernels.cpp")],
                 capture_output=True,
                 text=True,
                 check=True,
                 timeout=COMPILE_TIMEOUT_S,
             )
-            made.replace(target)
+            output.replace(target)
     return target
 
 
 def _compiler() -> list[str]:
-    own = shlex.split(os.environ.get("CXX", ""))
-    for command in [own] if own else [[name] for name in COMPILERS]:
-        if (found := shutil.which(command[0])) is not None:
-            return [found, *command[1:]]
-    names = own[:1] or COMPILERS
+    """The command of the compiler: that of CXX, else the first of `COMPILERS`. Raises: OSError."""
+    cxx = shlex.split(os.environ.get("CXX", ""))
+    for name, *options in [cxx] if cxx else [[name] for name in COMPILERS]:
+        if (path := shutil.which(name)) is not None:
+            return [path, *options]
+    names = cxx[:1] or COMPILERS
     raise OSError(f"no C++ compiler ({', '.join(names)}) is on the PATH")
 
 
 def _cpu() -> str:
-    """What `native` means here; a home folder may be shared by unlike machines."""
+    """The instruction sets that `native` stands for: different machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

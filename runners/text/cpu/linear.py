@@ -1,8 +1,8 @@
-"""Linear layers of a CPU model on our kernels, their weights packed for them.
+"""Linear layers on the CPU kernels, with their weights packed in the layout that these read.
 
-Weights that were stored in 16 bits and are exactly representable there stay in 16 bits: arithmetic
-is float32 either way, so the result is that of the float32 model at half the memory traffic. int8
-keeps one scale per output column (symmetric, absolute maximum), weights only.
+Weights whose values fit 16 bits are stored in 16 bits. Arithmetic is in float32 either way, so the
+result is that of the float32 model at half the memory traffic. int8 has one scale per output
+(symmetric, absolute maximum) and applies to weights only.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from typing_extensions import override
 
 from runners.text.cpu import Kernels
-from runners.text.cpu.library import TYPES, LinearWeights
+from runners.text.cpu.library import WEIGHT_TYPES, LinearWeights
 
 Quantization = Literal["int8"]
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` with weights packed as the kernel reads them.
+    """`nn.Linear` with packed weights, from float32 `[..., in]` to float32 `[..., out]`.
 
-    `packed` is `[panels, in, width]`, zero beyond `out_features`; int8 comes with `scale` `[out]`.
-    Takes and returns float32 `[..., in]`, `[..., out]`.
+    `packed` is `[panels, in, width]`, zero beyond `out_features`; for int8, `scale` is `[out]`.
+    Raises: ValueError for an input of another size.
     """
+
+    weights: LinearWeights
+    """Pointers for the kernels, valid while this layer and its `packed` exist."""
 
     def __init__(
         self,
@@ -40,18 +44,17 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = packed.shape[1], out_features
         self.scale, self.bias = scale, bias
         self.kernels = kernels
-        self.hold(packed)
+        self.set_packed(packed)
 
-    def hold(self, packed: torch.Tensor) -> None:
-        """Read the weights from here."""
+    def set_packed(self, packed: torch.Tensor) -> None:
+        """Read the weights from this tensor from now on."""
         self.packed = packed
         pointers = (None if t is None else t.data_ptr() for t in (packed, self.scale, self.bias))
-        sizes = self.in_features, self.out_features, TYPES.index(packed.dtype)
+        sizes = self.in_features, self.out_features, WEIGHT_TYPES.index(packed.dtype)
         self.weights = LinearWeights(*pointers, *sizes)
-        """What the kernels need to know of it; valid as long as it lives and holds the same."""
 
+    @override
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`x @ weight.T + bias`. Raises: ValueError for an x of another width."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} features, the layer takes {self.in_features}")
         if x.dtype != torch.float32 or not x.is_contiguous():
@@ -62,10 +65,10 @@ class PackedLinear(nn.Module):
         return out
 
     def unpacked(self) -> torch.Tensor:
-        """The weight as float32 `[out, in]`; what was packed, but for int8's rounding."""
+        """The weight as float32 `[out, in]`; exact, except for the rounding of int8."""
         panels, depth, width = self.packed.shape
-        plain = self.packed.transpose(1, 2).reshape(panels * width, depth)[: self.out_features]
-        return plain.float() if self.scale is None else plain.float() * self.scale[:, None]
+        weight = self.packed.transpose(1, 2).reshape(panels * width, depth)[: self.out_features]
+        return weight.float() if self.scale is None else weight.float() * self.scale[:, None]
 
 
 def pack_linear(
@@ -74,36 +77,39 @@ def pack_linear(
     kernels: Kernels,
     quantization: Quantization | None = None,
 ) -> PackedLinear:
-    """A linear layer of weight `[out, in]` and bias `[out]`, both float32."""
-    stored, scale = _compact(weight, quantization)
+    """A linear layer with weight `[out, in]` and bias `[out]`, both float32."""
+    compact, scale = _compact(weight, quantization)
     if bias is not None:
         bias = bias.detach().clone()
-    return PackedLinear(_pack(stored, kernels.panel_width), scale, bias, weight.shape[0], kernels)
+    return PackedLinear(_pack(compact, kernels.panel_width), scale, bias, weight.shape[0], kernels)
 
 
 def join(*layers: PackedLinear) -> PackedLinear | None:
-    """The layers as one, their outputs one behind the other; None if their panels do not fit
-    together. The layers go on working, on the same memory."""
+    """One layer whose output is the concatenation of the layers' outputs.
+
+    The layers themselves keep working, on the same memory. None if their types, inputs or biases
+    differ, or an output is no whole number of panels.
+    """
     first = layers[0]
     width = first.packed.shape[2]
     for layer in layers:
         alike = layer.packed.dtype == first.packed.dtype and layer.in_features == first.in_features
-        biased = (layer.bias is None) == (first.bias is None)
-        if not alike or not biased or layer.out_features % width:
+        same_bias = (layer.bias is None) == (first.bias is None)
+        if not alike or not same_bias or layer.out_features % width:
             return None
 
-    def joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
-        present = [part for part in parts if part is not None]
+    def concatenate(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
         return torch.cat(present) if present else None
 
     packed = torch.cat([layer.packed for layer in layers])
     parts = torch.split(packed, [len(layer.packed) for layer in layers])
-    for layer, own in zip(layers, parts, strict=True):
-        layer.hold(own)
+    for layer, part in zip(layers, parts, strict=True):
+        layer.set_packed(part)
     return PackedLinear(
         packed,
-        joined([layer.scale for layer in layers]),
-        joined([layer.bias for layer in layers]),
+        concatenate([layer.scale for layer in layers]),
+        concatenate([layer.bias for layer in layers]),
         sum(layer.out_features for layer in layers),
         first.kernels,
     )
@@ -112,18 +118,18 @@ def join(*layers: PackedLinear) -> PackedLinear | None:
 def pack_linears(
     model: PreTrainedModel, kernels: Kernels, quantization: Quantization | None = None
 ) -> int:
-    """Replace the linear layers that lie in float32 on the CPU; returns how many.
+    """Replace the linear layers that are in float32 on the CPU; returns their number.
 
-    Layers whose forward is wrapped (their weights brought in by a hook, or split over ranks) and
-    subclasses of Linear are left alone. Whether the model is the same is for the caller to prove.
+    Subclasses of Linear, and layers whose forward is wrapped (because a hook brings in their
+    weights, or they are split over ranks), are left alone. The caller checks the model's output.
     """
     replaced = 0
     for parent, name in list(_linears(model)):
-        # Held by nobody else, so that what is replaced is freed before the next is packed.
+        # No variable refers to the layer, so that it is freed before the next one is packed.
         setattr(parent, name, _packed(getattr(parent, name), kernels, quantization))
         replaced += 1
     if replaced:
-        _let_go_of_files(model)
+        _detach_from_files(model)
     return replaced
 
 
@@ -136,26 +142,26 @@ def _packed(
     return pack_linear(weight, layer.bias, kernels, quantization)
 
 
-def _let_go_of_files(model: PreTrainedModel) -> None:
-    """Copy what is left, embeddings and norms: one view of a mapped weight file keeps all of it."""
+def _detach_from_files(model: PreTrainedModel) -> None:
+    """Copy the remaining tensors (embeddings, norms): one view keeps a whole weight file mapped."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
 
 
 def unpack_linears(model: PreTrainedModel) -> None:
-    """Put ordinary linear layers back, with the weights that were packed."""
+    """Replace the packed layers by `nn.Linear` with the same weights."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, PackedLinear):
-                plain = nn.Linear(1, 1)
-                plain.out_features, plain.in_features = layer.out_features, layer.in_features
-                plain.weight = nn.Parameter(layer.unpacked(), requires_grad=False)
+                linear = nn.Linear(1, 1)
+                linear.out_features, linear.in_features = layer.out_features, layer.in_features
+                linear.weight = nn.Parameter(layer.unpacked(), requires_grad=False)
                 bias = layer.bias
-                plain.register_parameter(
+                linear.register_parameter(
                     "bias", None if bias is None else nn.Parameter(bias, requires_grad=False)
                 )
-                setattr(parent, name, plain)
+                setattr(parent, name, linear)
 
 
 def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
@@ -173,12 +179,12 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
 def _compact(
     weight: torch.Tensor, quantization: Quantization | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight in the fewest bits that keep it, and int8's scale per row."""
+    """The weight in the smallest type that keeps its values, and the scale `[out]` of int8."""
     if quantization == "int8":
         scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         return (weight / scale[:, None]).round().to(torch.int8), scale.contiguous()
     for dtype in (torch.bfloat16, torch.float16):
-        # Most weights that do not fit show it in their first row.
+        # The first row first: most weights that do not fit differ there already.
         if all(torch.equal(w.to(dtype).float(), w) for w in (weight[:1], weight)):
             return weight.to(dtype), None
     return weight, None
@@ -187,10 +193,9 @@ def _compact(
 def _pack(weight: torch.Tensor, width: int) -> torch.Tensor:
     """`[out, in]` to panels `[ceil(out / width), in, width]`, zero beyond `out`."""
     out, depth = weight.shape
-    panels = -(-out // width)
+    panels, full = -(-out // width), out // width
     packed = weight.new_zeros(panels, depth, width)
-    whole = out // width
-    packed[:whole] = weight[: whole * width].view(whole, width, depth).transpose(1, 2)
-    if whole < panels:
-        packed[whole, :, : out - whole * width] = weight[whole * width :].t()
+    packed[:full] = weight[: full * width].view(full, width, depth).transpose(1, 2)
+    if full < panels:
+        packed[full, :, : out - full * width] = weight[full * width :].t()
     return packed

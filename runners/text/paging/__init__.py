@@ -1,1 +1,1 @@
-"""The paged KV cache: which blocks hold what, and their tensors."""
+"""The paged KV cache: allocation of its blocks, their memory, and the batches that use it."""

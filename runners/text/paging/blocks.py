@@ -1,9 +1,8 @@
-"""Which KV blocks hold what: allocation, sharing of equal prompt heads, eviction. No tensors here.
+"""Allocation of KV blocks: reference counts, prefix caching, eviction. No tensors here.
 
-Blocks are counted by reference. A full block is remembered by its tokens and everything before
-them, so that a sequence which begins alike takes it over instead of computing it (automatic prefix
-caching, as in vLLM). Blocks nobody uses stay remembered until their place is needed, least recently
-used first.
+A full block is cached under its tokens and all tokens before them. A sequence with the same
+beginning shares the block instead of computing it (automatic prefix caching, as in vLLM). Blocks
+that no sequence uses stay cached until they are needed; the least recently used is evicted first.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BLOCK_SIZE = 32
-"""Tokens of a block; kernels.cpp knows the same number."""
+"""Tokens of a block; `BLOCK` in attention.h has to be the same number."""
 
 _ROOT = 0
 _Key = tuple[int, tuple[int, ...]]
@@ -25,95 +24,97 @@ class SequenceBlocks:
 
     blocks: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    node: int = _ROOT
-    """Stands for the remembered blocks so far; children are found by it."""
-    remembered: int = 0
+    prefix: int = _ROOT
+    """Identifies the tokens of its cached blocks."""
+    cached: int = 0
+    """Number of its blocks that are cached, the first ones."""
 
     @property
     def length(self) -> int:
-        """Tokens whose KV exists."""
+        """Number of tokens whose KV exists."""
         return len(self.tokens)
 
 
 class BlockAllocator:
-    """`total` blocks of `BLOCK_SIZE` tokens."""
+    """`total` blocks of `BLOCK_SIZE` tokens each."""
 
     def __init__(self, total: int, *, prefix_caching: bool = True) -> None:
         self.total = total
-        self._caching = prefix_caching
+        self._prefix_caching = prefix_caching
         self._unused = list(range(total - 1, -1, -1))
         self._references = [0] * total
-        # A remembered block's key is exact, no hash that could collide: (its parent, its tokens).
-        self._found: dict[_Key, tuple[int, int]] = {}
-        self._keys: dict[int, _Key] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        self._nodes = _ROOT
+        # Keys are (prefix, tokens) themselves: a hash of them could collide.
+        self._cache: dict[_Key, tuple[int, int]] = {}  # to block, and prefix with its tokens
+        self._keys: dict[int, _Key] = {}  # per cached block
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._last_prefix = _ROOT
 
     @property
     def free(self) -> int:
-        """Blocks that can be had, remembered ones nobody uses included."""
-        return len(self._unused) + len(self._idle)
+        """Number of blocks that can be allocated, including cached ones that can be evicted."""
+        return len(self._unused) + len(self._evictable)
 
     def begin(self, tokens: Sequence[int]) -> SequenceBlocks:
-        """A sequence that starts with what is remembered of `tokens`, all but the last at most."""
+        """A sequence that starts with the cached blocks of `tokens`, except the last token."""
         sequence = SequenceBlocks()
         for start in range(0, len(tokens) - BLOCK_SIZE, BLOCK_SIZE):
             chunk = tuple(tokens[start : start + BLOCK_SIZE])
-            if (found := self._found.get((sequence.node, chunk))) is None:
+            if (entry := self._cache.get((sequence.prefix, chunk))) is None:
                 break
-            block, sequence.node = found
+            block, sequence.prefix = entry
             self._references[block] += 1
-            self._idle.pop(block, None)
+            self._evictable.pop(block, None)
             sequence.blocks.append(block)
             sequence.tokens += chunk
-            sequence.remembered += 1
+            sequence.cached += 1
         return sequence
 
     def extend(self, sequence: SequenceBlocks, count: int) -> bool:
-        """Make room for `count` more tokens; False, and nothing taken, if there is none."""
+        """Allocate blocks for `count` more tokens. False, with nothing allocated, if too few are
+        free."""
         needed = -(-(sequence.length + count) // BLOCK_SIZE) - len(sequence.blocks)
         if needed > self.free:
             return False
         for _ in range(needed):
-            sequence.blocks.append(self._take())
+            sequence.blocks.append(self._allocate())
         return True
 
     def commit(self, sequence: SequenceBlocks, tokens: Sequence[int]) -> None:
-        """The KV of `tokens` was written behind what the sequence held."""
+        """Append `tokens`, whose KV was written; caches the blocks that are full now."""
         sequence.tokens += tokens
-        while self._caching and (sequence.remembered + 1) * BLOCK_SIZE <= sequence.length:
-            start = sequence.remembered * BLOCK_SIZE
-            key = (sequence.node, tuple(sequence.tokens[start : start + BLOCK_SIZE]))
-            self._remember(sequence, key)
+        while self._prefix_caching and (sequence.cached + 1) * BLOCK_SIZE <= sequence.length:
+            start = sequence.cached * BLOCK_SIZE
+            key = (sequence.prefix, tuple(sequence.tokens[start : start + BLOCK_SIZE]))
+            self._cache_block(sequence, key)
 
     def release(self, sequence: SequenceBlocks) -> None:
-        """The sequence is done. Its last blocks are forgotten before its first."""
+        """Give up all blocks of a sequence. Its last blocks are evicted before its first."""
         for block in reversed(sequence.blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
                 if block in self._keys:
-                    self._idle[block] = None
+                    self._evictable[block] = None
                 else:
                     self._unused.append(block)
         sequence.blocks.clear()
 
-    def _remember(self, sequence: SequenceBlocks, key: _Key) -> None:
-        block = sequence.blocks[sequence.remembered]
-        sequence.remembered += 1
-        if (found := self._found.get(key)) is not None:
-            # Computed twice at the same time: the first stays the one that is shared.
-            sequence.node = found[1]
+    def _cache_block(self, sequence: SequenceBlocks, key: _Key) -> None:
+        block = sequence.blocks[sequence.cached]
+        sequence.cached += 1
+        if (entry := self._cache.get(key)) is not None:
+            # Two sequences computed it at the same time: the first block stays the shared one.
+            sequence.prefix = entry[1]
             return
-        self._nodes += 1
-        self._found[key] = block, self._nodes
+        self._last_prefix += 1
+        self._cache[key] = block, self._last_prefix
         self._keys[block] = key
-        sequence.node = self._nodes
+        sequence.prefix = self._last_prefix
 
-    def _take(self) -> int:
+    def _allocate(self) -> int:
         if self._unused:
             block = self._unused.pop()
         else:
-            block, _ = self._idle.popitem(last=False)
-            del self._found[self._keys.pop(block)]
+            block, _ = self._evictable.popitem(last=False)
+            del self._cache[self._keys.pop(block)]
         self._references[block] = 1
         return block

@@ -1,4 +1,4 @@
-"""The KV cache: blocks of every layer, on whatever device the layer lives."""
+"""The memory of the KV cache: the blocks of every layer, on the device of that layer."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from runners.text.paging.blocks import BLOCK_SIZE
 
 PAD = 32
-"""Values are padded to a multiple of this many numbers, which suits every kernel's width."""
+"""The size of a value vector is padded to a multiple of this, which every vector width divides."""
 
 
-def padded(value_size: int) -> int:
-    """The numbers a value takes."""
+def padded_size(value_size: int) -> int:
+    """Elements that a value vector takes in memory."""
     return -(-value_size // PAD) * PAD
 
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """One layer's blocks.
+    """The blocks of one layer.
 
-    Keys `[blocks, kv_heads, key_size, BLOCK_SIZE]`, so that one query meets a block's keys side by
-    side; values `[blocks, kv_heads, BLOCK_SIZE, value_size]`, `value_size` padded.
+    Keys are `[blocks, kv_heads, key_size, BLOCK_SIZE]`: the keys of a block are multiplied with a
+    query in one pass. Values are `[blocks, kv_heads, BLOCK_SIZE, padded_size(value_size)]`.
     """
 
     keys: torch.Tensor
@@ -31,30 +31,30 @@ class LayerKV:
 
     @property
     def native(self) -> bool:
-        """Whether the CPU kernels can work on it."""
+        """Whether the CPU kernels can use these blocks."""
         return self.keys.dtype == torch.float32 and self.keys.device.type == "cpu"
 
 
 class KVPool:
-    """KV of `blocks` blocks per layer. A layer's tensors are made when it first writes."""
+    """The KV of `blocks` blocks in every layer. A layer is allocated when it is first used."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         self._layers: dict[int, LayerKV] = {}
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerKV:
-        """A layer's blocks, fit for keys and values `[..., kv_heads, n, size]` like these."""
-        if (found := self._layers.get(index)) is None:
-            heads, size = key.shape[-3], padded(value.shape[-1])
-            found = LayerKV(
+        """The blocks of a layer, allocated for keys and values `[..., kv_heads, n, size]`."""
+        if (layer := self._layers.get(index)) is None:
+            heads, size = key.shape[-3], padded_size(value.shape[-1])
+            layer = LayerKV(
                 _zeros(key, self.blocks, heads, key.shape[-1], BLOCK_SIZE),
                 _zeros(value, self.blocks, heads, BLOCK_SIZE, size),
             )
-            self._layers[index] = found
-        return found
+            self._layers[index] = layer
+        return layer
 
     def bytes_per_block(self) -> dict[torch.device, int]:
-        """Bytes that one block takes on each device."""
+        """Bytes of one block in all layers, per device."""
         total: dict[torch.device, int] = {}
         for layer in self._layers.values():
             for tensor in (layer.keys, layer.values):
@@ -64,10 +64,11 @@ class KVPool:
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Zeros, on a CPU without touching the memory: pages become resident as they are written.
+    """Zeros of the type and on the device of `like`.
 
-    Mapped here, in small pages: an allocator that asks for huge ones (NumPy's) makes all layers
-    clear two megabytes each in the same step, which every stream feels.
+    On a CPU the memory is mapped and not touched: pages become resident when they are written. The
+    pages are small, because with huge ones (as NumPy's allocator asks for) all layers clear two
+    megabytes each in the same step, which stalls all streams.
     """
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

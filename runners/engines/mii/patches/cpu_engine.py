@@ -13,7 +13,7 @@ import torch
 from deepspeed.inference import RaggedInferenceEngineConfig
 from deepspeed.inference.v2.scheduling_utils import SchedulingError, SchedulingResult
 
-from runners.text.engine import RaggedEngine
+from runners.text.engine import PagedEngine
 from runners.text.paging.blocks import BLOCK_SIZE
 
 
@@ -21,7 +21,7 @@ class CPUInferenceEngine:
     """One rank's engine; MII calls those of all ranks with the same arguments."""
 
     def __init__(
-        self, engine: RaggedEngine, config: RaggedInferenceEngineConfig, *, max_context: int
+        self, engine: PagedEngine, config: RaggedInferenceEngineConfig, *, max_context: int
     ) -> None:
         self._engine = engine
         self._config = config

@@ -29,9 +29,9 @@ from runners.engines.mii.deployment.plan import ENGINE_FIELDS
 from runners.engines.mii.patches.cpu_engine import CPUInferenceEngine
 from runners.protocol.cache import building, cache_folder
 from runners.rank.process_group import connect
-from runners.text.loading import batch
-from runners.text.lockstep import Ranks
-from runners.text.parity import Proof
+from runners.text.loading import prepare_model
+from runners.text.lockstep import TPGroup
+from runners.text.parity import ParityCheck
 
 settings: dict[str, Any] = {}
 """Values of `ENGINE_FIELDS` in a process of a deployment, from its plan."""
@@ -59,10 +59,12 @@ def load_cpu_engine(model_config: ModelConfig) -> CPUInferenceEngine:
     if (num_threads := settings.get("num_threads")) is not None:
         torch.set_num_threads(num_threads)
     config = runner_config(model_config)
-    model, proof, ranks = load_model_on_cpu(config)
-    batched = batch(model, config, proof=proof, ranks=ranks)
+    model, parity, group = load_model_on_cpu(config)
+    batched = prepare_model(model, config, parity=parity, group=group)
     return CPUInferenceEngine(
-        batched.engine(), model_config.inference_engine_config, max_context=batched.max_context
+        batched.create_engine(),
+        model_config.inference_engine_config,
+        max_context=batched.max_context,
     )
 
 
@@ -70,8 +72,8 @@ def load_model_on_cpu(
     config: TextConfig,
     progress: Callable[[str], None] = lambda _: None,
     store: Store | None = None,
-) -> tuple[PreTrainedModel, Proof | None, Ranks | None]:
-    """The model, or this rank's share of it with its proof and its rank group.
+) -> tuple[PreTrainedModel, ParityCheck | None, TPGroup | None]:
+    """The model, or this rank's share of it with its parity and its rank group.
 
     `progress`: takes a sentence at each phase of loading. `store`: where the ranks meet; None:
     where the environment says. Raises: ConfigError.
@@ -83,9 +85,9 @@ def load_model_on_cpu(
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
     split = DeepSpeedTextConfig(**_shared_fields(config), tensor_parallel=config.tensor_parallel)
     groups = connect(config, store)
-    ranks = Ranks(groups.control)
-    model, proof = load_split(split, groups, ranks, progress)
-    return model, proof, ranks
+    group = TPGroup(groups.control)
+    model, parity = load_split(split, groups, group, progress)
+    return model, parity, group
 
 
 def runner_config(model_config: ModelConfig) -> MIITextConfig:

@@ -1,4 +1,4 @@
-// CPU kernels of the ragged engine, as C functions: what `library.py` calls.
+// The CPU kernels as C functions, which `library.py` calls through ctypes.
 
 #include "decoder.h"
 
@@ -7,56 +7,58 @@ extern "C" {
 int triptych_panel_width() { return WIDTH; }
 int triptych_block_size() { return BLOCK; }
 
-// x [rows][in] -> y [rows][out]
+// x [m][in] -> y [m][out]
 void triptych_linear(const Linear* layer, const float* x, float* y, int64_t m) {
   if (m == 0) return;
-  const std::unique_ptr<float[]> room(new float[m * layer->in]);
-  const Rows rows(room.get(), m, layer->in);
-  together([&](Member& member) {
-    pack(member, x, rows);
-    multiply(member, *layer, rows, y);
+  const std::unique_ptr<float[]> buffer(new float[m * layer->in]);
+  const Rows rows(buffer.get(), m, layer->in);
+  parallel_region([&](TeamThread& thread) {
+    pack(thread, x, rows);
+    multiply(thread, *layer, rows, y);
   });
 }
 
+// x [rows][size] -> out [rows][size]
 void triptych_rms_norm(const Norm* norm, const float* x, float* out, int64_t rows, int64_t size) {
-  together([&](Member& member) {
-    member.share(rows, FEW_ROWS, [&](int64_t first, int64_t last) {
+  parallel_region([&](TeamThread& thread) {
+    thread.parallel_for(rows, ROW_CHUNK, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) (*norm)(x + r * size, out + r * size, 1, size);
     });
   });
 }
 
-// x [rows][in] -> out [rows][out] by way of `inner` = down.in gated numbers.
+// x [m][gate_up.in] -> out [m][down.out]
 void triptych_gated_mlp(const Linear* gate_up, const Linear* down, const float* x, float* out, int64_t m) {
   if (m == 0) return;
-  const std::unique_ptr<float[]> room(new float[m * (gate_up->in + down->in)]);
-  const Rows rows(room.get(), m, gate_up->in), inner(room.get() + m * gate_up->in, m, down->in);
-  together([&](Member& member) {
-    pack(member, x, rows);
-    gate(member, *gate_up, rows, inner);
-    multiply(member, *down, inner, out);
+  const std::unique_ptr<float[]> buffer(new float[m * (gate_up->in + down->in)]);
+  const Rows rows(buffer.get(), m, gate_up->in), inner(buffer.get() + m * gate_up->in, m, down->in);
+  parallel_region([&](TeamThread& thread) {
+    pack(thread, x, rows);
+    gated_activation(thread, *gate_up, rows, inner);
+    multiply(thread, *down, inner, out);
   });
 }
 
-// Writes the step's keys and values into their blocks, then attends every row over its sequence.
-// q, k, v are read by (row, head) strides; out is [rows][heads][value_size].
-void triptych_attention(const Heads* q, const Heads* k, const Heads* v, const Pool* pool, float* out,
-                        const Segment* segments, int64_t count, const int32_t* tables, const Shape* shape,
-                        const float* sinks) {
-  const Plan plan(segments, count, tables, *shape);
-  together([&](Member& member) {
-    member.share(plan.rows(), FEW_ROWS, [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; ++r) store(plan, r, *k, *v, *pool, *shape);
+// Writes the batch's keys and values into their blocks, then computes the attention of every row over
+// its sequence. out is [rows][heads][value_size]; sinks [heads] or null.
+void triptych_attention(const Heads* q, const Heads* k, const Heads* v, const LayerKV* kv, float* out,
+                        const Segment* segments, int64_t count, const int32_t* block_tables,
+                        const Shape* shape, const float* sinks) {
+  const AttentionPlan plan(segments, count, block_tables, *shape);
+  parallel_region([&](TeamThread& thread) {
+    thread.parallel_for(plan.rows(), ROW_CHUNK, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) store_kv(plan, r, *k, *v, *kv, *shape);
     });
-    attend_all(member, plan, *q, *pool, Rows::plain(out, plan.rows(), shape->heads * shape->value_size),
-               *shape, sinks);
+    attend_batch(thread, plan, *q, *kv, Rows::row_major(out, plan.rows(), shape->heads * shape->value_size),
+                 *shape, sinks);
   });
 }
 
-// All layers of a model, in place on x [rows][hidden]; cos, sin are [rows][key_size].
-void triptych_decode(const Layer* layers, int64_t count, float* x, const float* cos, const float* sin,
-                     const Segment* segments, int64_t segment_count, const int32_t* tables) {
-  decode(layers, count, x, cos, sin, Plan(segments, segment_count, tables, layers->shape));
+// All decoder layers of a model, in place on x [rows][hidden]; cos and sin are [rows][key_size].
+void triptych_decoder(const Layer* layers, int64_t count, float* x, const float* cos, const float* sin,
+                      const Segment* segments, int64_t segment_count, const int32_t* block_tables) {
+  const AttentionPlan plan(segments, segment_count, block_tables, layers->shape);
+  run_decoder(layers, count, x, cos, sin, plan);
 }
 
 }  // extern "C"

@@ -1,21 +1,21 @@
-// Linear layers: few rows against weights that are read once, from memory.
+// Linear layers of few rows, whose weights are read from memory once.
 
 #pragma once
 
 #include <vector>
 
-#include "crew.h"
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
 
-constexpr int64_t DEPTH = 128;    // rows of a panel worked on at a time: half of L1 at most
-constexpr int64_t AHEAD = 16384;  // bytes between what is fetched into the cache and what is read
+constexpr int64_t DEPTH = 128;    // rows of a panel that are processed at a time: at most half of L1
+constexpr int64_t AHEAD = 16384;  // bytes that prefetching is ahead of reading
 
-// A weight [out][in], packed as panels [ceil(out / WIDTH)][in][WIDTH].
+// A linear layer. Its weight [out][in] is packed as panels [ceil(out / WIDTH)][in][WIDTH].
 struct Linear {
   const void* weight;
-  const float *scale, *bias;  // per output, null: none
+  const float *scale, *bias;  // per output; null: none
   int64_t in, out, type;      // 0 float32, 1 bfloat16, 2 float16, 3 int8
 
   int64_t panels() const { return (out + WIDTH - 1) / WIDTH; }
@@ -46,24 +46,25 @@ struct Linear {
     std::fill(acc, acc + x.m * WIDTH, 0.f);
     for (int64_t k0 = 0; k0 < in; k0 += DEPTH) {
       const int64_t depth = std::min(DEPTH, in - k0);
-      const W* piece = weights + (index * in + k0) * WIDTH;
+      const W* block = weights + (index * in + k0) * WIDTH;
       for (int64_t t = 0; t < x.tiles; ++t) {
-        // One tile alone waits for its own weights, several share the fetching of what comes after.
-        const char* ahead = reinterpret_cast<const char*>(piece) + t * (line * depth / x.tiles);
+        // A single tile prefetches the weights that it reads soon; several tiles share prefetching
+        // those of the next block.
+        const char* ahead = reinterpret_cast<const char*>(block) + t * (line * depth / x.tiles);
         ahead += x.tiles == 1 ? AHEAD / 4 : AHEAD;
-        rows_by_columns(x.height(t), x.piece(t, k0), piece, WIDTH, depth, acc + t * x.rows * WIDTH,
+        rows_by_columns(x.height(t), x.column(t, k0), block, WIDTH, depth, acc + t * x.rows * WIDTH,
                         WIDTH, ahead, std::max<int64_t>(1, line / x.tiles));
       }
     }
   }
 };
 
-// The functions below share their work with the other threads that call them.
+// All threads of a team call the functions below, and share their work.
 
 // y[m][out] = x @ w^T
-void multiply(Member& member, const Linear& w, const Rows& x, float* y) {
+void multiply(TeamThread& thread, const Linear& w, const Rows& x, float* y) {
   std::vector<float> acc(x.m * WIDTH);
-  member.share(w.panels(), 1, [&](int64_t p, int64_t) {
+  thread.parallel_for(w.panels(), 1, [&](int64_t p, int64_t) {
     w.panel(x, p, acc.data());
     const int64_t columns = std::min<int64_t>(WIDTH, w.out - p * WIDTH);
     for (int64_t r = 0; r < x.m; ++r)
@@ -71,13 +72,13 @@ void multiply(Member& member, const Linear& w, const Rows& x, float* y) {
   });
 }
 
-// Lays rows [m][k] out for the micro-kernel.
-void pack(Member& member, const float* x, const Rows& to) {
-  member.share(to.m, to.rows, [&](int64_t first, int64_t last) {
+// Copies rows [m][k] into the layout of the micro-kernel.
+void pack(TeamThread& thread, const float* x, const Rows& to) {
+  thread.parallel_for(to.m, to.rows, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       float* row = to.at(r);
-      const int64_t step = to.step(r);
-      for (int64_t i = 0; i < to.k; ++i) row[i * step] = x[r * to.k + i];
+      const int64_t stride = to.stride(r);
+      for (int64_t i = 0; i < to.k; ++i) row[i * stride] = x[r * to.k + i];
     }
   });
 }

@@ -1,7 +1,7 @@
-// What every kernel is made of: vectors of whatever width this CPU has, and one micro-kernel.
+// Vectors of this CPU's width, and the micro-kernel that all other kernels use.
 //
-// GCC's and Clang's vector types make it the same code on AVX-512, AVX2 and NEON. Weights may be
-// float32, bfloat16, float16 or int8; arithmetic is always float32.
+// The vector types of GCC and Clang make one source serve AVX-512, AVX2 and NEON. Weights may be
+// float32, bfloat16, float16 or int8; arithmetic is always in float32.
 
 #pragma once
 
@@ -11,7 +11,7 @@
 #include <cstring>
 
 #if defined(__AVX2__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // raised in GCC 12's header
 #include <immintrin.h>
 #endif
 
@@ -39,7 +39,7 @@ inline vf load(const bf16* p) {
   const auto half = *reinterpret_cast<const Vec<uint16_t, LANES>::type*>(p);
   return reinterpret_cast<vf>(__builtin_convertvector(half, vu) << 16);
 }
-// Compilers turn the generic conversions from 16-bit floats and bytes into scalar code.
+// Intrinsics, because compilers turn the generic conversions of these types into scalar code.
 #if defined(__AVX512F__)
 inline vf load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline vf load(const int8_t* p) {
@@ -60,10 +60,10 @@ inline vf load(const int8_t* p) {
 }
 #endif
 
-// e^x for x <= 0, to about one unit in the last place: the polynomial of Cephes' expf.
-inline vf exponential(vf given) {
-  const vf x = given < -87.f ? vf{} - 87.f : given;
-  const vi whole = __builtin_convertvector(x * 1.44269504f - 0.5f, vi);  // truncates: rounds, for x <= 0
+// e^x for x <= 0, accurate to about one unit in the last place: the polynomial of Cephes' expf.
+inline vf exponential(vf input) {
+  const vf x = input < -87.f ? vf{} - 87.f : input;
+  const vi whole = __builtin_convertvector(x * 1.44269504f - 0.5f, vi);  // truncation rounds, for x <= 0
   const vf n = __builtin_convertvector(whole, vf);
   const vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vf p = 1.9875691500e-4f * r + 1.3981999507e-3f;
@@ -72,12 +72,12 @@ inline vf exponential(vf given) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  // Not a denormal number but zero: products with those are two orders of magnitude slower.
-  return given < -87.f ? vf{} : p * reinterpret_cast<vf>((whole + 127) << 23);
+  // Zero instead of a denormal: arithmetic with denormals is two orders of magnitude slower.
+  return input < -87.f ? vf{} : p * reinterpret_cast<vf>((whole + 127) << 23);
 }
 
-// acc[R][WIDTH] += x[R][depth] @ w[depth][WIDTH], all accumulators in registers. x lies column by
-// column, [depth][R], or else row by row, ROW numbers apart. `next` is fetched into the cache meanwhile.
+// acc[R][WIDTH] += x[R][depth] @ w[depth][WIDTH], with all accumulators in registers. x is stored by
+// column, [depth][R], if ROW is 0, else by row with a stride of ROW. Meanwhile `next` is prefetched.
 template <int R, int ROW, class W>
 inline void tile(const float* x, const W* w, int64_t w_stride, int64_t depth, float* acc,
                  int64_t acc_stride, const char* next, int64_t next_step) {
@@ -109,31 +109,32 @@ void rows_by_columns(int64_t rows, const float* x, const W* w, int64_t w_stride,
   }
 }
 
-// m rows of k numbers as the micro-kernel reads them: tiles of at most ROWS rows, each [k][its rows].
+// m rows of k elements as the micro-kernel reads them: tiles of at most ROWS rows, each stored as
+// [k][rows of the tile].
 struct Rows {
   float* data;
-  int64_t m, k, tiles, rows;  // `rows` of every tile but the last, which may have fewer
+  int64_t m, k, tiles, rows;  // rows: of each tile except the last, which may have fewer
 
-  // Two small tiles are faster than a big one: while the second reads weights that the first brought
-  // into the cache, the next are on their way.
+  // Two small tiles are faster than a large one: the second reads weights that the first brought into
+  // the cache, and meanwhile the next weights are prefetched.
   Rows(float* data, int64_t m, int64_t k)
       : data(data), m(m), k(k), tiles(m <= ROWS / 2 ? 1 : std::max<int64_t>(2, (m + ROWS - 1) / ROWS)),
         rows((m + tiles - 1) / tiles) {}
 
-  // Row by row, as tensors are.
-  static Rows plain(float* data, int64_t m, int64_t k) {
-    Rows made(data, m, k);
-    made.tiles = m, made.rows = 1;
-    return made;
+  // Rows stored one after the other, as in a tensor.
+  static Rows row_major(float* data, int64_t m, int64_t k) {
+    Rows rows(data, m, k);
+    rows.tiles = m, rows.rows = 1;
+    return rows;
   }
 
   int64_t height(int64_t tile) const { return std::min(rows, m - tile * rows); }
-  const float* piece(int64_t tile, int64_t column) const {
+  const float* column(int64_t tile, int64_t column) const {
     return data + tile * rows * k + column * height(tile);
   }
-  // Row r is at(r)[0], at(r)[step(r)], at(r)[2 * step(r)], ...
+  // The elements of row r are at(r)[0], at(r)[stride(r)], at(r)[2 * stride(r)], ...
   float* at(int64_t r) const { return data + r / rows * rows * k + r % rows; }
-  int64_t step(int64_t r) const { return height(r / rows); }
+  int64_t stride(int64_t r) const { return height(r / rows); }
 };
 
 }  // namespace

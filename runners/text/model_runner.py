@@ -1,0 +1,108 @@
+"""HFModelRunner: one step of a stock Hugging Face causal LM over the tokens of many sequences.
+
+`parity` chooses the layout that is right for an architecture before it serves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Literal, cast
+
+import torch
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from runners.text.engine import ModelRunner
+from runners.text.padded import PaddedCache
+from runners.text.paging.batch import Batch, ForwardContext, forward_context
+from runners.text.paging.blocks import BLOCK_SIZE
+from runners.text.paging.kv import KVPool
+
+Layout = Literal["packed", "padded"]
+"""How a batch is laid out: all tokens in one row, or one padded row per sequence."""
+
+
+class HFModelRunner(ModelRunner):
+    """A model and its KV cache of `blocks` blocks."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, *, blocks: int) -> None:
+        self.model: PreTrainedModel = model.train(False)
+        self.layout = layout
+        self.vocab_size = len(cast(torch.Tensor, model.get_input_embeddings().weight))
+        self._pool = KVPool(blocks)
+        parameters = inspect.signature(model.forward).parameters
+        self._takes_position_ids = "position_ids" in parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self._device = input_device(model)
+
+    @override
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor:
+        run = self._run_packed if self.layout == "packed" else self._run_padded
+        return run(batch).float().cpu()
+
+    @override
+    def idle(self) -> None:
+        pass
+
+    def bytes_per_token(self) -> dict[torch.device, int]:
+        """Bytes of KV per token on each device, once a batch has run."""
+        sizes = self._pool.bytes_per_block().items()
+        return {device: -(-size // BLOCK_SIZE) for device, size in sizes}
+
+    def _run_packed(self, batch: Batch) -> torch.Tensor:
+        context = ForwardContext(self._pool, batch)
+        segments = context.segments
+        ids = [token for tokens in batch.tokens for token in tokens]
+        positions = [position for s in segments for position in range(s.past, s.end)]
+        last = [s.start + s.count - 1 for s in segments]
+        token = forward_context.set(context)
+        try:
+            return self._forward([ids], last, position_ids=[positions], use_cache=False)[0]
+        finally:
+            forward_context.reset(token)
+
+    def _run_padded(self, batch: Batch) -> torch.Tensor:
+        """Decoding sequences run as one batch; each chunk of a prompt runs alone, unpadded."""
+        counts = [len(tokens) for tokens in batch.tokens]
+        singles = [i for i, count in enumerate(counts) if count == 1]
+        groups = [singles] if singles else []
+        groups += [[i] for i, count in enumerate(counts) if count > 1]
+        logits: dict[int, torch.Tensor] = {}
+        for indices in groups:
+            group = batch.select(indices)
+            context = ForwardContext(self._pool, group)
+            cache = PaddedCache(context)
+            out = self._forward(
+                group.tokens,
+                [counts[indices[0]] - 1],
+                position_ids=[list(range(s.past, s.end)) for s in context.segments],
+                attention_mask=cache.mask().to(self._device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits |= zip(indices, out[:, -1], strict=True)
+        return torch.stack([logits[i] for i in range(len(counts))])
+
+    def _forward(
+        self,
+        ids: list[list[int]],
+        rows: list[int],
+        *,
+        position_ids: list[list[int]],
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """Logits `[len(ids), len(rows), vocab]` of each sequence's `rows`."""
+        if self._takes_position_ids:
+            kwargs["position_ids"] = torch.tensor(position_ids, device=self._device)
+        kept = torch.tensor(rows, device=self._device)
+        if self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = kept
+        out = self.model(input_ids=torch.tensor(ids, device=self._device), **kwargs).logits
+        logits: torch.Tensor = out if self._takes_logits_to_keep else out[:, kept.to(out.device)]
+        return logits
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device of inputs: the CPU if all layers are on disk, where `model.device` is meta."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
