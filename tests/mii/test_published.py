@@ -200,6 +200,6 @@ def test_a_model_that_can_not_be_served_ends_the_deployment_with_a_reason(script
     began = time.monotonic()
     printed = scripts.run(BACKEND + 'import mii\nmii.serve("empty")', fails=True)
     assert "ConfigError" in printed
-    assert "can not be loaded" in printed
+    assert "cannot be loaded" in printed
     assert time.monotonic() - began < 100
     wait_until(lambda: not processes(scripts.folder), 10, "all of the deployment is gone")

@@ -233,7 +233,7 @@ async def test_a_model_that_can_not_be_loaded_fails_with_the_reason(tmp_path: Pa
         async with asyncio.timeout(90):
             while runner.health().state is not RunnerState.FAILED:
                 await asyncio.sleep(0.05)
-        assert "can not be loaded" in runner.health().detail
+        assert "cannot be loaded" in runner.health().detail
     finally:
         await runner.stop()
 

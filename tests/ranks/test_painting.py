@@ -177,7 +177,7 @@ async def test_a_start_that_can_not_succeed_says_why(folder: Path, tmp_path: Pat
         async with asyncio.timeout(60):
             while runner.health().state is not RunnerState.FAILED:
                 await asyncio.sleep(0.02)
-        assert "odd can not be loaded" in runner.health().detail
+        assert "odd cannot be loaded" in runner.health().detail
     finally:
         await runner.stop()
 

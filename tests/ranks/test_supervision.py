@@ -118,7 +118,7 @@ async def test_a_model_that_can_not_load_fails_for_good_with_the_reason(tmp_path
         async with asyncio.timeout(60):
             while runner.health().state is not RunnerState.FAILED:
                 await asyncio.sleep(0.05)
-        assert "broken can not be loaded" in runner.health().detail
+        assert "broken cannot be loaded" in runner.health().detail
     finally:
         await runner.stop()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from runners import create_runner
 from runners.config.files import load_setup_config
-from runners.contracts.runner import Runner, RunnerState
+from runners.contracts.runner import Runner, RunnerHealth, RunnerState
 from runners.contracts.text import GenerationRequest, Prompt, SamplingParams, TextDelta, TextRunner
 
 _ids = itertools.count()
@@ -46,6 +46,23 @@ async def wait_ready(runner: Runner[Any, Any], timeout: float = 120) -> None:
         while not runner.health().ready:
             assert runner.health().state is not RunnerState.FAILED, runner.health().detail
             await asyncio.sleep(0.02)
+
+
+async def failed_start(folder: Path, *, patience: float = 90, **overrides: object) -> RunnerHealth:
+    """The health of a runner whose start fails for good, which it must within `patience` seconds."""
+    config, _ = load_setup_config(
+        folder, name=folder.name, overrides={"num_threads": 1} | overrides
+    )
+    runner: Runner[Any, Any] = create_runner(config)
+    await runner.start()
+    try:
+        async with asyncio.timeout(patience):
+            while (health := runner.health()).state is not RunnerState.FAILED:
+                assert not health.ready
+                await asyncio.sleep(0.02)
+        return health
+    finally:
+        await runner.stop()
 
 
 @asynccontextmanager
