@@ -1,1 +1,1 @@
-"""Triptych measured against its peers, its engine and its machine; see README.md."""
+"""Benchmarks of Triptych against its peers, its engine and its machine; see README.md."""

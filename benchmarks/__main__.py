@@ -36,22 +36,22 @@ HERE = Path(__file__).resolve().parent
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
-    # A polite kill ends the servers as Ctrl-C does.
+    # SIGTERM must stop the servers as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    # A quick run proves that everything works; its numbers mean little, so nothing is overwritten.
+    # A quick run only shows that everything works. Its numbers must not replace the real ones.
     folder = cache() / "quick" if args.quick else HERE
-    found = results.load(folder / "results.json")
+    data = results.load(folder / "results.json")
     if not args.render:
-        found["machine"] = machine.describe()
+        data["machine"] = machine.describe()
         for part in args.only or PARTS:
-            _measure(part, args, found, lambda: results.save(found, folder / "results.json"))
-    (folder / "RESULTS.md").write_text(report.render(found))
-    plot.draw(found, folder / "results.svg")
+            _measure(part, args, data, lambda: results.save(data, folder / "results.json"))
+    (folder / "RESULTS.md").write_text(report.render(data))
+    plot.draw(data, folder / "results.svg")
     print(f"written: {folder / 'RESULTS.md'}")
 
 
 def _measure(
-    part: str, args: argparse.Namespace, found: results.Results, save: Callable[[], None]
+    part: str, args: argparse.Namespace, data: results.Results, save: Callable[[], None]
 ) -> None:
     measure: dict[str, Callable[[], Any]] = {
         "limit": lambda: limit.measure(args.threads, (1, 4) if args.quick else LIMIT_CONCURRENCIES),
@@ -85,12 +85,12 @@ def _measure(
     }
     print(f"--- {part}", flush=True)
     if part == "table":
-        table.measure(_plan(args), found, save)
+        table.measure(_plan(args), data, save)
         return
-    failed = found.setdefault("failed", {})
+    failed = data.setdefault("failed", {})
     failed.pop(part, None)
     try:
-        found[part] = measure[part]()
+        data[part] = measure[part]()
     except Unavailable as error:
         print(f"{part}: {error}")
         failed[part] = str(error)
@@ -98,24 +98,24 @@ def _measure(
 
 
 def _plan(args: argparse.Namespace) -> table.Plan:
-    chosen: dict[str, Any] = dict(table.QUICK) if args.quick else {"rounds": args.rounds}
+    options: dict[str, Any] = dict(table.QUICK) if args.quick else {"rounds": args.rounds}
     if args.concurrency:
-        chosen["concurrencies"] = args.concurrency
-    chosen["servers"] = [SERVERS[name] for name in args.servers]
-    return table.Plan(threads=args.threads, **chosen)
+        options["concurrencies"] = args.concurrency
+    options["servers"] = [SERVERS[name] for name in args.servers]
+    return table.Plan(threads=args.threads, **options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
     add("--servers", type=_names(SERVERS), default=list(SERVERS), metavar="A,B",
-        help=f"which to measure: {', '.join(SERVERS)}")  # fmt: skip
-    add("--only", type=_names(PARTS), metavar="A,B", help=f"which parts: {', '.join(PARTS)}")
-    add("--concurrency", type=_numbers, metavar="N,M", help="numbers of clients of the table")
-    add("--rounds", type=int, default=2, help="how often each server is measured (default: 2)")
+        help=f"servers to measure: {', '.join(SERVERS)}")  # fmt: skip
+    add("--only", type=_names(PARTS), metavar="A,B", help=f"parts to measure: {', '.join(PARTS)}")
+    add("--concurrency", type=_numbers, metavar="N,M", help="client counts of the table")
+    add("--rounds", type=int, default=2, help="measurements of each server (default: 2)")
     add("--threads", type=int, default=2, help="CPU threads of each server (default: 2)")
-    add("--quick", action="store_true", help="a few requests each, written into the cache")
-    add("--render", action="store_true", help="measure nothing, write the report anew")
+    add("--quick", action="store_true", help="only a few requests each; writes to .bench/quick")
+    add("--render", action="store_true", help="only write the report again, from results.json")
     return parser
 
 
@@ -124,7 +124,7 @@ def _names(known: Sequence[str] | dict[str, Any]) -> Callable[[str], list[str]]:
         names = value.split(",")
         if unknown := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(
-                f"{', '.join(unknown)}: there is only {', '.join(known)}"
+                f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}"
             )
         return names
 

@@ -1,4 +1,4 @@
-"""The folder that holds whatever the benchmarks make or install: the model, the peers, logs."""
+"""The cache folder of the benchmarks: generated models, installed peers, model stores and logs."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".bench"
-"""At the root and hidden, so that no tool takes what is installed there for our sources."""
+"""Hidden, so that linters and test runners do not take installed packages for our sources."""
 
 
 class Unavailable(Exception):
-    """A server can not be measured here; the message says why."""
+    """A measurement is impossible on this machine; the message gives the cause."""
 
 
 def cache() -> Path:
-    """The folder, ignored by git from within, as tools do with theirs."""
+    """The cache folder, made if necessary, with a `.gitignore` that excludes it."""
     CACHE.mkdir(exist_ok=True)
     (CACHE / ".gitignore").write_text("*\n")
     return CACHE
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """Folder `name` of the cache, filled by `make` once; half-made ones are made again."""
+    """Folder `name` of the cache, filled by `make` the first time; an incomplete one is rebuilt."""
     folder = cache() / name
-    done = folder / ".complete"
-    if not done.exists():
+    marker = folder / ".complete"
+    if not marker.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         print(f"preparing {name} ...", flush=True)
         make(folder)
-        done.touch()
+        marker.touch()
     return folder
 
 
 def packages(name: str, *requirements: str, options: tuple[str, ...] = ()) -> Path:
-    """A folder with installed packages, apart from this environment. Raises: Unavailable."""
+    """A folder with packages installed outside this environment. Raises: Unavailable."""
 
     def install(folder: Path) -> None:
         run([sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder),
@@ -48,14 +48,14 @@ def packages(name: str, *requirements: str, options: tuple[str, ...] = ()) -> Pa
 
 
 def run(command: list[str], *, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Run a preparing command; returns its output. Raises: Unavailable with the end of it."""
+    """Run a set-up command. Returns its output; raises Unavailable with the last lines of it."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
     except FileNotFoundError:
         raise Unavailable(f"{command[0]} is not installed") from None
-    if done.returncode != 0:
-        last = "\n".join(done.stdout.strip().splitlines()[-8:])
+    if process.returncode != 0:
+        last = "\n".join(process.stdout.strip().splitlines()[-8:])
         raise Unavailable(f"{Path(command[0]).name} failed: {last}")
-    return done.stdout
+    return process.stdout

@@ -1,4 +1,4 @@
-"""The client: sends requests and writes down when each piece of the answer came."""
+"""The HTTP client: sends requests and records the time of each event of the response."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Protocol
 
 import aiohttp
+from typing_extensions import override
 
 from benchmarks.metrics import Record, Window
 from benchmarks.processes import CpuClock, ProcessTree
@@ -19,41 +20,41 @@ REQUEST_TIMEOUT_S = 900.0
 
 
 class RequestFailed(Exception):
-    """A server answered with an error."""
+    """A server responded with an error."""
 
 
 class Dialect(Protocol):
-    """How one kind of server is asked, and how its answer is read into the record."""
+    """The API of a server: how a request is sent and how the response fills a `Record`."""
 
     async def send(
         self, session: aiohttp.ClientSession, url: str, request: Request, record: Record
     ) -> None:
-        """Send one request and read its answer. Raises: RequestFailed, aiohttp's errors."""
+        """Send one request and read the response. Raises: RequestFailed, aiohttp's errors."""
         ...
 
 
-class OpenAICompletions:
-    """`POST /v1/completions` as server-sent events. `extra` fields go into every body.
+class OpenAICompletions(Dialect):
+    """`POST /v1/completions` as server-sent events. `extra` fields are added to every body.
 
-    Where a server sends no usage, its events are counted: one for each token.
+    If the server sends no usage, each event counts as one token.
     """
 
     def __init__(self, model: str, *, sends_usage: bool = True, **extra: Any) -> None:
         self._sends_usage = sends_usage
         self._body = {"model": model, "temperature": 0, "stream": True} | extra
 
+    @override
     async def send(
         self, session: aiohttp.ClientSession, url: str, request: Request, record: Record
     ) -> None:
-        """See `Dialect`."""
         body = self._body | {"prompt": request.prompt, "max_tokens": request.output_tokens}
-        async with session.post(f"{url}/v1/completions", json=body) as answer:
-            if answer.status != 200:
-                raise RequestFailed(f"{answer.status}: {(await answer.text())[:300]}")
-            async for event in _events(answer):
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            if response.status != 200:
+                raise RequestFailed(f"{response.status}: {(await response.text())[:300]}")
+            async for event in _events(response):
                 if "error" in event:
                     raise RequestFailed(str(event["error"])[:300])
-                # The model speaks nothing but text, so an event without any is no token.
+                # Every token of the model is text, so an event without text carries no token.
                 if any(choice.get("text") for choice in event.get("choices", ())):
                     record.events.append(time.monotonic())
                 if usage := event.get("usage"):
@@ -63,29 +64,29 @@ class OpenAICompletions:
             record.tokens = len(record.events)
 
 
-class TorchServePredictions:
-    """`POST /predictions/MODEL`, answered whole."""
+class TorchServePredictions(Dialect):
+    """`POST /predictions/MODEL`, without streaming."""
 
     def __init__(self, model: str) -> None:
         self._path = f"/predictions/{model}"
 
+    @override
     async def send(
         self, session: aiohttp.ClientSession, url: str, request: Request, record: Record
     ) -> None:
-        """See `Dialect`."""
         body = {"prompt": request.prompt, "max_new_tokens": request.output_tokens}
-        async with session.post(url + self._path, json=body) as answer:
-            if answer.status != 200:
-                raise RequestFailed(f"{answer.status}: {(await answer.text())[:300]}")
-            content = await answer.json(content_type=None)
+        async with session.post(url + self._path, json=body) as response:
+            if response.status != 200:
+                raise RequestFailed(f"{response.status}: {(await response.text())[:300]}")
+            content = await response.json(content_type=None)
             record.tokens = content["tokens"]
             record.counted_prompt = content["prompt_tokens"]
 
 
-async def ask(
+async def send_request(
     session: aiohttp.ClientSession, url: str, dialect: Dialect, request: Request
 ) -> Record:
-    """One request; whatever goes wrong stands in the record."""
+    """Send one request; a failure is written to `Record.error`."""
     record = Record(request.prompt_tokens, request.output_tokens, sent=time.monotonic())
     try:
         await dialect.send(session, url, request, record)
@@ -103,61 +104,61 @@ async def run_closed_loop(
     concurrency: int,
     tree: ProcessTree,
 ) -> tuple[list[Record], Window]:
-    """`concurrency` clients work off the list.
+    """Send the requests from `concurrency` clients, each waiting for its response before the next.
 
-    The window ends when a client finds nothing more to begin: what follows is the tail, in which
-    ever fewer clients are busy.
+    The window ends when the first client finds no request left: in the tail after that fewer than
+    `concurrency` clients are busy.
     """
-    waiting = iter(requests)
+    queue = iter(requests)
     records: list[Record] = []
     start, cpu = time.monotonic(), CpuClock.read(tree)
-    drained: list[Window] = []
+    windows: list[Window] = []
 
-    def begun(waiting: Iterator[Request]) -> Request | None:
-        request = next(waiting, None)
-        if request is None and not drained:
-            drained.append(_window(start, cpu, tree))
+    def next_request(queue: Iterator[Request]) -> Request | None:
+        request = next(queue, None)
+        if request is None and not windows:
+            windows.append(_window(start, cpu, tree))
         return request
 
     async with client_session() as session:
 
         async def client() -> None:
-            while (request := begun(waiting)) is not None:
-                records.append(await ask(session, url, dialect, request))
+            while (request := next_request(queue)) is not None:
+                records.append(await send_request(session, url, dialect, request))
 
         await asyncio.gather(*(client() for _ in range(concurrency)))
-    return records, drained[0]
+    return records, windows[0]
 
 
-async def run_arrivals(
+async def run_poisson(
     url: str, dialect: Dialect, requests: Sequence[Request], *, tree: ProcessTree
 ) -> tuple[list[Record], Window]:
-    """Send each request at its own time; the window ends with the last arrival."""
+    """Send each request at its time `at`; the window ends when the last one is sent."""
     start, cpu = time.monotonic(), CpuClock.read(tree)
 
     async with client_session() as session:
 
-        async def arrive(request: Request) -> Record:
+        async def send_at_its_time(request: Request) -> Record:
             await asyncio.sleep(start + request.at - time.monotonic())
-            return await ask(session, url, dialect, request)
+            return await send_request(session, url, dialect, request)
 
-        tasks = [asyncio.create_task(arrive(request)) for request in requests]
+        tasks = [asyncio.create_task(send_at_its_time(request)) for request in requests]
         await asyncio.sleep(start + requests[-1].at - time.monotonic())
         window = _window(start, cpu, tree)
         return list(await asyncio.gather(*tasks)), window
 
 
-def _window(start: float, began: CpuClock, tree: ProcessTree) -> Window:
-    used = CpuClock.read(tree) - began
-    return Window(start, time.monotonic(), used.server, used.others)
+def _window(start: float, cpu: CpuClock, tree: ProcessTree) -> Window:
+    usage = CpuClock.read(tree) - cpu
+    return Window(start, time.monotonic(), usage.server, usage.others)
 
 
 @contextlib.asynccontextmanager
 async def client_session() -> AsyncIterator[aiohttp.ClientSession]:
-    """A session without a limit of connections, with one of its own for each request.
+    """A session with a new connection for each request and no limit on their number.
 
-    llama.cpp's server closes a connection after a stream without saying so, and whoever uses it
-    again fails.
+    llama.cpp's server closes a connection after a stream without announcing it, so the next request
+    on that connection would fail.
     """
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -165,9 +166,9 @@ async def client_session() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def _events(answer: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
     """The JSON objects of a stream of server-sent events."""
-    async for line in answer.content:
+    async for line in response.content:
         data = line.removeprefix(b"data:").strip()
         if line.startswith(b"data:") and data != b"[DONE]":
             yield json.loads(data)

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.gpu`: the table on one NVIDIA GPU. NOT YET RUN: there was none.
+"""`python -m benchmarks.gpu`: the table on one NVIDIA GPU. NOT YET RUN, for lack of a GPU.
 
-The limit here is the GPU's memory bandwidth: a step of c sequences reads all weights and the KV of
-all sequences once, so c tokens need at least that many bytes' time. Prompts are left out of it.
+The limit is the GPU's memory bandwidth: a decode step of c sequences reads all weights and the KV
+of all sequences once, so c tokens take at least as long as reading those bytes. Prefill is not
+counted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from benchmarks import machine, results, table
 from benchmarks.cache import Unavailable
-from benchmarks.fresh import fresh
+from benchmarks.isolated import run_isolated
 from benchmarks.limit import MEAN_CONTEXT
 from benchmarks.metrics import spread
 from benchmarks.model import LARGE_KV_BYTES_PER_TOKEN, large_model_folder
@@ -30,7 +31,7 @@ COPY_BYTES = 2**30
 
 
 def servers() -> list[Server]:
-    """Ours and those that run on a GPU from the same environment."""
+    """Triptych and the peers that run on a GPU in the same environment."""
     return [
         Triptych("triptych-gpu", model=large_model_folder),
         TransformersServe(
@@ -45,41 +46,41 @@ def servers() -> list[Server]:
 
 
 def limit(concurrency: int, weight_bytes: int, bytes_per_second: float) -> float:
-    """Tokens a second that the memory bandwidth allows."""
-    read = weight_bytes + concurrency * MEAN_CONTEXT * LARGE_KV_BYTES_PER_TOKEN
-    return concurrency * bytes_per_second / read
+    """Maximum tokens per second at this memory bandwidth."""
+    bytes_per_step = weight_bytes + concurrency * MEAN_CONTEXT * LARGE_KV_BYTES_PER_TOKEN
+    return concurrency * bytes_per_second / bytes_per_step
 
 
 def measure() -> results.Results:
-    """All servers in turn. Raises: Unavailable without a GPU."""
-    found = results.load(FILE)
-    found["machine"] = machine.describe()
-    found["gpu"] = fresh("benchmarks.gpu", 1)
+    """Measure every server in turn. Raises: Unavailable without a GPU."""
+    data = results.load(FILE)
+    data["machine"] = machine.describe()
+    data["gpu"] = run_isolated("benchmarks.gpu", 1)
     plan = table.Plan(
         servers=servers(), concurrencies=CONCURRENCIES, cpu_concurrency=None, poisson_count=0
     )
-    table.measure(plan, found, lambda: results.save(found, FILE))
-    return found
+    table.measure(plan, data, lambda: results.save(data, FILE))
+    return data
 
 
-def report(found: results.Results) -> str:
-    """A line per server and concurrency: tokens a second, and their share of the limit."""
+def report(data: results.Results) -> str:
+    """One line per server and concurrency: tokens per second and their share of the limit."""
     weights = (large_model_folder() / "model.safetensors").stat().st_size
-    lines = [f"{found['gpu']['name']}, {found['gpu']['bytes_per_second'] / 1e9:.0f} GB/s"]
-    for name in results.servers(found, "wall"):
-        for count in results.loads(found, "wall"):
+    lines = [f"{data['gpu']['name']}, {data['gpu']['bytes_per_second'] / 1e9:.0f} GB/s"]
+    for name in results.servers(data, "wall"):
+        for count in results.loads(data, "wall"):
             where = {"table": "wall", "server": name, "load": count}
-            speed, low, high = spread(results.values(found, "tokens_per_second", **where))
-            share = speed / limit(count, weights, found["gpu"]["bytes_per_second"])
+            speed, low, high = spread(results.values(data, "tokens_per_second", **where))
+            share = speed / limit(count, weights, data["gpu"]["bytes_per_second"])
             lines.append(
                 f"{name:20} {count:4}  {speed:8.1f} tok/s ({low:.1f} - {high:.1f}), "
                 f"{share:.0%} of the bandwidth"
             )
-    return "\n".join(lines + [f"{n}: {why}" for n, why in found["unavailable"].items()])
+    return "\n".join(lines + [f"{n}: {reason}" for n, reason in data["unavailable"].items()])
 
 
 def main(argv: Sequence[str]) -> None:
-    """Without an argument: measure. With one: describe the GPU, in the fresh process."""
+    """Without an argument: measure. With one: describe the GPU, in the new process."""
     if argv:
         print(json.dumps(measure_bandwidth()))
         return
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure_bandwidth() -> dict[str, Any]:
-    """The GPU, and how fast it copies. Raises whatever torch does without one."""
+    """The GPU's name and copy bandwidth in bytes per second. Raises torch's error without a GPU."""
     import torch
 
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
@@ -98,10 +99,10 @@ def measure_bandwidth() -> dict[str, Any]:
     times = []
     for _ in range(10):
         torch.cuda.synchronize()
-        began = time.perf_counter()
+        start = time.perf_counter()
         target.copy_(source)
         torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     name = torch.cuda.get_device_name()
     return {"name": name, "bytes_per_second": 2 * COPY_BYTES / min(times)}
 

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.gpu_mii`: MII on one NVIDIA GPU. NOT YET RUN: there was none.
+"""`python -m benchmarks.gpu_mii`: MII on one NVIDIA GPU. NOT YET RUN, for lack of a GPU.
 
-Builds FastGen's kernels, loads a random-weight Llama of a billion parameters in bfloat16 (or the
-model of `--model`), and for `mii.pipeline`, our `pipeline` mode and the persistent deployment holds
-the greedy tokens against `generate`'s, then prints tokens a second, time to first token, and the
-share of what the memory bandwidth allows.
+Builds FastGen's kernels and loads a Llama of a billion random parameters in bfloat16, or the model
+of `--model`. For Triptych's modes `pipeline` and `persistent` it compares the greedy tokens with
+`generate`'s and prints tokens per second, time to first token and the share of the memory
+bandwidth; for `mii.pipeline` it prints tokens per second.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ MODES = ("pipeline", "persistent")
 
 
 def reference(folder: Path, prompts: Sequence[str]) -> list[list[int]]:
-    """`generate(do_sample=False)` on the GPU."""
+    """Token ids of `generate(do_sample=False)` on the GPU, for each prompt."""
     import torch
     import transformers as tf
 
     tokenizer: Any = tf.AutoTokenizer.from_pretrained(folder)
     model: Any = tf.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model.to("cuda")
-    found = []
+    outputs = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt").to("cuda")
-        whole = model.generate(**inputs, do_sample=False, max_new_tokens=OUTPUT_TOKENS)
-        found.append(whole[0, inputs.input_ids.shape[1] :].tolist())
+        sequence = model.generate(**inputs, do_sample=False, max_new_tokens=OUTPUT_TOKENS)
+        outputs.append(sequence[0, inputs.input_ids.shape[1] :].tolist())
     del model
     torch.cuda.empty_cache()
-    return found
+    return outputs
 
 
 async def serve(folder: Path, mode: str, bandwidth: float) -> None:
-    """One of our modes: correctness, then speed."""
+    """Check the greedy tokens of one of Triptych's MII modes, then measure its speed."""
     from runners import create_runner
     from runners.config.model import validate
     from runners.contracts.text import GenerationRequest, SamplingParams
@@ -63,14 +63,14 @@ async def serve(folder: Path, mode: str, bandwidth: float) -> None:
     )
     runner = create_runner(config)
     await runner.start()
-    began = time.monotonic()
+    start = time.monotonic()
     while not runner.health().ready:
         if (health := runner.health()).state == "failed":
             raise SystemExit(f"{mode}: {health.detail}")
         await asyncio.sleep(0.2)
-    print(f"{mode}: ready after {time.monotonic() - began:.0f} s")
+    print(f"{mode}: ready after {time.monotonic() - start:.0f} s")
 
-    async def ask(prompt: str, name: str) -> tuple[list[int], float]:
+    async def generate(prompt: str, name: str) -> tuple[list[int], float]:
         sampling = SamplingParams(max_new_tokens=OUTPUT_TOKENS, temperature=0.0, ignore_eos=True)
         sent, first, tokens = time.monotonic(), 0.0, []
         request = GenerationRequest(request_id=name, prompt=prompt, sampling=sampling)
@@ -82,18 +82,18 @@ async def serve(folder: Path, mode: str, bandwidth: float) -> None:
 
     try:
         prompts = [request.prompt for request in batches(CHECKED, 0)[0]]
-        found = [(await ask(p, f"check-{i}"))[0] for i, p in enumerate(prompts)]
-        want = reference(folder, prompts)
-        equal = sum(a == b for a, b in zip(found, want, strict=True))
+        outputs = [(await generate(p, f"check-{i}"))[0] for i, p in enumerate(prompts)]
+        expected = reference(folder, prompts)
+        equal = sum(a == b for a, b in zip(outputs, expected, strict=True))
         print(f"{mode}: {equal} of {CHECKED} greedy answers equal generate's")
         weights = (folder / "model.safetensors").stat().st_size
         for clients in CONCURRENCIES:
             _, measured = batches(clients, 1)
-            began = time.monotonic()
+            start = time.monotonic()
             answers = await asyncio.gather(
-                *(ask(r.prompt, f"{clients}-{i}") for i, r in enumerate(measured))
+                *(generate(r.prompt, f"{clients}-{i}") for i, r in enumerate(measured))
             )
-            speed = clients * OUTPUT_TOKENS / (time.monotonic() - began)
+            speed = clients * OUTPUT_TOKENS / (time.monotonic() - start)
             first = statistics.median(answer[1] for answer in answers)
             share = speed / limit(clients, weights, bandwidth)
             print(
@@ -110,31 +110,31 @@ def stock(folder: Path) -> None:
 
     import runners.engines.mii.patches
 
-    assert runners.engines.mii.patches  # noqa: S101 - importing it mends MII
+    assert runners.engines.mii.patches  # noqa: S101 - the import patches MII
     pipeline = mii.pipeline(str(folder))
     for clients in CONCURRENCIES:
         warm_up, measured = batches(clients, 1)
         options = {"do_sample": False, "ignore_eos": True, "max_new_tokens": OUTPUT_TOKENS}
         pipeline([request.prompt for request in warm_up], **options)
-        began = time.monotonic()
+        start = time.monotonic()
         pipeline([request.prompt for request in measured], **options)
-        speed = clients * OUTPUT_TOKENS / (time.monotonic() - began)
+        speed = clients * OUTPUT_TOKENS / (time.monotonic() - start)
         print(f"mii.pipeline {clients:4}: {speed:8.1f} tok/s")
     pipeline.destroy()
 
 
 def main() -> None:
-    """Run everything."""
+    """Run every mode."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_mii", description=__doc__)
-    parser.add_argument("--model", type=Path, help="a folder, instead of the random Llama")
+    parser.add_argument("--model", type=Path, help="model folder; default: the random Llama")
     args = parser.parse_args()
     folder = args.model or large_model_folder()
-    found = measure_bandwidth()
-    print(f"{found['name']}, {found['bytes_per_second'] / 1e9:.0f} GB/s")
+    gpu = measure_bandwidth()
+    print(f"{gpu['name']}, {gpu['bytes_per_second'] / 1e9:.0f} GB/s")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["MII_CACHE_PATH"] = cache
         for mode in MODES:
-            asyncio.run(serve(folder, mode, found["bytes_per_second"]))
+            asyncio.run(serve(folder, mode, gpu["bytes_per_second"]))
         stock(folder)
 
 

@@ -1,5 +1,7 @@
-"""Pictures a second: Triptych against plain diffusers behind FastAPI, and four at once against four
-alone. The demo image model, the same prompts, seeds, steps and guidance for both."""
+"""Images per second: Triptych against plain diffusers behind FastAPI, with one and four clients.
+
+Both serve the demo image model with the same prompts, seeds, steps and guidance scale.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from typing_extensions import override
 
 from benchmarks.cache import cached
 from benchmarks.client import Dialect, RequestFailed, run_closed_loop
 from benchmarks.metrics import Record, summarise
-from benchmarks.servers.base import Launch, Server, executable, running
+from benchmarks.servers.base import Launch, Server, executable, run_server
 from benchmarks.servers.triptych import store_at
 from benchmarks.workload import Request
 
@@ -22,50 +25,50 @@ STEPS = 20
 GUIDANCE = 4.0
 CONCURRENCIES = (1, 4)
 PER_CLIENT = 6
-"""Pictures of each client in one round."""
+"""Images that each client requests in one round."""
 BATCH = 4
 _PNG = b"\x89PNG"
 _SHAPES = ("circle", "square", "triangle", "ring")
 _COLOURS = ("red", "green", "blue", "yellow", "purple")
 
 
-class Painting:
-    """`POST /generate_image`; a picture counts as one token, so that all else is as for text."""
+class ImageRoute(Dialect):
+    """`POST /generate_image`. An image counts as one token, so the metrics of text apply."""
 
+    @override
     async def send(
         self, session: aiohttp.ClientSession, url: str, request: Request, record: Record
     ) -> None:
-        """See `client.Dialect`."""
         body = {
             "prompt": request.prompt,
             "num_inference_steps": STEPS,
             "guidance_scale": GUIDANCE,
             "seed": request.prompt_tokens,
         }
-        async with session.post(f"{url}/generate_image", json=body) as answer:
-            content = await answer.read()
-            if answer.status != 200:
-                raise RequestFailed(f"{answer.status}: {content[:300]!r}")
+        async with session.post(f"{url}/generate_image", json=body) as response:
+            content = await response.read()
+            if response.status != 200:
+                raise RequestFailed(f"{response.status}: {content[:300]!r}")
             record.tokens = int(content.startswith(_PNG))
 
 
 class TriptychImages:
-    """This working tree with its defaults, but for the number of threads."""
+    """This working tree with its default settings, except for the number of threads."""
 
     name = "triptych"
     ready_path = "/readyz"
 
     def dialect(self) -> Dialect:
         """The native route."""
-        return Painting()
+        return ImageRoute()
 
     def prepare(self) -> str:
-        """Nothing but the model."""
+        """Write the model; nothing to install."""
         model_folder()
         return version("triptych")
 
     def launch(self, port: int, *, threads: int, concurrency: int) -> Launch:
-        """From the folder, with a model store of its own, which stays empty."""
+        """Serve the model from its folder, with an empty model store."""
         variables = {
             "PORT": str(port),
             "TRIPTYCH_IMAGE_MODEL": str(model_folder()),
@@ -83,8 +86,8 @@ class PlainDiffusers:
     ready_path = "/ready"
 
     def dialect(self) -> Dialect:
-        """The same body."""
-        return Painting()
+        """The same route as Triptych's."""
+        return ImageRoute()
 
     def prepare(self) -> str:
         """Nothing to install."""
@@ -98,7 +101,7 @@ class PlainDiffusers:
 
 
 def model_folder() -> Path:
-    """The demo image model, written the first time."""
+    """The folder of the demo image model, written the first time."""
 
     def write(folder: Path) -> None:
         from demo_models.image.build import write_demo_image_model
@@ -109,7 +112,7 @@ def model_folder() -> Path:
 
 
 def requests(count: int, first: int = 0) -> list[Request]:
-    """Prompts and, in place of their length, seeds."""
+    """Requests whose `prompt_tokens` is used as the seed."""
     return [
         Request(f"a {_COLOURS[i % len(_COLOURS)]} {_SHAPES[i % len(_SHAPES)]}", i, output_tokens=1)
         for i in range(first, first + count)
@@ -117,41 +120,45 @@ def requests(count: int, first: int = 0) -> list[Request]:
 
 
 def measure(threads: int, rounds: int, *, per_client: int = PER_CLIENT) -> list[dict[str, Any]]:
-    """One entry per server, concurrency and round: pictures a second. Raises: Unavailable."""
+    """One entry per server, concurrency and round: images per second. Raises: Unavailable."""
     servers: Sequence[Server] = (TriptychImages(), PlainDiffusers())
     entries = []
     for number in range(1, rounds + 1):
         for server in servers:
             server.prepare()
-            for found in asyncio.run(_rates(server, threads, per_client)):
-                entry = {"round": number, "server": server.name} | found
-                print(f"images {server.name:9} {found['concurrency']}: {found['rate']:.2f}/s")
+            for rates in asyncio.run(_rates(server, threads, per_client)):
+                entry = {"round": number, "server": server.name} | rates
+                print(f"images {server.name:9} {rates['concurrency']}: {rates['rate']:.2f}/s")
                 entries.append(entry)
     return entries
 
 
 async def _rates(server: Server, threads: int, per_client: int) -> list[dict[str, Any]]:
-    found = []
+    entries = []
     probe = requests(1)[0]
-    async with running(server, probe, threads=threads, concurrency=max(CONCURRENCIES)) as up:
-        await run_closed_loop(up.url, up.dialect, requests(BATCH), concurrency=BATCH, tree=up.tree)
+    async with run_server(
+        server, probe, threads=threads, concurrency=max(CONCURRENCIES)
+    ) as instance:
+        await run_closed_loop(
+            instance.url, instance.dialect, requests(BATCH), concurrency=BATCH, tree=instance.tree
+        )
         for clients in CONCURRENCIES:
             records, window = await run_closed_loop(
-                up.url,
-                up.dialect,
+                instance.url,
+                instance.dialect,
                 requests(clients * per_client, first=100),
                 concurrency=clients,
-                tree=up.tree,
+                tree=instance.tree,
             )
             summary = summarise(records, window)
-            whole = max(r.end for r in records) - min(r.sent for r in records)
-            found.append(
+            elapsed = max(r.end for r in records) - min(r.sent for r in records)
+            entries.append(
                 {
                     "concurrency": clients,
-                    # All are begun and ended together: there is no tail to leave out.
-                    "rate": len(records) / whole,
+                    # All clients start and end together, so there is no tail to exclude.
+                    "rate": len(records) / elapsed,
                     "failed": summary.failed,
-                    "seconds_per_batch": BATCH * whole / len(records),
+                    "seconds_per_batch": BATCH * elapsed / len(records),
                 }
             )
-    return found
+    return entries

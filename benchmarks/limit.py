@@ -1,13 +1,13 @@
-"""The limit: how fast this machine runs the model when nothing but `model.forward` is in the way.
+"""The limit: throughput of the model on this machine if only `model.forward` takes time.
 
-A loop over transformers' own forward, with all rows of a batch equally long and nothing to
-schedule, sample, decode or send. With `t_prefill` seconds per prompt token (in batches of about 512
-tokens) and `t_decode(c)` seconds per step of c sequences at the workload's mean context, a server
-with c clients can at most give
+Measured in a loop over transformers' forward, with all rows of a batch equally long and no
+scheduling, sampling, detokenization or HTTP. With `t_prefill` seconds per prompt token (in batches
+of 512 tokens) and `t_decode(c)` seconds per step of c sequences at the workload's mean context, the
+throughput with c clients is at most
 
     tokens / (prompt_tokens * t_prefill + tokens / c * t_decode(c))
 
-tokens a second.
+tokens per second.
 """
 
 from __future__ import annotations
@@ -18,49 +18,49 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from benchmarks.fresh import arguments, fresh
+from benchmarks.isolated import arguments, run_isolated
 from benchmarks.model import model_folder
 from benchmarks.workload import OUTPUT_TOKENS, PROMPT_TOKENS
 
 PREFILL_BATCH = (4, 128)
 MEAN_CONTEXT = sum(PROMPT_TOKENS) // 2 + sum(OUTPUT_TOKENS) // 4
-"""A prompt and half its answer."""
-Make = Callable[[], Any]
+"""Tokens of a mean prompt and half of its mean output."""
+CacheFactory = Callable[[], Any]
 
 
 def measure(threads: int, concurrencies: Sequence[int], *, steps: int = 24) -> dict[str, Any]:
     """`t_prefill` in seconds per token; `t_decode` in seconds per step, by concurrency."""
     model = str(model_folder())
-    found: dict[str, Any] = fresh(
+    times: dict[str, Any] = run_isolated(
         __name__, threads, model=model, concurrencies=list(concurrencies), steps=steps
     )
-    return found
+    return times
 
 
 def tokens_per_second(
     limit: Mapping[str, Any], concurrency: int, prompt_tokens: float, tokens: float
 ) -> float:
-    """The formula above."""
+    """The limit by the formula of this module."""
     steps = tokens / concurrency * limit["t_decode"][str(concurrency)]
     return float(tokens / (prompt_tokens * limit["t_prefill"] + steps))
 
 
 def main() -> None:
-    """In the fresh process."""
+    """Measure, in the new process, and print the times as JSON."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    given = arguments()
-    torch.set_num_threads(given["threads"])
-    model: Any = AutoModelForCausalLM.from_pretrained(given["model"], attn_implementation="sdpa")
+    args = arguments()
+    torch.set_num_threads(args["threads"])
+    model: Any = AutoModelForCausalLM.from_pretrained(args["model"], attn_implementation="sdpa")
     with torch.inference_mode():
-        answer = {
-            "threads": given["threads"],
+        times = {
+            "threads": args["threads"],
             "mean_context": MEAN_CONTEXT,
             "t_prefill": _prefill(model),
-            "t_decode": {c: _decode(model, c, given["steps"]) for c in given["concurrencies"]},
+            "t_decode": {c: _decode(model, c, args["steps"]) for c in args["concurrencies"]},
         }
-    print(json.dumps(answer))
+    print(json.dumps(times))
 
 
 def _prefill(model: Any) -> float:
@@ -72,26 +72,27 @@ def _prefill(model: Any) -> float:
 
 
 def _decode(model: Any, rows: int, steps: int) -> float:
-    """Seconds per step of `rows` sequences, with whichever of transformers' caches is faster."""
+    """Seconds per step of `rows` sequences, with the faster of transformers' two KV caches."""
     from transformers import DynamicCache, StaticCache
 
-    room = MEAN_CONTEXT + steps
+    max_length = MEAN_CONTEXT + steps
 
-    def static() -> Any:
-        return StaticCache(config=model.config, max_cache_len=room)
+    def static_cache() -> Any:
+        return StaticCache(config=model.config, max_cache_len=max_length)
 
-    return min(_steps(model, rows, steps, make) for make in (DynamicCache, static))
+    return min(_steps(model, rows, steps, make) for make in (DynamicCache, static_cache))
 
 
-def _steps(model: Any, rows: int, steps: int, make: Make) -> float:
-    cache = make()
-    # The context need not be the mean exactly, but its mean over the steps is.
+def _steps(model: Any, rows: int, steps: int, make_cache: CacheFactory) -> float:
+    cache = make_cache()
+    # The context grows by a token per step, so that its mean over the steps is MEAN_CONTEXT.
     for start in range(0, MEAN_CONTEXT - steps // 2, 64):
         width = min(64, MEAN_CONTEXT - steps // 2 - start)
         model(_tokens(model, rows, width), past_key_values=cache, logits_to_keep=1)
-    one = _tokens(model, rows, 1)
+    next_token = _tokens(model, rows, 1)
     times = [
-        _seconds(lambda: model(one, past_key_values=cache).logits.argmax(-1)) for _ in range(steps)
+        _seconds(lambda: model(next_token, past_key_values=cache).logits.argmax(-1))
+        for _ in range(steps)
     ]
     return median(times[2:])
 
@@ -103,9 +104,9 @@ def _tokens(model: Any, rows: int, width: int) -> Any:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     run()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

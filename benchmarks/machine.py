@@ -1,4 +1,4 @@
-"""The machine and the software, as far as speed depends on them."""
+"""The hardware and software properties that affect speed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COPY_BYTES = 256 * 2**20
 
 
 def describe() -> dict[str, Any]:
-    """Processor, memory, versions."""
+    """Processor, memory, copy bandwidth and versions, as JSON values."""
     fields = _cpuinfo()
     flags = fields.get("flags", "").split()
     return {
@@ -39,16 +39,16 @@ def describe() -> dict[str, Any]:
 
 
 def copy_bandwidth(threads: int) -> float:
-    """Bytes a second, read and written together, of `threads` threads that each copy their own."""
+    """Bytes per second, reads plus writes, of `threads` threads that copy separate arrays."""
     pairs = [(np.ones(COPY_BYTES // 8), np.zeros(COPY_BYTES // 8)) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
 
-        def once() -> float:
-            began = time.perf_counter()
+        def seconds() -> float:
+            start = time.perf_counter()
             list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs))
-            return time.perf_counter() - began
+            return time.perf_counter() - start
 
-        return 2 * threads * COPY_BYTES / min(once() for _ in range(5))
+        return 2 * threads * COPY_BYTES / min(seconds() for _ in range(5))
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -61,12 +61,12 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Of the working tree, with a plus if it holds changes."""
+    """The commit of the working tree, with a plus if there are uncommitted changes."""
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+"],  # noqa: S607 - git is where it is
+        process = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+"],  # noqa: S607 - the location of git varies
             cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
+    return process.stdout.strip()

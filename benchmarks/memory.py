@@ -1,4 +1,4 @@
-"""What a full queue costs in memory: 256 requests at once against a small KV cache."""
+"""Memory of a full queue: 256 concurrent requests against a small KV cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.cache import Unavailable
 from benchmarks.client import run_closed_loop
 from benchmarks.model import KV_BYTES_PER_TOKEN, model_folder, words
 from benchmarks.processes import ProcessTree, proportional_memory
-from benchmarks.servers.base import Running, running
+from benchmarks.servers.base import RunningServer, run_server
 from benchmarks.servers.triptych import Triptych
 
 REQUESTS = 256
@@ -24,7 +24,7 @@ SAMPLE_S = 0.25
 
 
 def measure(threads: int, *, requests: int = REQUESTS) -> dict[str, Any]:
-    """Bytes of the rank process, before and at the peak. Raises: Unavailable."""
+    """Memory of the rank process in bytes, idle and at its peak. Raises: Unavailable."""
     server = Triptych("triptych", variables={"TRIPTYCH_MAX_KV_TOKENS": str(KV_TOKENS)})
     server.prepare()
     return asyncio.run(_measure(server, threads, requests))
@@ -33,13 +33,15 @@ def measure(threads: int, *, requests: int = REQUESTS) -> dict[str, Any]:
 async def _measure(server: Triptych, threads: int, count: int) -> dict[str, Any]:
     all_words = words(model_folder())
     probe, *warm = workload.warm_up(all_words, count=5)
-    async with running(server, probe, threads=threads, concurrency=32) as up:
-        await run_closed_loop(up.url, up.dialect, warm, concurrency=4, tree=up.tree)
-        rank = _rank(up.tree)
+    async with run_server(server, probe, threads=threads, concurrency=32) as instance:
+        await run_closed_loop(
+            instance.url, instance.dialect, warm, concurrency=4, tree=instance.tree
+        )
+        rank = _rank(instance.tree)
         ready = proportional_memory(rank.pid)
-        began = time.monotonic()
-        peak, failed = await _flood(up, rank, _requests(all_words, count))
-        seconds = time.monotonic() - began
+        start = time.monotonic()
+        peak, failed = await _flood(instance, rank, _requests(all_words, count))
+        seconds = time.monotonic() - start
     bound = KV_TOKENS * KV_BYTES_PER_TOKEN
     return {
         "requests": count,
@@ -54,11 +56,13 @@ async def _measure(server: Triptych, threads: int, count: int) -> dict[str, Any]
 
 
 async def _flood(
-    up: Running, rank: psutil.Process, requests: list[workload.Request]
+    instance: RunningServer, rank: psutil.Process, requests: list[workload.Request]
 ) -> tuple[int, list[str]]:
-    """Send all at once. Returns the rank's peak memory in bytes and what went wrong."""
+    """Send all requests at once. Returns the rank's peak memory in bytes and the failures."""
     run = asyncio.create_task(
-        run_closed_loop(up.url, up.dialect, requests, concurrency=len(requests), tree=up.tree)
+        run_closed_loop(
+            instance.url, instance.dialect, requests, concurrency=len(requests), tree=instance.tree
+        )
     )
     peak = 0
     while not run.done():
@@ -69,7 +73,7 @@ async def _flood(
 
 
 def _requests(all_words: list[str], count: int) -> list[workload.Request]:
-    rng = random.Random(workload.SEED)  # noqa: S311 - a workload is no secret
+    rng = random.Random(workload.SEED)  # noqa: S311 - not cryptographic
     return [
         workload.sized(
             rng, all_words, rng.randint(*workload.PROMPT_TOKENS), rng.randint(*OUTPUT_TOKENS)
@@ -83,4 +87,4 @@ def _rank(tree: ProcessTree) -> psutil.Process:
     for process in tree.members():
         if "runners.rank.worker" in process.cmdline():
             return process
-    raise Unavailable("no rank process was found")
+    raise Unavailable("there is no rank process")

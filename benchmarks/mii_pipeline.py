@@ -1,8 +1,8 @@
-"""Mode `pipeline` of our MII engine against stock `MIIPipeline`, over the same engine, in one run.
+"""Mode `pipeline` of Triptych's MII engine against stock `MIIPipeline`, on the same engine.
 
-`MIIPipeline` takes a batch of prompts and returns when all are answered, so that is what both get:
-batches of as many equal requests as there are clients. On a CPU both run on the stand-in engine;
-on a GPU on FastGen's.
+`MIIPipeline` takes a batch of prompts and returns when all are complete. Both therefore get batches
+of equally sized requests, one for each client. On a CPU both use the stand-in engine, on a GPU
+FastGen's.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import workload
-from benchmarks.fresh import arguments, fresh, say
+from benchmarks.isolated import arguments, exit_with, run_isolated
 from benchmarks.model import model_folder, words
 
 SIDES = ("ours", "stock")
+"""Triptych and MII, by their keys in results.json."""
 PROMPT_TOKENS, OUTPUT_TOKENS, BATCHES = 128, 64, 3
 BLOCKS_PER_REQUEST = 2
-"""Of 128 tokens, which hold a request."""
+"""KV blocks of 128 tokens that one request needs."""
 
 
 def measure(
     threads: int, concurrencies: Sequence[int], rounds: int, *, batches: int = BATCHES
 ) -> list[dict[str, Any]]:
-    """One entry per concurrency and round: tokens a second of both. Raises: Unavailable."""
+    """One entry per concurrency and round: tokens per second of both. Raises: Unavailable."""
     entries = []
     for number in range(1, rounds + 1):
         for clients in concurrencies:
             speeds = {
-                side: fresh(__name__, threads, side=side, concurrency=clients, batches=batches)
+                side: run_isolated(
+                    __name__, threads, side=side, concurrency=clients, batches=batches
+                )
                 for side in SIDES
             }
             entries.append({"round": number, "concurrency": clients, **speeds})
@@ -42,16 +45,18 @@ def measure(
 
 
 def batches(clients: int, count: int) -> list[list[workload.Request]]:
-    """One to warm up with, then `count`; no prompt comes twice."""
-    rng = random.Random(workload.SEED)  # noqa: S311 - a workload is no secret
-    every = words(model_folder())
+    """A batch to warm up with, then `count` batches; no prompt is repeated."""
+    rng = random.Random(workload.SEED)  # noqa: S311 - not cryptographic
+    all_words = words(model_folder())
     return [
-        [workload.sized(rng, every, PROMPT_TOKENS, OUTPUT_TOKENS) for _ in range(clients)]
+        [workload.sized(rng, all_words, PROMPT_TOKENS, OUTPUT_TOKENS) for _ in range(clients)]
         for _ in range(count + 1)
     ]
 
 
-def _ours(clients: int, threads: int, work_dir: Path) -> Callable[[list[workload.Request]], None]:
+def _triptych(
+    clients: int, threads: int, work_dir: Path
+) -> Callable[[list[workload.Request]], None]:
     from benchmarks.overhead import InProcess
 
     program = InProcess(clients, threads, work_dir, engine="mii")
@@ -77,8 +82,8 @@ def _stock(clients: int, threads: int, work_dir: Path) -> Callable[[list[workloa
         tensor_parallel=1,
         inference_engine_config={"state_manager": {"memory_config": memory}},
     )
-    stock: Any = patched.KNOWN["MIIPipeline"][0]
-    pipeline = stock(
+    stock_class: Any = patched.KNOWN["MIIPipeline"][0]
+    pipeline = stock_class(
         inference_engine=mii.api.load_model(config),
         tokenizer=mii.api.load_tokenizer(config),
         model_config=config,
@@ -96,19 +101,19 @@ def _stock(clients: int, threads: int, work_dir: Path) -> Callable[[list[workloa
 
 
 def main() -> None:
-    """In the fresh process: tokens a second of one side."""
-    given = arguments()
-    clients = given["concurrency"]
-    make = _ours if given["side"] == "ours" else _stock
+    """Measure the tokens per second of one side, in the new process."""
+    args = arguments()
+    clients = args["concurrency"]
+    make = _triptych if args["side"] == "ours" else _stock
     with tempfile.TemporaryDirectory() as work_dir:
-        run = make(clients, given["threads"], Path(work_dir))
-        warm_up, *measured = batches(clients, given["batches"])
+        run = make(clients, args["threads"], Path(work_dir))
+        warm_up, *measured = batches(clients, args["batches"])
         run(warm_up)
-        began = time.monotonic()
+        start = time.monotonic()
         for batch in measured:
             run(batch)
-        took = time.monotonic() - began
-    say(len(measured) * clients * OUTPUT_TOKENS / took)
+        elapsed = time.monotonic() - start
+    exit_with(len(measured) * clients * OUTPUT_TOKENS / elapsed)
 
 
 if __name__ == "__main__":

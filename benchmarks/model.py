@@ -1,8 +1,8 @@
-"""The model that every server serves: SmolLM-135M's shape, random float32 weights, 134.5M of them.
+"""The model that every server serves: SmolLM-135M's shape with 134.5M random float32 weights.
 
-Speed depends on shapes, not on what was learnt. The rows of the (tied) embedding that stand for
-end tokens, padding or bytes that are no text are zero, so greedy decoding never picks them: every
-answer has exactly the length asked for, and every token is text, on every server.
+Speed depends on the shapes, not on the values. The rows of the tied embedding for end tokens,
+padding and bytes that are not text are zero, so greedy decoding never selects them: on every server
+each output has exactly the requested length, and each token is text.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHAPE: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 4
-"""Layers, keys and values, KV heads, head dimension, bytes of a float32."""
+"""Layers, keys and values, KV heads, head dimension, bytes per float32."""
 LARGE_SHAPE = SHAPE | {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -40,37 +40,37 @@ LARGE_SHAPE = SHAPE | {
     "num_key_value_heads": 8,
     "initializer_range": 0.02,
 }
-"""Llama 3.2 1B's shape, but for the vocabulary."""
+"""Llama 3.2 1B's shape, except for the vocabulary."""
 EVEN_SHAPE = SHAPE | {
     "hidden_size": 512,
     "intermediate_size": 2048,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-"""As large, but with heads that two ranks can share: 143M parameters."""
+"""Similar in size (143M parameters), with a number of heads that two ranks can split evenly."""
 LARGE_KV_BYTES_PER_TOKEN = 16 * 2 * 8 * 64 * 2
 WORDS = "words.json"
 
 
 def model_folder() -> Path:
-    """A Hugging Face model folder, made the first time."""
+    """The model's folder in Hugging Face format, written the first time."""
     return cached("model", lambda folder: write_model(folder, SHAPE, "float32"))
 
 
 def even_model_folder() -> Path:
-    """A model that two ranks can share, made the first time."""
+    """The folder of a model that two ranks can split, written the first time."""
     return cached("even-model", lambda folder: write_model(folder, EVEN_SHAPE, "float32"))
 
 
 def large_model_folder() -> Path:
-    """A model worth a GPU: a billion parameters in bfloat16, made the first time."""
+    """The folder of a model of a billion parameters in bfloat16, written the first time."""
     return cached("large-model", lambda folder: write_model(folder, LARGE_SHAPE, "bfloat16"))
 
 
 def words(folder: Path) -> list[str]:
-    """Words, each with a space before it, that are one token each, in any order and company."""
-    found: list[str] = json.loads((folder / WORDS).read_text())
-    return found
+    """Words with a leading space, each of which is one token in any context."""
+    one_token_words: list[str] = json.loads((folder / WORDS).read_text())
+    return one_token_words
 
 
 def write_model(folder: Path, shape: dict[str, Any], dtype: str) -> None:
@@ -83,18 +83,20 @@ def write_model(folder: Path, shape: dict[str, Any], dtype: str) -> None:
     torch.manual_seed(SEED)
     config = tf.LlamaConfig(vocab_size=VOCABULARY, eos_token_id=None, bos_token_id=None, **shape)
     model = tf.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    silent = [i for token, i in vocabulary.items() if not _is_text(token)]
+    zero_rows = [i for token, i in vocabulary.items() if not _is_text(token)]
     with torch.no_grad():
-        model.get_input_embeddings().weight[silent + list(range(len(vocabulary), VOCABULARY))] = 0
+        model.get_input_embeddings().weight[
+            zero_rows + list(range(len(vocabulary), VOCABULARY))
+        ] = 0
     model.generation_config = tf.GenerationConfig(do_sample=False)  # type: ignore[no-untyped-call]
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    plain = sorted(token for token in vocabulary if re.fullmatch("Ġ[a-z]{3,12}", token))
-    (folder / WORDS).write_text(json.dumps([" " + token[1:] for token in plain]))
+    candidates = sorted(token for token in vocabulary if re.fullmatch("Ġ[a-z]{3,12}", token))
+    (folder / WORDS).write_text(json.dumps([" " + token[1:] for token in candidates]))
 
 
 def _train_tokenizer() -> Any:
-    """GPT-2's kind of byte-level BPE, whose pre-tokenizer all peers know, as a fast tokenizer."""
+    """A fast tokenizer: byte-level BPE as in GPT-2, which all peers support."""
     import transformers as tf
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -120,7 +122,7 @@ def _train_tokenizer() -> Any:
 
 
 def _standard_library() -> Iterator[str]:
-    """The ASCII parts of Python's own sources: some ten million characters, always at hand."""
+    """The ASCII text of Python's standard library: ten million characters, already installed."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         if "site-packages" not in path.parts:
@@ -128,5 +130,5 @@ def _standard_library() -> Iterator[str]:
 
 
 def _is_text(token: str) -> bool:
-    """Whether a byte-level token is printable ASCII, perhaps with spaces; `Ġ` is the space."""
+    """Whether a byte-level token is printable ASCII; `Ġ` stands for the space."""
     return token != END and re.fullmatch(r"[\x21-\x7eĠ]+", token) is not None

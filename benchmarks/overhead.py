@@ -1,4 +1,4 @@
-"""What serving costs: the engine driven in its own process, against the same requests over HTTP."""
+"""Serving overhead: the engine called in-process against the same requests over HTTP."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from typing import Any
 
 from benchmarks import workload
 from benchmarks.client import run_closed_loop
-from benchmarks.fresh import arguments, fresh
+from benchmarks.isolated import arguments, run_isolated
 from benchmarks.metrics import Record, Window, summarise
 from benchmarks.model import model_folder, words
 from benchmarks.processes import CpuClock, ProcessTree
-from benchmarks.servers.base import running
+from benchmarks.servers.base import run_server
 from benchmarks.servers.triptych import Triptych
 
 EXTRA = 16
-"""Requests beyond one for each client, at most."""
+"""Maximum number of requests beyond one per client."""
 
 
 def measure(
     threads: int, concurrencies: Sequence[int], rounds: int, *, extra: int = EXTRA
 ) -> list[dict[str, Any]]:
-    """One entry per concurrency and round: tokens a second of both. Raises: Unavailable."""
+    """One entry per concurrency and round: tokens per second of both. Raises: Unavailable."""
     server = Triptych("triptych")
     server.prepare()
     entries = []
     for number in range(1, rounds + 1):
         for clients in concurrencies:
-            engine = fresh(__name__, threads, concurrency=clients, extra=extra)
+            engine = run_isolated(__name__, threads, concurrency=clients, extra=extra)
             http = asyncio.run(_over_http(server, threads, clients, extra))
             entry = {"round": number, "concurrency": clients, "engine": engine, "http": http}
             speeds = f"engine {engine['tokens_per_second']:.1f}, HTTP "
@@ -45,23 +45,29 @@ def measure(
 
 
 def requests(clients: int, extra: int) -> list[workload.Request]:
-    """The same on both sides."""
+    """The requests, the same for both sides."""
     count = clients + min(extra, clients + 4)
     return workload.closed_loop(words(model_folder()), concurrency=clients, count=count)
 
 
 async def _over_http(server: Triptych, threads: int, clients: int, extra: int) -> dict[str, Any]:
     probe, *warm = workload.warm_up(words(model_folder()), count=5)
-    async with running(server, probe, threads=threads, concurrency=clients) as up:
-        await run_closed_loop(up.url, up.dialect, warm, concurrency=4, tree=up.tree)
+    async with run_server(server, probe, threads=threads, concurrency=clients) as instance:
+        await run_closed_loop(
+            instance.url, instance.dialect, warm, concurrency=4, tree=instance.tree
+        )
         records, window = await run_closed_loop(
-            up.url, up.dialect, requests(clients, extra), concurrency=clients, tree=up.tree
+            instance.url,
+            instance.dialect,
+            requests(clients, extra),
+            concurrency=clients,
+            tree=instance.tree,
         )
     return asdict(summarise(records, window))
 
 
 class InProcess:
-    """The program of a rank, driven by its messages as `runners.rank.worker` does."""
+    """A rank's program, called in this process as `runners.rank.worker` calls it."""
 
     def __init__(
         self, clients: int, threads: int, work_dir: Path, *, engine: str = "accelerate"
@@ -82,45 +88,45 @@ class InProcess:
         module, _, function = TEXT_PROGRAMS[engine].partition(":")
         load_program = getattr(importlib.import_module(module), function)
         self._records: dict[str, Record] = {}
-        self._left: list[workload.Request] = []
+        self._queue: list[workload.Request] = []
         self._finished = 0
         self._tree = ProcessTree(os.getpid())
-        self._began = (0.0, CpuClock.read(self._tree))
-        self._drained: list[Window] = []
+        self._start = (0.0, CpuClock.read(self._tree))
+        self._windows: list[Window] = []
         self._program = load_program(
             RankContext(
                 config=config,
                 rank=0,
                 num_threads=threads,
                 work_dir=work_dir,
-                emit=self._take,
+                emit=self._receive,
             )
         )
 
     def run(
         self, requests: Sequence[workload.Request], clients: int
     ) -> tuple[list[Record], Window]:
-        """As `client.run_closed_loop` does it."""
-        self._records, self._left, self._finished = {}, list(reversed(requests)), 0
-        self._began, self._drained = (time.monotonic(), CpuClock.read(self._tree)), []
+        """Run the requests as `client.run_closed_loop` does."""
+        self._records, self._queue, self._finished = {}, list(reversed(requests)), 0
+        self._start, self._windows = (time.monotonic(), CpuClock.read(self._tree)), []
         for _ in range(clients):
             self._submit()
         while self._finished < len(requests):
             self._program.step()
-        return list(self._records.values()), self._drained[0]
+        return list(self._records.values()), self._windows[0]
 
     def _submit(self) -> None:
         from runners.contracts.text import GenerationRequest, SamplingParams
         from runners.protocol.messages import Submit
 
-        if not self._left:
-            start, began = self._began
-            used = CpuClock.read(self._tree) - began
-            # This process is server and client in one: it was taken off the others twice.
-            others = used.others + used.server
-            self._drained.append(Window(start, time.monotonic(), used.server, others))
+        if not self._queue:
+            start, cpu = self._start
+            usage = CpuClock.read(self._tree) - cpu
+            # This process is both server and client, so its CPU time was subtracted twice.
+            others = usage.others + usage.server
+            self._windows.append(Window(start, time.monotonic(), usage.server, others))
             return
-        request = self._left.pop()
+        request = self._queue.pop()
         name = f"request-{len(self._records)}"
         sampling = SamplingParams(
             max_new_tokens=request.output_tokens, temperature=0.0, ignore_eos=True
@@ -132,7 +138,7 @@ class InProcess:
             Submit(GenerationRequest(request_id=name, prompt=request.prompt, sampling=sampling))
         )
 
-    def _take(self, message: Any) -> None:
+    def _receive(self, message: Any) -> None:
         from runners.protocol.messages import Accepted, Events, Failed
 
         now = time.monotonic()
@@ -141,7 +147,7 @@ class InProcess:
                 self._records[name].counted_prompt = prompt_tokens
             case Failed(name, error, reason):
                 self._records[name].error = f"{error}: {reason}"
-                self._done()
+                self._finish()
             case Events(events):
                 deltas: list[Any] = list(events)
                 for delta in deltas:
@@ -150,21 +156,21 @@ class InProcess:
                     record.tokens += len(delta.token_ids)
                     if delta.finish_reason is not None:
                         record.end = now
-                        self._done()
+                        self._finish()
 
-    def _done(self) -> None:
+    def _finish(self) -> None:
         self._finished += 1
         self._submit()
 
 
 def main() -> None:
-    """In the fresh process."""
-    given = arguments()
-    clients = given["concurrency"]
+    """Measure the engine, in the new process, and print the summary as JSON."""
+    args = arguments()
+    clients = args["concurrency"]
     with tempfile.TemporaryDirectory() as work_dir:
-        engine = InProcess(clients, given["threads"], Path(work_dir))
+        engine = InProcess(clients, args["threads"], Path(work_dir))
         engine.run(workload.warm_up(words(model_folder()), count=4), 4)
-        records, window = engine.run(requests(clients, given["extra"]), clients)
+        records, window = engine.run(requests(clients, args["extra"]), clients)
     print(json.dumps(asdict(summarise(records, window))))
 
 

@@ -1,4 +1,4 @@
-"""results.svg from results.json."""
+"""Draws results.svg from results.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.metrics import spread
 from benchmarks.results import Results, loads, servers, values
-from benchmarks.servers import EIGHT_BIT, OURS
+from benchmarks.servers import EIGHT_BIT, TRIPTYCH_SERVERS
 
 PANELS = (
     ("tokens_per_second", "output tokens per second", False),
@@ -19,8 +19,8 @@ PANELS = (
 
 
 def draw(results: Results, path: Path) -> None:
-    """One line per server over the number of clients, with the extremes of the rounds."""
-    # Text stays text, and the file the same for the same results.
+    """Draw a line per server over the number of clients, with minimum and maximum of the rounds."""
+    # Text is not converted to paths, and equal results give an identical file.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "triptych"}):
         figure = Figure(figsize=(11, 5), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
@@ -41,7 +41,7 @@ def _panel(axes: Any, results: Results, field: str, title: str, logarithmic: boo
         above = [b - a for a, b in zip(middle, high, strict=True)]
         axes.errorbar(
             range(len(clients)), middle, yerr=[below, above], label=name, marker="o", markersize=4,
-            capsize=3, color=f"C{number}", linewidth=3 if name in OURS else 1.2,
+            capsize=3, color=f"C{number}", linewidth=3 if name in TRIPTYCH_SERVERS else 1.2,
             linestyle="--" if name in EIGHT_BIT else "-",
         )  # fmt: skip
     axes.set_xticks(range(len(clients)), [str(c) for c in clients])

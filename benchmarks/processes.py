@@ -1,4 +1,4 @@
-"""A server's processes: starting, watching and ending all of them."""
+"""The processes of a server: starting, measuring and stopping them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SAMPLE_S = 1.0
 
 
 class ProcessTree:
-    """A process and everything below it."""
+    """A process and all its descendants."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
         self._cpu: dict[int, float] = {}
 
     def members(self) -> list[psutil.Process]:
-        """The living ones."""
+        """The processes that are alive."""
         with contextlib.suppress(psutil.Error):
             return [self._root, *self._root.children(recursive=True)]
         return []
 
     def cpu_seconds(self) -> float:
-        """User and system time of all, those included that ended since an earlier call."""
+        """User and system time of all, including processes that ended after an earlier call."""
         for process in self.members():
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
@@ -38,33 +38,33 @@ class ProcessTree:
         return sum(self._cpu.values())
 
     def memory(self) -> int:
-        """Proportional set size of all, in bytes: pages shared by n processes count 1/n each."""
+        """Total proportional set size in bytes: n processes each count 1/n of a shared page."""
         return sum(proportional_memory(process.pid) for process in self.members())
 
     def stop(self) -> None:
-        """End all: politely the first, and by force what is left of the rest."""
+        """Send SIGTERM to the root, and SIGKILL to what is alive after `TERM_S` seconds."""
         members = self.members()
         if not members:
             return
         with contextlib.suppress(psutil.Error):
             self._root.terminate()
-        _, left = psutil.wait_procs(members, timeout=TERM_S)
-        for process in left:
+        _, alive = psutil.wait_procs(members, timeout=TERM_S)
+        for process in alive:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(left, timeout=TERM_S)
+        psutil.wait_procs(alive, timeout=TERM_S)
 
 
 @dataclass(frozen=True)
 class CpuClock:
-    """CPU seconds since each part of the machine began: read twice, the difference is the use."""
+    """Cumulative CPU seconds; the difference of two readings is the usage in between."""
 
     server: float
     others: float
 
     @staticmethod
     def read(tree: ProcessTree) -> CpuClock:
-        """Now. `others` is what neither the server nor this process took."""
+        """The current reading. `others` excludes the server and this process."""
         times = psutil.cpu_times()
         busy = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
         server = tree.cpu_seconds()
@@ -75,7 +75,7 @@ class CpuClock:
 
 
 def proportional_memory(pid: int) -> int:
-    """PSS of one process in bytes; 0 if it is gone."""
+    """Proportional set size of a process in bytes; 0 if it has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -86,7 +86,7 @@ def proportional_memory(pid: int) -> int:
 def spawn(
     command: list[str], *, cwd: Path, env: Mapping[str, str], log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start a server in a process group of its own, so that Ctrl-C here stays here."""
+    """Start a server in a new process group, so that Ctrl-C does not reach it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -102,7 +102,7 @@ def spawn(
 
 @contextlib.asynccontextmanager
 async def peak_memory(tree: ProcessTree) -> AsyncIterator[list[int]]:
-    """Samples `tree.memory()` while the block runs; the list's only item is the highest."""
+    """Sample `tree.memory()` while the block runs. The list's only item is the maximum in bytes."""
     peak = [await asyncio.to_thread(tree.memory)]
 
     async def sample() -> None:

@@ -1,4 +1,4 @@
-"""RESULTS.md from results.json."""
+"""Renders RESULTS.md from results.json."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from benchmarks import limit
 from benchmarks.metrics import spread
 from benchmarks.results import Cell, Results, loads, servers, values
-from benchmarks.servers import EIGHT_BIT, OURS
+from benchmarks.servers import EIGHT_BIT, TRIPTYCH_SERVERS
 from benchmarks.workload import OUTPUT_TOKENS, PROMPT_TOKENS
 
 PER_ROUND = "median (lowest - highest round)"
 DISTURBED = 0.1
-"""CPU cores kept busy by others, above which a cell is named."""
+"""CPU cores used by other processes, above which the report names the cell."""
 
 
 def render(results: Results) -> str:
     """The whole report in Markdown."""
     parts = [
         "# Results",
-        "Written by `make bench`; what is measured and how to read it says [README.md](README.md).",
+        "Written by `make bench`. [README.md](README.md) describes the measurements.",
         _machine(results.get("machine", {})),
         *(_wall(results) if servers(results, "wall") else ()),
         *(_cpu(results) if servers(results, "cpu") else ()),
@@ -31,15 +31,15 @@ def render(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _machine(about: dict[str, Any]) -> str:
-    if not about:
+def _machine(machine: dict[str, Any]) -> str:
+    if not machine:
         return ""
     return (
-        f"**Machine:** {about['cores']} cores of {about['cpu']} ({', '.join(about['isa'])}), "
-        f"{about['memory_bytes'] / 2**30:.0f} GiB memory, copying at "
-        f"{about['copy_bytes_per_second'] / 1e9:.1f} GB/s (read and written). "
-        f"**Software:** Triptych {about['commit']}, Python {about['python']}, torch "
-        f"{about['torch']}, transformers {about['transformers']}."
+        f"**Machine:** {machine['cores']} cores of {machine['cpu']} ({', '.join(machine['isa'])}), "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB memory, copying at "
+        f"{machine['copy_bytes_per_second'] / 1e9:.1f} GB/s (read and written). "
+        f"**Software:** Triptych {machine['commit']}, Python {machine['python']}, torch "
+        f"{machine['torch']}, transformers {machine['transformers']}."
     )
 
 
@@ -65,7 +65,7 @@ def _wall(results: Results) -> list[str]:
 
 
 def _limit_row(results: Results, clients: Sequence[int]) -> str:
-    """Two more rows: what the machine can do at most, and our share of it."""
+    """Two more rows: the limit of this machine, and Triptych's share of it."""
     if "limit" not in results:
         return ""
     bound, share = ["*limit*"], ["*triptych / limit*"]
@@ -85,58 +85,60 @@ def _limit_row(results: Results, clients: Sequence[int]) -> str:
 
 
 def _limit(results: Results, cell: Cell) -> float:
-    """Of the very mix of prompt and output tokens that fell into the cell's window."""
-    top = results["limit"]
-    if str(cell["load"]) not in top["t_decode"]:
+    """The limit for the prompt and output tokens of the cell's window."""
+    times = results["limit"]
+    if str(cell["load"]) not in times["t_decode"]:
         return math.nan
-    return limit.tokens_per_second(top, cell["load"], cell["prompt_tokens"], cell["tokens"])
+    return limit.tokens_per_second(times, cell["load"], cell["prompt_tokens"], cell["tokens"])
 
 
 def _ratios(results: Results, table: str, field: str, clients: Sequence[Any]) -> str:
-    """Ours by each peer's, like with like, round by round."""
+    """Triptych divided by each peer of the same precision, by round."""
     rows = []
-    for ours in OURS:
-        eight = ours in EIGHT_BIT
+    for server in TRIPTYCH_SERVERS:
+        eight_bit = server in EIGHT_BIT
         for peer in servers(results, table):
-            if peer in OURS or (peer in EIGHT_BIT) != eight:
+            if peer in TRIPTYCH_SERVERS or (peer in EIGHT_BIT) != eight_bit:
                 continue
-            cells = [_ratio(results, table, field, ours, peer, count) for count in clients]
+            cells = [_ratio(results, table, field, server, peer, count) for count in clients]
             if any(cells):
-                rows.append([f"{ours} / {peer}", *cells])
+                rows.append([f"{server} / {peer}", *cells])
     if not rows:
         return ""
-    return f"### Ours by the peer's\n\n{_table(['', *clients], rows)}"
+    return f"### Triptych relative to each peer\n\n{_table(['', *clients], rows)}"
 
 
-def _ratio(results: Results, table: str, field: str, ours: str, peer: str, load: Any) -> str:
-    one, other = (values(results, field, table=table, server=s, load=load) for s in (ours, peer))
-    pairs = [a / b for a, b in zip(one, other, strict=False) if b]
-    return _spread(pairs, 2)
+def _ratio(results: Results, table: str, field: str, server: str, peer: str, load: Any) -> str:
+    numerators, denominators = (
+        values(results, field, table=table, server=name, load=load) for name in (server, peer)
+    )
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=False) if b]
+    return _spread(ratios, 2)
 
 
 def _latency(results: Results, names: Sequence[str], clients: Sequence[Any]) -> str:
     def cell(name: str, load: Any) -> str:
         where = {"table": "wall", "server": name, "load": load}
-        first50, first95, each = (
+        ttft_p50, ttft_p95, tpot_p50 = (
             spread(values(results, field, **where))[0]
             for field in ("ttft_p50", "ttft_p95", "tpot_p50")
         )
-        known = not math.isnan(first50)
-        return f"{first50:.2f} / {first95:.2f} / {each * 1000:.0f}" if known else ""
+        measured = not math.isnan(ttft_p50)
+        return f"{ttft_p50:.2f} / {ttft_p95:.2f} / {tpot_p50 * 1000:.0f}" if measured else ""
 
     rows = [[name, *(cell(name, load) for load in clients)] for name in names]
     return (
         "## Time to first token in s, p50 / p95, and time per further token in ms, p50\n\n"
         + _table(["server", *clients], rows)
-        + "\n\nEach is the median of the rounds. `static` does not stream: its first token comes "
-        "with its last."
+        + "\n\nEach is the median of the rounds. `static` does not stream: all its tokens "
+        "arrive together."
     )
 
 
 def _resources(results: Results, names: Sequence[str]) -> str:
     rows = []
     for name in names:
-        mine = [
+        matches = [
             c
             for c in results["cells"]
             if c["table"] == "wall" and c["server"] == name and "skipped" not in c
@@ -145,11 +147,11 @@ def _resources(results: Results, names: Sequence[str]) -> str:
             [
                 name,
                 results.get("versions", {}).get(name, ""),
-                _spread(sorted({c["startup_s"] for c in mine}), 1),
-                f"{max((c['peak_bytes'] for c in mine), default=0) / 2**20:.0f}",
+                _spread(sorted({c["startup_s"] for c in matches}), 1),
+                f"{max((c['peak_bytes'] for c in matches), default=0) / 2**20:.0f}",
             ]
         )
-    head = ["server", "version", "start to first answer, s", "peak memory, MiB"]
+    head = ["server", "version", "start to first response, s", "peak memory, MiB"]
     return f"## Start and memory\n\n{_table(head, rows)}"
 
 
@@ -172,38 +174,38 @@ def _cpu(results: Results) -> list[str]:
     ]
 
 
-def _bound(top: dict[str, Any]) -> str:
-    prompt, answer = (sum(both) / 2 for both in (PROMPT_TOKENS, OUTPUT_TOKENS))
+def _limit_table(times: dict[str, Any]) -> str:
+    prompt, output = (sum(bounds) / 2 for bounds in (PROMPT_TOKENS, OUTPUT_TOKENS))
     rows = [
         [
             count,
             f"{seconds * 1000:.1f}",
-            f"{limit.tokens_per_second(top, int(count), prompt, answer):.1f}",
+            f"{limit.tokens_per_second(times, int(count), prompt, output):.1f}",
         ]
-        for count, seconds in top["t_decode"].items()
+        for count, seconds in times["t_decode"].items()
     ]
-    head = ["sequences", "a step of them, ms", "*limit*, tokens/s"]
+    head = ["sequences", "one decode step, ms", "*limit*, tokens/s"]
     return (
         "## The limit\n\n"
-        f"A prompt token takes {top['t_prefill'] * 1000:.2f} ms.\n\n{_table(head, rows)}\n\n"
-        "For the workload's mean request; in the first table for what each cell really did."
+        f"A prompt token takes {times['t_prefill'] * 1000:.2f} ms.\n\n{_table(head, rows)}\n\n"
+        "Here for the workload's mean request; in the first table for the tokens of each cell."
     )
 
 
 def _others(results: Results) -> Iterable[str]:
     if "limit" in results:
-        yield _bound(results["limit"])
+        yield _limit_table(results["limit"])
     if entries := results.get("overhead"):
         rows = []
         for clients in sorted({e["concurrency"] for e in entries}):
-            mine = [e for e in entries if e["concurrency"] == clients]
+            matches = [e for e in entries if e["concurrency"] == clients]
             http, engine = (
-                [e[side]["tokens_per_second"] for e in mine] for side in ("http", "engine")
+                [e[side]["tokens_per_second"] for e in matches] for side in ("http", "engine")
             )
             share = [a / b for a, b in zip(http, engine, strict=True)]
             rows.append([clients, _spread(http, 1), _spread(engine, 1), _spread(share, 3)])
         head = ["clients", "over HTTP, tokens/s", "engine alone, tokens/s", "HTTP / engine"]
-        yield f"## What serving costs\n\n{_table(head, rows)}"
+        yield f"## Serving overhead\n\n{_table(head, rows)}"
     if entries := results.get("mii"):
         yield _mii(entries)
     if gap := results.get("gap"):
@@ -221,14 +223,19 @@ def _others(results: Results) -> Iterable[str]:
 def _mii(entries: list[dict[str, Any]]) -> str:
     rows = []
     for clients in sorted({e["concurrency"] for e in entries}):
-        mine = [e for e in entries if e["concurrency"] == clients]
-        ours, stock = ([e[side] for e in mine] for side in ("ours", "stock"))
-        ratio = [a / b for a, b in zip(ours, stock, strict=True)]
-        rows.append([clients, _spread(ours, 1), _spread(stock, 1), _spread(ratio, 2)])
-    head = ["sequences", "our pipeline mode, tokens/s", "stock MIIPipeline, tokens/s", "ratio"]
+        matches = [e for e in entries if e["concurrency"] == clients]
+        triptych, stock = ([e[side] for e in matches] for side in ("ours", "stock"))
+        ratio = [a / b for a, b in zip(triptych, stock, strict=True)]
+        rows.append([clients, _spread(triptych, 1), _spread(stock, 1), _spread(ratio, 2)])
+    head = [
+        "sequences",
+        "Triptych pipeline mode, tokens/s",
+        "stock MIIPipeline, tokens/s",
+        "ratio",
+    ]
     return (
         "## DeepSpeed-MII\n\n"
-        f"The same requests in batches, on the same engine.\n\n{_table(head, rows)}"
+        f"The same batches of requests on the same engine.\n\n{_table(head, rows)}"
     )
 
 
@@ -238,51 +245,53 @@ def _gap(gap: dict[str, Any]) -> str:
         gap[name] / usual for name in ("during_p50_s", "during_p99_s", "longest_s")
     )
     return (
-        "## What a long prompt does to running streams\n\n"
-        f"{gap['streams']} streams, a token each {usual * 1000:.0f} ms; then a prompt of "
-        f"{gap['long_prompt']:,} tokens, read in {gap['prefill_s']:.1f} s. Meanwhile the longest "
-        f"gap between two tokens of a stream is {gap['longest_s'] * 1000:.0f} ms, "
-        f"**{longest:.1f} times** the usual one (p99: {p99:.1f} times, median: {median:.1f} times)."
+        "## Effect of a long prompt on running streams\n\n"
+        f"{gap['streams']} streams, each with a token every {usual * 1000:.0f} ms; then a prompt "
+        f"of {gap['long_prompt']:,} tokens, whose prefill takes {gap['prefill_s']:.1f} s. During "
+        "the prefill the longest gap between two tokens of a stream is "
+        f"{gap['longest_s'] * 1000:.0f} ms, **{longest:.1f} times** the usual one "
+        f"(p99: {p99:.1f} times, median: {median:.1f} times)."
     )
 
 
 def _quality(quality: dict[str, Any]) -> str:
     return (
-        "## What 8-bit weights cost\n\n"
-        f"The trained demo model over {quality['tokens']:,} tokens of answers it never saw: the "
-        f"same likeliest token in **{quality['agreement']:.2%}** of them, mean divergence "
+        "## Accuracy of 8-bit weights\n\n"
+        f"The demo model on {quality['tokens']:,} tokens of held-out chats: float32 and int8 agree "
+        f"on the most likely token for **{quality['agreement']:.2%}** of them; mean KL divergence "
         f"{quality['divergence']:.1e} nats, perplexity {quality['perplexity']:.4f} in float32 and "
         f"{quality['perplexity_int8']:.4f} in int8."
     )
 
 
 def _images(entries: Sequence[dict[str, Any]]) -> str:
-    def of(server: str, clients: int, field: str = "rate") -> list[float]:
+    def rates(server: str, clients: int, field: str = "rate") -> list[float]:
         return [e[field] for e in entries if (e["server"], e["concurrency"]) == (server, clients)]
 
     counts = sorted({e["concurrency"] for e in entries})
     rows: list[list[object]] = [
-        [name, *(_spread(of(name, count), 2) for count in counts)]
+        [name, *(_spread(rates(name, count), 2) for count in counts)]
         for name in dict.fromkeys(e["server"] for e in entries)
     ]
     ratios = [
-        [a / b for a, b in zip(of("triptych", n), of("diffusers", n), strict=True)] for n in counts
+        [a / b for a, b in zip(rates("triptych", n), rates("diffusers", n), strict=True)]
+        for n in counts
     ]
     rows.append(["*triptych / diffusers*", *(_spread(ratio, 2) for ratio in ratios)])
     batch = [
         four / one
         for four, one in zip(
-            of("triptych", counts[-1], "seconds_per_batch"),
-            of("triptych", counts[0], "seconds_per_batch"),
+            rates("triptych", counts[-1], "seconds_per_batch"),
+            rates("triptych", counts[0], "seconds_per_batch"),
             strict=True,
         )
     ]
     failed = sum(e["failed"] for e in entries)
     return (
-        "## Pictures per second, by concurrent clients\n\n"
+        "## Images per second, by concurrent clients\n\n"
         + _table(["server", *counts], rows)
-        + f"\n\nFour pictures at once take **{_spread(batch, 2)}** of the time of four one after "
-        f"another. {failed} failed."
+        + f"\n\nFour concurrent images take **{_spread(batch, 2)}** of the time of four sequential "
+        f"ones. {failed} failed."
     )
 
 
@@ -291,74 +300,80 @@ def _split(split: dict[str, Any]) -> str:
     loads = sorted({c["load"] for c in split["cells"]})
 
     def speeds(side: str, load: int) -> list[float]:
-        mine = [c for c in split["cells"] if (c["side"], c["load"]) == (side, load)]
-        return [c["tokens_per_second"] for c in mine]
+        matches = [c for c in split["cells"] if (c["side"], c["load"]) == (side, load)]
+        return [c["tokens_per_second"] for c in matches]
 
     def cells(side: str, load: int) -> list[str]:
-        own, whole = speeds(side, load), speeds(sides[0], load)
-        share = [a / b for a, b in zip(own, whole, strict=True)]
-        return [_spread(own, 1), _spread(share, 2)]
+        split_speeds, baseline = speeds(side, load), speeds(sides[0], load)
+        share = [a / b for a, b in zip(split_speeds, baseline, strict=True)]
+        return [_spread(split_speeds, 1), _spread(share, 2)]
 
-    head = ["side", *(x for n in loads for x in (f"tokens/s, {n} clients", "of one process"))]
+    head = [
+        "side",
+        *(x for n in loads for x in (f"tokens/s, {n} clients", "relative to one process")),
+    ]
     rows = [[side, *(x for n in loads for x in cells(side, n))] for side in sides]
-    told = split["control"]
+    control = split["control"]
     return (
-        "## What splitting a model costs\n\n"
-        "Two ranks of one thread each, against one process with two.\n\n"
+        "## Cost of tensor parallelism\n\n"
+        "Two ranks of one thread each, against one process with two threads.\n\n"
         f"{_table(head, rows)}\n\n"
-        f"A step's plan reaches the other rank, and an answer comes back, in "
-        f"**{told['decode_us']:.0f} µs** for 16 decoding sequences and {told['mixed_us']:.0f} µs "
-        f"with 512 tokens of a prompt beside them; the answer alone takes "
-        f"{told['acknowledgement_us']:.0f} µs, the plan as a pickled object "
-        f"{told['pickled_us']:.0f} µs."
+        "Sending a step's plan to the other rank and receiving its acknowledgement takes "
+        f"**{control['decode_us']:.0f} µs** for 16 decoding sequences and "
+        f"{control['mixed_us']:.0f} µs with 512 more prompt tokens; the acknowledgement alone "
+        f"takes {control['acknowledgement_us']:.0f} µs, the decoding plan as a pickled object "
+        f"{control['pickled_us']:.0f} µs."
     )
 
 
 def _memory(memory: dict[str, Any]) -> str:
     mebibyte = 2**20
     return (
-        "## What a full queue costs in memory\n\n"
-        f"{memory['requests']} requests at once with room for {memory['kv_tokens']:,} tokens of "
-        f"KV ({memory['kv_bound_bytes'] / mebibyte:.0f} MiB): {len(memory['failed'])} failed. The "
-        f"rank's memory rose from {memory['ready_bytes'] / mebibyte:.0f} to "
-        f"{memory['peak_bytes'] / mebibyte:.0f} MiB, by **{memory['share']:.2f} times** the bound."
+        "## Memory of a full queue\n\n"
+        f"{memory['requests']} concurrent requests with a KV cache of {memory['kv_tokens']:,} "
+        f"tokens ({memory['kv_bound_bytes'] / mebibyte:.0f} MiB): {len(memory['failed'])} failed. "
+        f"The rank's memory rose from {memory['ready_bytes'] / mebibyte:.0f} to "
+        f"{memory['peak_bytes'] / mebibyte:.0f} MiB, by **{memory['share']:.2f} times** the size "
+        "of the cache."
     )
 
 
 def _remarks(results: Results) -> str:
-    """Everything that did not go as planned."""
-    said = [f"`{name}` is missing: {why}" for name, why in results.get("unavailable", {}).items()]
+    """Failures, skipped cells and disturbances."""
+    remarks = [
+        f"`{name}` is missing: {reason}" for name, reason in results.get("unavailable", {}).items()
+    ]
     for cell in results.get("cells", []):
         name = f"`{cell['server']}` at {cell['load']} ({cell['table']}, round {cell['round']})"
         if "skipped" in cell:
-            said.append(f"{name} was left out: {cell['skipped']}")
+            remarks.append(f"{name} was skipped: {cell['skipped']}")
         elif cell["failed"]:
             problems = "; ".join(cell["problems"])
-            said.append(f"{name}: {cell['failed']} of {cell['requests']} failed: {problems}")
-        said += _disturbed(name, cell)
+            remarks.append(f"{name}: {cell['failed']} of {cell['requests']} failed: {problems}")
+        remarks += _disturbed(name, cell)
     for entry in results.get("overhead", []):
         for side in ("engine", "http"):
             name = f"`{side}` at {entry['concurrency']} (overhead, round {entry['round']})"
-            said += _disturbed(name, entry[side])
-    for name, why in results.get("failed", {}).items():
-        said.append(f"the {name} measurement failed: {why}")
-    if not said:
-        return "No request failed, nothing was left out."
-    return "## Remarks\n\n" + "\n".join(f"- {line}" for line in said)
+            remarks += _disturbed(name, entry[side])
+    for name, reason in results.get("failed", {}).items():
+        remarks.append(f"the {name} measurement failed: {reason}")
+    if not remarks:
+        return "No request failed and nothing was skipped."
+    return "## Remarks\n\n" + "\n".join(f"- {line}" for line in remarks)
 
 
 def _disturbed(name: str, cell: Cell) -> list[str]:
     busy = cell.get("disturbance") or 0
-    return [f"{name}: others kept {busy:.2f} cores busy meanwhile"] if busy > DISTURBED else []
+    return [f"{name}: other processes used {busy:.2f} cores meanwhile"] if busy > DISTURBED else []
 
 
-def _spread(found: Sequence[float], digits: int) -> str:
-    """Median, and the extremes where there are several."""
-    middle, low, high = spread(found)
+def _spread(numbers: Sequence[float], digits: int) -> str:
+    """The median, with minimum and maximum if there are several; empty for NaN."""
+    middle, low, high = spread(numbers)
     if math.isnan(middle):
         return ""
     text = f"{middle:.{digits}f}"
-    return text if len(found) < 2 else f"{text} ({low:.{digits}f} - {high:.{digits}f})"
+    return text if len(numbers) < 2 else f"{text} ({low:.{digits}f} - {high:.{digits}f})"
 
 
 def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:

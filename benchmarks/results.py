@@ -1,7 +1,7 @@
-"""What was measured, as one JSON object that separate runs add to.
+"""The results as one JSON object, to which separate runs add.
 
-Keys: `machine`, `versions` and `unavailable` (by server), `cells` (see `benchmarks.table`), and one
-for each of the other measurements.
+Keys: `machine`, `versions` and `unavailable` (by server), `cells` (see `benchmarks.table`),
+`failed` (by measurement), and one for each other measurement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 Results = dict[str, Any]
 Cell = dict[str, Any]
 """One server under one load in one round: `table` (`wall` or `cpu`), `server`, `load` (a number of
-clients, or `poisson`), `round`, and the fields of `metrics.Summary`, or why it was `skipped`."""
+clients, or `poisson`), `round`, and the fields of `metrics.Summary`, or the reason in
+`skipped`."""
 
 
 def load(path: Path) -> Results:
@@ -23,38 +24,37 @@ def load(path: Path) -> Results:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write them; what is not a number becomes null."""
+    """Write the results; NaN and infinity become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_finite(results), indent=1, allow_nan=False) + "\n")
 
 
 def replace_cells(results: Results, servers: list[str]) -> None:
-    """Forget what earlier runs measured of these servers."""
+    """Delete the results of earlier runs for these servers."""
     results["cells"] = [c for c in results.get("cells", []) if c["server"] not in servers]
     for key in ("versions", "unavailable"):
-        kept = {k: v for k, v in results.get(key, {}).items() if k not in servers}
-        results[key] = kept
+        results[key] = {k: v for k, v in results.get(key, {}).items() if k not in servers}
 
 
 def values(results: Results, field: str, **where: object) -> list[float]:
-    """A field of the cells that were measured and match, by round."""
+    """A field of the cells that match `where`, by round; NaN where it is missing."""
     cells = [c for c in results.get("cells", []) if all(c.get(k) == v for k, v in where.items())]
-    found = [c.get(field) for c in sorted(cells, key=lambda c: int(c["round"]))]
-    return [math.nan if value is None else value for value in found]
+    fields = [c.get(field) for c in sorted(cells, key=lambda c: int(c["round"]))]
+    return [math.nan if value is None else value for value in fields]
 
 
 def loads(results: Results, table: str) -> list[Any]:
-    """The numbers of clients of a table, ascending."""
+    """The client counts of a table, ascending."""
     cells = results.get("cells", [])
     return sorted({c["load"] for c in cells if c["table"] == table and c["load"] != "poisson"})
 
 
 def servers(results: Results, table: str) -> list[str]:
-    """The servers of a table, in the order in which they are known."""
+    """The servers of a table, in the order of `SERVERS`."""
     from benchmarks.servers import SERVERS
 
-    there = dict.fromkeys(c["server"] for c in results.get("cells", []) if c["table"] == table)
-    return [n for n in SERVERS if n in there] + [n for n in there if n not in SERVERS]
+    names = dict.fromkeys(c["server"] for c in results.get("cells", []) if c["table"] == table)
+    return [n for n in SERVERS if n in names] + [n for n in names if n not in SERVERS]
 
 
 def _finite(value: Any) -> Any:

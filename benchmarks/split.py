@@ -1,6 +1,8 @@
-"""What splitting a model over ranks costs where it would fit one: two ranks of one thread each
-against one process with two, the same weights and cores; and what telling the ranks of a step
-costs."""
+"""Cost of tensor parallelism for a model that fits one process.
+
+Compares two ranks of one thread each with one process of two threads, on the same weights and
+cores, and measures the time to send a step to the other rank.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from benchmarks import workload
 from benchmarks.client import run_closed_loop
 from benchmarks.metrics import summarise
 from benchmarks.model import even_model_folder, words
-from benchmarks.servers.base import Server, running
+from benchmarks.servers.base import Server, run_server
 from benchmarks.servers.triptych import Triptych
 
 TWO: dict[str, Any] = {
@@ -29,12 +31,12 @@ SIDES: dict[str, tuple[Server, int]] = {
     "two ranks, gloo": (Triptych("split-gloo", **TWO), 1),
     "two ranks, shared memory": (Triptych("split-shm", **TWO, shm_collectives=True), 1),
 }
-"""Server, and threads of each of its ranks."""
+"""The server, and the threads of each of its ranks."""
 REPEATS = 2000
 
 
 def measure(concurrencies: Sequence[int], rounds: int, *, extra: int = 8) -> dict[str, Any]:
-    """Tokens a second of each side by round, and microseconds per plan. Raises: Unavailable."""
+    """Tokens per second of each side by round, and microseconds per plan. Raises: Unavailable."""
     for server, _ in SIDES.values():
         server.prepare()
     cells = []
@@ -50,25 +52,29 @@ async def _side(
     server: Server, threads: int, concurrencies: Sequence[int], extra: int
 ) -> list[dict[str, Any]]:
     probe, *warm = workload.warm_up(words(even_model_folder()), count=5)
-    most = max(concurrencies)
+    max_clients = max(concurrencies)
     cells = []
-    async with running(server, probe, threads=threads, concurrency=most) as up:
-        await run_closed_loop(up.url, up.dialect, warm, concurrency=4, tree=up.tree)
+    async with run_server(server, probe, threads=threads, concurrency=max_clients) as instance:
+        await run_closed_loop(
+            instance.url, instance.dialect, warm, concurrency=4, tree=instance.tree
+        )
         for clients in concurrencies:
             requests = workload.closed_loop(
                 words(even_model_folder()), concurrency=clients, count=clients + extra
             )
             outcome = await run_closed_loop(
-                up.url, up.dialect, requests, concurrency=clients, tree=up.tree
+                instance.url, instance.dialect, requests, concurrency=clients, tree=instance.tree
             )
             cells.append({"load": clients, **asdict(summarise(*outcome))})
     return cells
 
 
 def control(repeats: int = REPEATS) -> dict[str, float]:
-    """Median microseconds until a plan of 16 decoding sequences, and one with a chunk of 512 tokens
-    beside them, has reached the other rank and been acknowledged; the former also as a pickled
-    object."""
+    """Median round trips in microseconds: a plan is sent to the other rank, which acknowledges it.
+
+    Measured for 16 decoding sequences, for the same with a prompt chunk of 512 tokens, for 16
+    sequences as a pickled object, and for the acknowledgement alone.
+    """
     from torch.multiprocessing import get_context
 
     spawn = get_context("spawn")
@@ -95,32 +101,32 @@ def _rank(rank: int, folder: str, repeats: int, results: Any) -> None:
     decode = StepPlan([[7]] * 16, [200] * 16, [list(range(7))] * 16)
     mixed = StepPlan([*decode.tokens, [7] * 512], [*decode.past, 0], [*decode.tables, [0] * 16])
 
-    def tell(plan: StepPlan) -> None:
+    def send_plan(plan: StepPlan) -> None:
         if rank == 0:
             ranks.send(plan)
         else:
             ranks.receive()
 
-    def pickled() -> None:
+    def send_pickled() -> None:
         box: list[Any] = [decode if rank == 0 else None]
         dist.broadcast_object_list(box)
 
-    found = {
-        "decode_us": _round_trip(lambda: tell(decode), ranks, repeats),
-        "mixed_us": _round_trip(lambda: tell(mixed), ranks, repeats),
-        "pickled_us": _round_trip(pickled, ranks, repeats),
+    round_trips = {
+        "decode_us": _round_trip(lambda: send_plan(decode), ranks, repeats),
+        "mixed_us": _round_trip(lambda: send_plan(mixed), ranks, repeats),
+        "pickled_us": _round_trip(send_pickled, ranks, repeats),
         "acknowledgement_us": _round_trip(lambda: None, ranks, repeats),
     }
     if rank == 0:
-        results.put(found)
+        results.put(round_trips)
     dist.destroy_process_group()
 
 
-def _round_trip(tell: Callable[[], None], ranks: Any, repeats: int) -> float:
+def _round_trip(send: Callable[[], None], ranks: Any, repeats: int) -> float:
     times = []
     for _ in range(repeats):
-        began = time.perf_counter()
-        tell()
+        start = time.perf_counter()
+        send()
         ranks.smallest(1)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e6

@@ -1,4 +1,4 @@
-"""The table: every server under the same loads, in turn, one at a time."""
+"""The table: every server under the same loads, one server at a time."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from benchmarks import workload
 from benchmarks.cache import Unavailable
-from benchmarks.client import run_arrivals, run_closed_loop
+from benchmarks.client import run_closed_loop, run_poisson
 from benchmarks.metrics import Record, Window, summarise
 from benchmarks.model import model_folder, words
 from benchmarks.processes import peak_memory
 from benchmarks.results import Cell, Results, replace_cells, values
-from benchmarks.servers.base import Running, Server, running
+from benchmarks.servers.base import RunningServer, Server, run_server
 
 LONGEST_CELL_S = 150.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how much of it."""
+    """The servers to measure, and the loads."""
 
     servers: Sequence[Server]
     concurrencies: Sequence[int] = (1, 4, 16, 32)
@@ -29,15 +29,15 @@ class Plan:
     threads: int = 2
     per_client: float = 1.75
     extra: int = 4
-    """A closed loop has `per_client` requests for each client, and so many more."""
+    """A closed loop has `per_client` requests per client, plus `extra`."""
     cpu_concurrency: int | None = 16
-    """Clients of the table with one thread; None: no such table."""
+    """Clients of the table with one thread; None omits that table."""
     poisson_rate: float = 0.5
-    """Arrivals a second; a round's worth is measured once, in the first round."""
+    """Requests per second of the Poisson load, which is measured in the first round only."""
     poisson_count: int = 20
 
     def requests(self, clients: int) -> list[workload.Request]:
-        """The list for so many clients, the same for every server."""
+        """The requests for a number of clients, the same for every server."""
         count = workload.request_count(clients, per_client=self.per_client, extra=self.extra)
         return workload.closed_loop(words(model_folder()), concurrency=clients, count=count)
 
@@ -54,26 +54,26 @@ QUICK: dict[str, Any] = {
 
 
 def measure(plan: Plan, results: Results, save: Callable[[], None]) -> None:
-    """Fill the results' cells, saving now and then; who can not be measured is named in them."""
+    """Add the cells to the results and save after each server; one that fails is `unavailable`."""
     replace_cells(results, [server.name for server in plan.servers])
-    ready = [server for server in plan.servers if _prepared(server, results)]
+    available = [server for server in plan.servers if _prepare(server, results)]
     for number in range(1, plan.rounds + 1):
-        for server in ready:
+        for server in available:
             if server.name not in results["unavailable"]:
                 _round(plan, server, number, results)
                 save()
 
 
-def _prepared(server: Server, results: Results) -> bool:
+def _prepare(server: Server, results: Results) -> bool:
     try:
         results["versions"][server.name] = server.prepare()
     except Unavailable as error:
-        _unavailable(server, error, results)
+        _mark_unavailable(server, error, results)
         return False
     return True
 
 
-def _unavailable(server: Server, error: Unavailable, results: Results) -> None:
+def _mark_unavailable(server: Server, error: Unavailable, results: Results) -> None:
     print(f"{server.name}: unavailable: {error}", flush=True)
     results["unavailable"][server.name] = str(error)
 
@@ -84,64 +84,68 @@ def _round(plan: Plan, server: Server, number: int, results: Results) -> None:
         if number == 1 and plan.cpu_concurrency is not None:
             asyncio.run(_cpu(plan, server, plan.cpu_concurrency, results))
     except Unavailable as error:
-        _unavailable(server, error, results)
+        _mark_unavailable(server, error, results)
 
 
 async def _wall(plan: Plan, server: Server, number: int, results: Results) -> None:
-    """All loads at full width."""
+    """Measure all loads with all threads."""
     where: Cell = {"table": "wall", "server": server.name, "round": number}
     probe, *warm = workload.warm_up(words(model_folder()), count=5)
-    most = max(plan.concurrencies)
+    max_clients = max(plan.concurrencies)
     async with (
-        running(server, probe, threads=plan.threads, concurrency=most) as up,
-        peak_memory(up.tree) as peak,
+        run_server(server, probe, threads=plan.threads, concurrency=max_clients) as instance,
+        peak_memory(instance.tree) as peak,
     ):
-        where |= {"startup_s": up.startup_s, "threads": plan.threads}
-        await _closed(up, warm, len(warm))
+        where |= {"startup_s": instance.startup_s, "threads": plan.threads}
+        await _closed(instance, warm, len(warm))
         for clients in sorted(plan.concurrencies):
             requests = plan.requests(clients)
-            if (why := _too_long(plan, results, where, clients, requests)) is not None:
-                _note(results, where | {"load": clients, "skipped": why})
+            if (reason := _too_long(plan, results, where, clients, requests)) is not None:
+                _add_cell(results, where | {"load": clients, "skipped": reason})
                 continue
-            records, window = await _closed(up, requests, clients)
-            _note(results, _cell(where, clients, records, window, peak[0]))
+            records, window = await _closed(instance, requests, clients)
+            _add_cell(results, _cell(where, clients, records, window, peak[0]))
         if number == 1 and plan.poisson_count:
-            arrivals = workload.poisson(
+            requests = workload.poisson(
                 words(model_folder()), rate=plan.poisson_rate, count=plan.poisson_count
             )
-            outcome = await run_arrivals(up.url, up.dialect, arrivals, tree=up.tree)
-            _note(results, _cell(where, "poisson", *outcome, peak[0]))
+            outcome = await run_poisson(
+                instance.url, instance.dialect, requests, tree=instance.tree
+            )
+            _add_cell(results, _cell(where, "poisson", *outcome, peak[0]))
 
 
 async def _cpu(plan: Plan, server: Server, clients: int, results: Results) -> None:
-    """One load on one thread, for work by CPU time."""
+    """Measure one load on one thread, for tokens per CPU second."""
     where: Cell = {"table": "cpu", "server": server.name, "round": 1, "threads": 1}
     probe, *warm = workload.warm_up(words(model_folder()), count=5)
-    # As many clients as always, but a list that one thread gets through.
+    # The same number of clients, but fewer requests: one thread is slower.
     requests = plan.requests(clients)[: clients + clients // 2]
     async with (
-        running(server, probe, threads=1, concurrency=clients) as up,
-        peak_memory(up.tree) as peak,
+        run_server(server, probe, threads=1, concurrency=clients) as instance,
+        peak_memory(instance.tree) as peak,
     ):
-        await _closed(up, warm, len(warm))
-        records, window = await _closed(up, requests, clients)
-        _note(results, _cell(where, clients, records, window, peak[0]))
+        await _closed(instance, warm, len(warm))
+        records, window = await _closed(instance, requests, clients)
+        _add_cell(results, _cell(where, clients, records, window, peak[0]))
 
 
 async def _closed(
-    up: Running, requests: Sequence[workload.Request], clients: int
+    instance: RunningServer, requests: Sequence[workload.Request], clients: int
 ) -> tuple[list[Record], Window]:
-    return await run_closed_loop(up.url, up.dialect, requests, concurrency=clients, tree=up.tree)
+    return await run_closed_loop(
+        instance.url, instance.dialect, requests, concurrency=clients, tree=instance.tree
+    )
 
 
 def _too_long(
     plan: Plan, results: Results, where: Cell, clients: int, requests: list[workload.Request]
 ) -> str | None:
-    """Why the highest load is left out for a slow server, by its speed under the one before."""
-    before = [c for c in sorted(plan.concurrencies) if c < clients]
-    if clients != max(plan.concurrencies) or not before:
+    """Why the highest load is skipped for a slow server, judged by its speed at the load before."""
+    lower = [c for c in sorted(plan.concurrencies) if c < clients]
+    if clients != max(plan.concurrencies) or not lower:
         return None
-    (speed,) = values(results, "tokens_per_second", **where, load=before[-1])
+    (speed,) = values(results, "tokens_per_second", **where, load=lower[-1])
     if not speed > 0:
         return None
     expected = sum(r.output_tokens for r in requests) / speed
@@ -154,10 +158,10 @@ def _cell(
     return where | {"load": load, "peak_bytes": peak_bytes} | asdict(summarise(records, window))
 
 
-def _note(results: Results, cell: Cell) -> None:
+def _add_cell(results: Results, cell: Cell) -> None:
     results["cells"].append(cell)
-    said = cell.get("skipped") or (
+    outcome = cell.get("skipped") or (
         f"{cell['tokens_per_second']:7.1f} tok/s, {cell['failed']} of {cell['requests']} failed "
         f"in {cell['seconds']:.1f} s"
     )
-    print(f"{cell['table']:4} {cell['server']:16} {cell['load']:>7}  {said}", flush=True)
+    print(f"{cell['table']:4} {cell['server']:16} {cell['load']:>7}  {outcome}", flush=True)

@@ -1,4 +1,4 @@
-"""What is asked of every server: seeded requests, the same for each."""
+"""The workload: seeded requests, the same for every server."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 PROMPT_TOKENS = (16, 256)
 OUTPUT_TOKENS = (16, 128)
-"""Shortest and longest, evenly distributed."""
+"""Minimum and maximum; sizes are uniformly distributed."""
 SEED = 7
 
 
 @dataclass(frozen=True)
 class Request:
-    """One greedy request of known size; `at` is its arrival in seconds after the start."""
+    """A greedy request of known size; `at` is its time in seconds after the start."""
 
     prompt: str
     prompt_tokens: int
@@ -24,16 +24,16 @@ class Request:
 
 
 def closed_loop(words: Sequence[str], *, concurrency: int, count: int) -> list[Request]:
-    """A list worked off by `concurrency` clients, each of which waits for its answer.
+    """Requests for `concurrency` clients, each of which waits for its response.
 
-    No two lists share a prompt, so no server gains from having seen one before.
+    No two lists share a prompt, so a prefix cache is no advantage.
     """
     rng = _rng("closed", concurrency)
     return [_request(rng, words) for _ in range(count)]
 
 
 def poisson(words: Sequence[str], *, rate: float, count: int) -> list[Request]:
-    """Requests that arrive independently of one another, `rate` a second on average."""
+    """Requests of a Poisson process with a mean of `rate` per second."""
     rng = _rng("poisson", rate)
     requests, at = [], 0.0
     for _ in range(count):
@@ -43,13 +43,13 @@ def poisson(words: Sequence[str], *, rate: float, count: int) -> list[Request]:
 
 
 def warm_up(words: Sequence[str], *, count: int) -> list[Request]:
-    """Requests that make a server touch its memory before it is measured."""
+    """Requests that make a server allocate its memory before it is measured."""
     rng = _rng("warm-up", count)
     return [sized(rng, words, 64, 8) for _ in range(count)]
 
 
 def request_count(concurrency: int, *, per_client: float, extra: int) -> int:
-    """How many requests a closed loop has: more than clients, so that some follow the first."""
+    """Number of requests of a closed loop; more than clients, so that some wait for their turn."""
     return math.ceil(per_client * concurrency) + extra
 
 
@@ -60,7 +60,7 @@ def sized(
     output_tokens: int,
     at: float = 0.0,
 ) -> Request:
-    """A request of a chosen size; each word is one token."""
+    """A request of the given size; each word is one token."""
     prompt = "".join(rng.choices(words, k=prompt_tokens))
     return Request(prompt, prompt_tokens, output_tokens, at)
 
@@ -70,4 +70,4 @@ def _request(rng: random.Random, words: Sequence[str], at: float = 0.0) -> Reque
 
 
 def _rng(*purpose: object) -> random.Random:
-    return random.Random(repr((SEED, *purpose)))  # noqa: S311 - a workload is no secret
+    return random.Random(repr((SEED, *purpose)))  # noqa: S311 - not cryptographic

@@ -1,4 +1,4 @@
-"""The servers that are measured, by name."""
+"""The servers to measure, by name."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ SERVERS: dict[str, Server] = {
         OpenVINO("openvino-int8", "int8"),
     )
 }
-OURS = ("triptych", "triptych-int8")
+TRIPTYCH_SERVERS = ("triptych", "triptych-int8")
 EIGHT_BIT = ("triptych-int8", "llama.cpp-q8", "openvino-int8")
-"""Compared among themselves; the others compute in float32 throughout."""
+"""Compared only with one another; all other servers compute in float32."""

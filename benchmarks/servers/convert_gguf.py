@@ -1,7 +1,7 @@
 """`python -m benchmarks.servers.convert_gguf SOURCE MODEL --outfile F --outtype T`.
 
-llama.cpp's own converter, told what kind of tokenizer ours is: it knows those of published models
-by a hash of what they do. It runs in a process of its own, with the `gguf` that comes along.
+Runs llama.cpp's converter with our tokenizer's type set by hand: the converter recognises only the
+tokenizers of published models. It runs in a separate process, with llama.cpp's own `gguf` package.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Convert."""
+    """Convert the model."""
     source = Path(sys.argv.pop(1))
     sys.path.insert(0, str(source))
     model = importlib.import_module("conversion.llama").LlamaModel

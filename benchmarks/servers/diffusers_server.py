@@ -1,7 +1,7 @@
-"""Plain diffusers behind FastAPI, as its own documentation has it; a server to be measured.
+"""Plain diffusers behind FastAPI, as in the documentation of diffusers; a server to measure.
 
-`python -m benchmarks.servers.diffusers_server FOLDER PORT THREADS`. A pipeline is not safe to be
-called by two threads at once, so requests take turns.
+`python -m benchmarks.servers.diffusers_server FOLDER PORT THREADS`. A pipeline is not
+thread-safe, so requests are processed one at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 
 class Body(BaseModel):
-    """The fields of Triptych's own route that the benchmark uses."""
+    """The fields of Triptych's native route that the benchmark uses."""
 
     prompt: str
     num_inference_steps: int
@@ -35,7 +35,7 @@ def main() -> None:
         folder, dtype=torch.float32
     )
     pipeline.set_progress_bar_config(disable=True)
-    app, turn = FastAPI(), threading.Lock()
+    app, lock = FastAPI(), threading.Lock()
 
     @app.get("/ready")
     def ready() -> str:
@@ -44,7 +44,7 @@ def main() -> None:
     @app.post("/generate_image")
     def generate_image(body: Body) -> Response:
         generator = torch.Generator().manual_seed(body.seed)
-        with turn:
+        with lock:
             image = pipeline(
                 body.prompt,
                 num_inference_steps=body.num_inference_steps,

@@ -1,4 +1,4 @@
-"""llama.cpp's own server, built from the source that the llama-cpp-python package carries."""
+"""llama.cpp's server, built from the source in the llama-cpp-python package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SOURCE = "vendor/llama.cpp"
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "OFF",
-    "GGML_NATIVE": "ON",  # all that this machine's processor knows
+    "GGML_NATIVE": "ON",  # every instruction set of this processor
     "LLAMA_CURL": "OFF",
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_BUILD_TESTS": "OFF",
@@ -30,14 +30,14 @@ OPTIONS = {
 
 WeightType = Literal["f32", "q8_0"]
 ATTENTION: dict[WeightType, list[str]] = {
-    # On this path float32 keys and values are as fast as its default of float16.
+    # Without flash attention a float32 KV cache is as fast as the default float16.
     "f32": ["--flash-attn", "off", "--cache-type-k", "f32", "--cache-type-v", "f32"],
     "q8_0": [],
 }
 
 
 class LlamaCpp:
-    """`llama-server` with weights in float32, or in its own 8-bit format."""
+    """`llama-server` with weights in float32, or in `q8_0`."""
 
     ready_path = "/health"
 
@@ -53,11 +53,11 @@ class LlamaCpp:
         """Build the server and convert the model. Raises: Unavailable."""
         binary = cached("llama.cpp/build", _build) / "bin" / "llama-server"
         cached(f"llama.cpp/{self._weights}", self._convert)
-        found = re.search(r"version: (\S+)", run([str(binary), "--version"]))
-        return f"{found[1] if found else 'unknown'} ({PACKAGE.replace('==', ' ')})"
+        match = re.search(r"version: (\S+)", run([str(binary), "--version"]))
+        return f"{match[1] if match else 'unknown'} ({PACKAGE.replace('==', ' ')})"
 
     def launch(self, port: int, *, threads: int, concurrency: int) -> Launch:
-        """One slot of fixed size per client."""
+        """One slot of fixed context length per client."""
         folder = cached("llama.cpp/build", _build)
         gguf = cached(f"llama.cpp/{self._weights}", self._convert) / "model.gguf"
         command = [str(folder / "bin" / "llama-server"), "--model", str(gguf)]
@@ -93,15 +93,16 @@ def _fetch(folder: Path) -> None:
 
 
 def _keep_tile_configuration(source: Path) -> None:
-    """GCC before 13 takes `ldtilecfg` to read 8 bytes of the 64, and optimises away the rest.
+    """Add a barrier against a bug of GCC before 13.
 
-    With AMX the 8-bit server would then die of an illegal instruction.
+    It assumes that `ldtilecfg` reads 8 bytes of the 64 and optimises the others away. With AMX the
+    8-bit server would then fail with an illegal instruction.
     """
     file = source / "ggml/src/ggml-cpu/amx/mmq.cpp"
     text = file.read_text()
     load = "    _tile_loadconfig(&tc);\n"
     if text.count(load) != 1:
-        raise Unavailable(f"{file.name} is not the one that was examined")
+        raise Unavailable(f"{file.name} is not the version that this patch was made for")
     file.write_text(text.replace(load, '    __asm__ volatile("" ::"r"(&tc) : "memory");\n' + load))
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed-MII's OpenAI-compatible server, where it is installed beside us. Not yet run."""
+"""DeepSpeed-MII's OpenAI-compatible server, if it is installed. Not yet run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.servers.base import Launch, executable
 
 
 class MII:
-    """One GPU, MII's defaults."""
+    """MII's default settings on one GPU."""
 
     ready_path = "/health"
 
@@ -21,18 +21,18 @@ class MII:
         self._model = model
 
     def dialect(self) -> Dialect:
-        """It always samples, so greedy is a choice among one; streams carry no usage."""
+        """OpenAI completions with `top_k=1`, as MII always samples; its streams have no usage."""
         return OpenAICompletions(str(self._model()), sends_usage=False, top_k=1, temperature=1)
 
     def prepare(self) -> str:
-        """Raises: Unavailable unless it is installed."""
+        """Nothing to install. Raises: Unavailable if MII is not installed."""
         try:
             return version("deepspeed-mii")
         except PackageNotFoundError:
             raise Unavailable("DeepSpeed-MII is not installed") from None
 
     def launch(self, port: int, *, threads: int, concurrency: int) -> Launch:
-        """Its server starts its own deployment."""
+        """The server starts the deployment itself."""
         command = [executable("python"), "-m", "mii.entrypoints.openai_api_server"]
         command += ["--model", str(self._model()), "--host", "127.0.0.1", "--port", str(port)]
         return Launch(command)

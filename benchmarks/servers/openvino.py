@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's continuous batching, behind the small server of `openvino_server.py`."""
+"""OpenVINO GenAI's continuous batching, behind the HTTP server of `openvino_server.py`."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ RUNTIME = (
 EXPORT = (
     *RUNTIME,
     *("optimum-intel==2.2.0", "optimum==2.3.0", "nncf==3.4.0"),
-    # What optimum-intel knows; this environment's are newer.
+    # The versions that optimum-intel supports; this environment's are newer.
     *("transformers==5.5.4", "tokenizers==0.22.2", "huggingface-hub==1.21.0"),
     *("requests", "urllib3", "charset-normalizer", "scipy", "scikit-learn", "joblib"),
     *("threadpoolctl", "narwhals", "tabulate", "pydot", "natsort", "jstyleson", "jsonschema"),
 )
-"""Without openvino-telemetry, which is optional: nothing is reported to anybody."""
+"""Without openvino-telemetry, which is optional and reports usage."""
 SERVER = Path(__file__).with_name("openvino_server.py")
 
 WeightType = Literal["f32", "int8"]
 PROPERTIES: dict[WeightType, dict[str, str]] = {
-    # Left to itself it computes in bfloat16 with an 8-bit KV cache.
+    # By default it computes in bfloat16 with an 8-bit KV cache.
     "f32": {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"},
     "int8": {"INFERENCE_PRECISION_HINT": "f32"},
 }
 
 
 class OpenVINO:
-    """`weights` are float32, or OpenVINO's usual 8 bits, one scale per row."""
+    """OpenVINO with `weights` in float32, or in its default 8 bits with one scale per row."""
 
     ready_path = "/health"
 
@@ -47,19 +47,19 @@ class OpenVINO:
         self._weights: WeightType = weights
 
     def dialect(self) -> Dialect:
-        """OpenAI completions, as our own server for it has them."""
+        """OpenAI completions, as served by `openvino_server.py`."""
         return OpenAICompletions("bench")
 
     def prepare(self) -> str:
-        """Install it, and export the model with Intel's exporter. Raises: Unavailable."""
+        """Install OpenVINO and export the model with optimum-intel. Raises: Unavailable."""
         packages("openvino", *RUNTIME, options=("--no-deps",))
         cached(f"openvino/{self._weights}", self._export)
         return VERSION
 
     def launch(self, port: int, *, threads: int, concurrency: int) -> Launch:
-        """The precision is said explicitly; KV room as for llama.cpp."""
+        """With an explicit precision, and as many KV tokens per client as for llama.cpp."""
         model = cached(f"openvino/{self._weights}", self._export)
-        # -P: the folder of the script has an `openvino` of its own, this module.
+        # -P, because this module would be imported from the script's folder as `openvino`.
         command = [executable("python"), "-P", str(SERVER), str(model), str(port), str(threads)]
         command += [str(concurrency), str(concurrency * CONTEXT_PER_REQUEST)]
         command += [json.dumps(PROPERTIES[self._weights])]

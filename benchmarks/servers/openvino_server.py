@@ -1,9 +1,9 @@
 """`python openvino_server.py MODEL PORT THREADS SEQUENCES KV_TOKENS PROPERTIES`.
 
-OpenVINO GenAI's continuous batching behind `POST /v1/completions`: it brings a pipeline, and no
-server in Python. Its `step` holds Python's lock, so it runs in a process of its own, as engines of
-other servers do, and streams are never kept waiting by it. Runs with OpenVINO on the path, without
-this project.
+OpenVINO GenAI's continuous batching behind `POST /v1/completions`: OpenVINO has a pipeline, but no
+server in Python. Its `step` holds the GIL, so it runs in a separate process, as other servers'
+engines do, and never delays the streams. This script runs with OpenVINO on the path and cannot
+import this project.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEP_TOKENS = 512
 
 
 class Job(NamedTuple):
-    """A request on its way to the engine."""
+    """A request to the engine."""
 
     id: int
     prompt: str
@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a step added to a request; `usage` is (prompt, completion) tokens on the last one."""
+    """The text a step added to a request; the last one has `usage`, (prompt, completion) tokens."""
 
     id: int
     text: str
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
 
 class Engine:
-    """The pipeline, in its own process."""
+    """The pipeline, in a separate process."""
 
     def __init__(self, channel: Connection, folder: str, threads: int, sequences: int,
                  kv_tokens: int, properties: dict[str, str]) -> None:  # fmt: skip
@@ -48,9 +48,9 @@ class Engine:
         scheduler = genai.SchedulerConfig()
         scheduler.max_num_seqs = sequences
         scheduler.max_num_batched_tokens = STEP_TOKENS
-        scheduler.num_kv_blocks = kv_tokens // 32  # tokens a block has on CPUs
+        scheduler.num_kv_blocks = kv_tokens // 32  # tokens per block on a CPU
         scheduler.dynamic_split_fuse = True
-        scheduler.enable_prefix_caching = False  # no two prompts are alike
+        scheduler.enable_prefix_caching = False  # all prompts differ
         self._genai = genai
         self._channel = channel
         self._pipeline = genai.ContinuousBatchingPipeline(
@@ -61,7 +61,7 @@ class Engine:
         self._counts: dict[int, list[int]] = {}
 
     def run(self) -> None:
-        """Take jobs and step until the other side is gone."""
+        """Receive jobs and step until the other side closes the channel."""
         try:
             while True:
                 while self._channel.poll(None if not self._running else 0):
@@ -87,12 +87,12 @@ class Engine:
             if handle.can_read()
         }
         texts = self._tokenizer.decode(list(new.values())) if new else []
-        finished = self._genai.GenerationStatus.RUNNING
+        running = self._genai.GenerationStatus.RUNNING
         pieces = []
         for (i, tokens), text in zip(new.items(), texts, strict=True):
             self._counts[i][1] += len(tokens)
             usage = None
-            if self._running[i].get_status() != finished:
+            if self._running[i].get_status() != running:
                 del self._running[i]
                 prompt, completion = self._counts.pop(i)
                 usage = (prompt, completion)
@@ -109,7 +109,7 @@ class Frontend:
         self._queues: dict[int, asyncio.Queue[Piece]] = {}
 
     async def watch(self, app: web.Application) -> None:
-        """Hand out what the engine sends."""
+        """Route the engine's messages to the requests."""
         asyncio.get_running_loop().add_reader(self._channel.fileno(), self._receive)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -118,15 +118,15 @@ class Frontend:
         job = Job(next(self._ids), body["prompt"], body["max_tokens"])
         queue = self._queues[job.id] = asyncio.Queue()
         self._channel.send(job)
-        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await answer.prepare(request)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
         while True:
             piece = await queue.get()
-            await answer.write(_event(piece))
+            await response.write(_event(piece))
             if piece.usage is not None:
                 break
-        await answer.write(b"data: [DONE]\n\n")
-        return answer
+        await response.write(b"data: [DONE]\n\n")
+        return response
 
     async def health(self, request: web.Request) -> web.Response:
         """The engine was loaded before the port was opened."""
@@ -155,13 +155,13 @@ def _engine(channel: Connection, *settings: Any) -> None:
 def main() -> None:
     """Serve until terminated."""
     folder, port, threads, sequences, kv_tokens, properties = sys.argv[1:]
-    spawning = multiprocessing.get_context("spawn")
-    ours, theirs = spawning.Pipe()
+    context = multiprocessing.get_context("spawn")
+    channel, engine_channel = context.Pipe()
     settings = (folder, int(threads), int(sequences), int(kv_tokens), json.loads(properties))
-    spawning.Process(target=_engine, args=(theirs, *settings), daemon=True).start()
-    theirs.close()
-    ours.recv()
-    frontend = Frontend(ours)
+    context.Process(target=_engine, args=(engine_channel, *settings), daemon=True).start()
+    engine_channel.close()
+    channel.recv()
+    frontend = Frontend(channel)
     app = web.Application()
     app.on_startup.append(frontend.watch)
     app.router.add_post("/v1/completions", frontend.completions)

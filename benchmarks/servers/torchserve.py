@@ -1,7 +1,7 @@
-"""Static batching as TorchServe's large-model examples do it: the set-up that Triptych follows.
+"""Static batching, as in TorchServe's large-model examples.
 
-A batch forms within 100 ms, at most eight requests, and is generated as a whole: all of it until
-its longest answer is done, while the next batch waits.
+Up to eight requests that are received within 100 ms form a batch. It is generated as a whole until
+its longest output is complete, while the next batch waits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HANDLER = Path(__file__).with_name("torchserve_handler.py")
 
 
 class TorchServe:
-    """TorchServe with one worker; torch and transformers are those of this environment."""
+    """TorchServe with one worker, and this environment's torch and transformers."""
 
     ready_path = "/ping"
 
@@ -32,7 +32,7 @@ class TorchServe:
         self._packages = self._folder = Path()
 
     def dialect(self) -> Dialect:
-        """Predictions, answered whole."""
+        """Predictions, without streaming."""
         return TorchServePredictions(MODEL)
 
     def prepare(self) -> str:
@@ -44,7 +44,7 @@ class TorchServe:
         return VERSION
 
     def launch(self, port: int, *, threads: int, concurrency: int) -> Launch:
-        """One worker, as many threads as the others have; no telemetry of its own."""
+        """One worker with the given number of threads, and no system metrics."""
         config = self._folder / "config.properties"
         config.write_text(
             f"inference_address=http://127.0.0.1:{port}\n"
@@ -63,7 +63,7 @@ class TorchServe:
                 "PYTHONPATH": str(self._packages),
                 "OMP_NUM_THREADS": str(threads),
                 "BENCH_MODEL": str(model_folder()),
-                "TMPDIR": str(self._folder),  # its pid file lies there
+                "TMPDIR": str(self._folder),  # the folder of its pid file
                 "LOG_LOCATION": str(self._folder / "logs"),
                 "METRICS_LOCATION": str(self._folder / "logs"),
             },
@@ -72,7 +72,7 @@ class TorchServe:
 
 
 def _write_model_store(folder: Path) -> None:
-    """A model that is not archived: a folder that looks like an unpacked archive."""
+    """Write the model as a folder with the layout of an unpacked archive."""
     model = folder / "models" / MODEL
     (model / "MAR-INF").mkdir(parents=True)
     shutil.copy(HANDLER, model)

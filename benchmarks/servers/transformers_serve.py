@@ -1,4 +1,4 @@
-"""`transformers serve`, of the same transformers that Triptych runs on."""
+"""`transformers serve`, of the same version of transformers that Triptych uses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from benchmarks.model import model_folder
 from benchmarks.servers.base import CONTEXT_PER_REQUEST, Launch, executable
 
 BLOCK_TOKENS = 256
-"""Its default size of a block of the paged KV cache."""
+"""Its default size of a KV block."""
 STEP_TOKENS = 512
 """Triptych's default `max_step_tokens`."""
 
 
 class TransformersServe:
-    """Without continuous batching it generates for one request after the other."""
+    """With continuous batching, or without: then it processes one request at a time."""
 
     ready_path = "/health"
 
@@ -36,7 +36,7 @@ class TransformersServe:
         self._continuous = continuous_batching
 
     def dialect(self) -> Dialect:
-        """OpenAI completions, which refuse unknown fields; usage comes unasked."""
+        """OpenAI completions. It rejects unknown fields, and always sends usage."""
         return OpenAICompletions(str(self._model()))
 
     def prepare(self) -> str:
@@ -44,7 +44,7 @@ class TransformersServe:
         return version("transformers")
 
     def launch(self, port: int, *, threads: int, concurrency: int) -> Launch:
-        """On a CPU with KV room as for llama.cpp: else it takes all free memory."""
+        """With the KV cache limited on a CPU as for llama.cpp; the default is all free memory."""
         command = [executable("transformers"), "serve", str(self._model())]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         command += ["--device", self._device, "--dtype", self._dtype]

@@ -1,4 +1,4 @@
-"""Triptych itself: `bentoml serve` of this working tree."""
+"""Triptych: `bentoml serve` of this working tree."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Triptych:
         self._home = Path()
 
     def dialect(self) -> Dialect:
-        """OpenAI completions; end tokens would be ignored if there were any."""
+        """OpenAI completions, with end tokens ignored."""
         return OpenAICompletions(MODEL, ignore_eos=True, stream_options={"include_usage": True})
 
     def prepare(self) -> str:
-        """Import the model into a model store of our own. Raises: Unavailable."""
+        """Import the model into a separate model store. Raises: Unavailable."""
         from runners.config.model import fields_of
 
         unknown = self._settings.keys() - fields_of().keys()
@@ -50,7 +50,7 @@ class Triptych:
         return version("triptych")
 
     def launch(self, port: int, *, threads: int, concurrency: int) -> Launch:
-        """The defaults, but for the number of threads and of sequences in a batch."""
+        """With default settings, except for the number of threads and the batch size."""
         return Launch(
             [executable("bentoml"), "serve", ".", "--host", "127.0.0.1"],
             store_at(self._home)
@@ -72,5 +72,5 @@ class Triptych:
 
 
 def store_at(home: Path) -> dict[str, str]:
-    """The environment of a model store in a folder."""
+    """The environment variables that select the model store in folder `home`."""
     return {"BENTOML_HOME": str(home), "BENTOML_DO_NOT_TRACK": "True"}

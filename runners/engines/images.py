@@ -1,10 +1,10 @@
-"""How each engine places a text-to-image pipeline. Imported in rank processes only.
+"""How each engine places a text-to-image pipeline. Called by the worker, in rank processes.
 
-Accelerate puts whole models of the pipeline on the devices there are, and can keep them in the
-CPU's memory while they do not compute. MII's set-ups for text-to-image run the same way, since
-MII itself no longer has that task but as an unmaintained part for older libraries. DeepSpeed's
-ranks each hold the whole pipeline and paint different pictures: it splits language models only,
-and its kernels for diffusers do not know today's transformers.
+Accelerate places whole models of the pipeline on the available devices, and can keep them in CPU
+memory while they do not compute. MII's setups for text-to-image run the same way: today's MII has
+that task only as an unmaintained part for older libraries. DeepSpeed's ranks each hold the whole
+pipeline and generate different images: DeepSpeed splits only language models, and its kernels for
+diffusers do not support current versions of transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from runners.config.base import ImageConfig
-from runners.config.engines import AccelerateConfig, DeepSpeedConfig
+from runners.config.engines import DEVICE_STRATEGIES, AccelerateConfig, DeepSpeedConfig
 from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.images.pipeline import load_pipeline
@@ -24,10 +24,7 @@ from runners.images.program import ImageProgram, image_program
 from runners.rank.process_group import connect, meet
 from runners.rank.program import RankContext
 
-logger = logging.getLogger("triptych.imaging")
-
-SEVERAL = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Strategies of `device_map`; for pipelines diffusers has one, `balanced`, which stands for all."""
+logger = logging.getLogger("triptych.images")
 
 
 def load_program(context: RankContext) -> ImageProgram:
@@ -35,9 +32,12 @@ def load_program(context: RankContext) -> ImageProgram:
     config = context.config
     device_map, max_memory = "auto", None
     if isinstance(config, AccelerateConfig):
-        device_map, max_memory = _strategy(config.device_map), config.max_memory
+        device_map, max_memory = _device_or_strategy(config.device_map), config.max_memory
     if config.world_size > 1:
-        raise ConfigError("an image model runs on one rank; with engine deepspeed on several")
+        raise ConfigError(
+            f"an image model runs on one rank with engine {config.engine}; engine deepspeed runs "
+            "it on several"
+        )
     return _load(context, device_map, max_memory)
 
 
@@ -48,7 +48,7 @@ def load_deepspeed_program(context: RankContext) -> ImageProgram:
     if isinstance(config, DeepSpeedConfig) and config.deepspeed and context.rank == 0:
         logger.warning("ds-config.json is ignored: every rank holds the whole image model")
     program = _load(context, str(groups.device), None)
-    # Rank 0 says when the model is ready, and the others get requests from then on.
+    # Rank 0 reports that the model is ready; from then on the other ranks get requests too.
     dist.barrier(groups.control)
     return program
 
@@ -59,36 +59,38 @@ def _load(context: RankContext, device_map: str, max_memory: Any) -> ImageProgra
     torch.set_num_threads(context.num_threads)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     gpus = torch.cuda.device_count()
-    if device_map not in SEVERAL:
-        _refuse_absent(torch.device(device_map))
-    on_cpu = not gpus if device_map in SEVERAL else device_map == "cpu"
+    by_strategy = device_map in DEVICE_STRATEGIES
+    if by_strategy:
+        on_cpu = gpus == 0
+    else:
+        _check_device_exists(torch.device(device_map))
+        on_cpu = device_map == "cpu"
     options: dict[str, Any] = {}
-    spread = (
-        device_map in SEVERAL and not config.cpu_offload and (gpus > 1 or (gpus and max_memory))
-    )
-    if spread:
+    # `balanced` is diffusers' only strategy. On one GPU it is needed only to limit the memory.
+    if by_strategy and not config.cpu_offload and (gpus > 1 or (gpus and max_memory)):
         options = {"device_map": "balanced", "max_memory": max_memory}
     pipeline = load_pipeline(config, on_cpu=on_cpu, options=options)
-    if not spread and not on_cpu:
-        _place(pipeline, "cuda:0" if device_map in SEVERAL else device_map, config.cpu_offload)
+    if not options and not on_cpu:
+        _place(pipeline, "cuda:0" if by_strategy else device_map, config.cpu_offload)
     elif config.cpu_offload:
-        logger.warning("cpu_offload is ignored: there is no GPU that weights could be kept off")
+        logger.warning("cpu_offload is ignored: the image model runs on the CPU")
     return image_program(context, pipeline)
 
 
-def _refuse_absent(device: torch.device) -> None:
+def _check_device_exists(device: torch.device) -> None:
     """Raises: ConfigError."""
-    here = torch.accelerator.current_accelerator()
-    same = here is not None and here.type == device.type
-    count = torch.accelerator.device_count() if same else 0
+    accelerator = torch.accelerator.current_accelerator()
+    available = accelerator is not None and accelerator.type == device.type
+    count = torch.accelerator.device_count() if available else 0
     if device.type != "cpu" and (device.index or 0) >= count:
         raise ConfigError(
-            f"device_map: {device} does not exist, this machine has {count} {device.type} devices"
+            f"{device} does not exist, this machine has {count} {device.type} devices",
+            field="device_map",
         )
 
 
 def _place(pipeline: Any, device: str, cpu_offload: str | None) -> None:
-    """On one GPU, wholly or as far as it computes."""
+    """Place a pipeline on one GPU, or offload it to the CPU while it does not compute."""
     if cpu_offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif cpu_offload == "sequential":
@@ -97,14 +99,18 @@ def _place(pipeline: Any, device: str, cpu_offload: str | None) -> None:
         pipeline.to(device)
 
 
-def _strategy(device_map: Any) -> str:
-    """Raises: ConfigError for a map of modules, which diffusers does not take."""
-    if isinstance(device_map, dict) and set(device_map) == {""} and device_map[""] != "disk":
+def _device_or_strategy(device_map: str | dict[str, int | str]) -> str:
+    """The one device or strategy that a `device_map` names.
+
+    Raises: ConfigError for a map from modules to devices, which diffusers does not support.
+    """
+    if isinstance(device_map, str):
+        return device_map
+    if set(device_map) == {""} and device_map[""] != "disk":
         device = device_map[""]
-        return f"cuda:{device}" if isinstance(device, int) else str(device)
-    if not isinstance(device_map, str):
-        raise ConfigError(
-            "device_map of an image model must be auto, cpu or a GPU such as cuda:0; cpu_offload "
-            "keeps weights off the GPU"
-        )
-    return device_map
+        return f"cuda:{device}" if isinstance(device, int) else device
+    raise ConfigError(
+        "an image model takes auto, cpu or a GPU such as cuda:0; use cpu_offload to keep weights "
+        "off the GPU",
+        field="device_map",
+    )

@@ -1,6 +1,6 @@
-"""From a task to the program that runs it in a rank, on the Accelerate engine.
+"""Loads a model for a task of one forward, on Accelerate, and makes its rank program.
 
-Imported in rank processes only.
+Called by the worker, in rank processes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from runners.contracts.text import ModelInfo
 from runners.engines.accelerate import load_model
 from runners.hf.models import context_length, devices, load_tokenizer, loading
 from runners.rank.program import RankContext, RankProgram
-from runners.tasks.answering import QuestionAnswering
 from runners.tasks.pipelines import PIPELINES
 from runners.tasks.program import Task, TaskProgram
+from runners.tasks.question_answering import QuestionAnswering
 
 HEADS = {
     "fill-mask": AutoModelForMaskedLM,
@@ -36,48 +36,48 @@ HEADS = {
 
 
 def load_program(context: RankContext) -> RankProgram:
-    """The rank program of a task. Raises: ConfigError."""
+    """The rank program of a model for a task. Raises: ConfigError."""
     config = context.config
     assert isinstance(config, TaskConfig)  # noqa: S101 - `create_runner` chose this program
     torch.set_num_threads(context.num_threads)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     tokenizer = load_tokenizer(config.model_path)
-    model = load_model(on_accelerate(config), context.work_dir, HEADS[config.task])
-    longest = min(positions(model), tokenizer.model_max_length, config.max_length or 2**31)
+    model = load_model(accelerate_config(config), context.work_dir, HEADS[config.task])
+    max_tokens = min(max_positions(model), tokenizer.model_max_length, config.max_length or 2**31)
     info = ModelInfo(
         architecture=type(model).__name__,
         engine=config.engine,
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         devices=devices(model),
-        max_context=longest,
+        max_context=max_tokens,
         vocab_size=model.config.get_text_config().vocab_size,
-        max_kv_tokens=longest,
+        max_kv_tokens=max_tokens,
         has_chat_template=False,
     )
     with loading(f"the {config.task} pipeline of {config.name}"):
-        task = _task(config.task, model, tokenizer, longest)
+        task = _make_task(config.task, model, tokenizer, max_tokens)
     return TaskProgram(info, task, batch_size=config.max_batch_size, emit=context.emit)
 
 
-def on_accelerate(config: TaskConfig) -> AccelerateTaskConfig:
-    """The config of a model that runs as on Accelerate, whatever engine it names."""
+def accelerate_config(config: TaskConfig) -> AccelerateTaskConfig:
+    """The config of a task model for Accelerate, which loads it whatever engine it names."""
     if isinstance(config, AccelerateTaskConfig):
         return config
     fields = config.model_dump(include=set(TaskConfig.model_fields), exclude={"engine"})
     return AccelerateTaskConfig(**fields | {"tensor_parallel": 1})
 
 
-def _task(name: str, model: PreTrainedModel, tokenizer: Any, longest: int) -> Task:
+def _make_task(name: str, model: PreTrainedModel, tokenizer: Any, max_tokens: int) -> Task:
     if name == "question-answering":
-        return QuestionAnswering(model, tokenizer, longest)
-    return PIPELINES[name](model, tokenizer, longest)
+        return QuestionAnswering(model, tokenizer, max_tokens)
+    return PIPELINES[name](model, tokenizer, max_tokens)
 
 
-def positions(model: PreTrainedModel) -> int:
-    """How many tokens a model can tell the places of.
+def max_positions(model: PreTrainedModel) -> int:
+    """Maximum number of tokens that a model has position embeddings for.
 
-    RoBERTa and its kin count from behind the padding token's id on.
+    RoBERTa and related models number positions from the padding token's id plus one.
     """
     table = next(
         (

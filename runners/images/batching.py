@@ -1,44 +1,56 @@
-"""Calls of one model that wait at the same time, run as one along their first dimension.
+"""Pending calls of one model, run as one batch along the first dimension of their tensors.
 
-What a call takes and gives may be nested in tuples, lists and mappings. Tensors whose first
-dimension is the call's number of rows are joined; all else must be alike.
+Arguments and results may be nested in anything that torch's pytree flattens: tuples, lists,
+dictionaries and the output classes of diffusers and transformers. Tensors whose first dimension is
+the call's number of rows are concatenated; all other arguments must be equal.
+
+Called by the executor, in rank processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a model that a pipeline made."""
+class ModelCall:
+    """One call that a pipeline made of one of its models."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    @cached_property
+    def flattened(self) -> tuple[list[Any], TreeSpec]:
+        """The arguments as one list, and how they are nested."""
+        return tree_flatten((self.args, self.kwargs))
+
     @property
     def rows(self) -> int:
-        """How many rows it computes: the first dimension of the first tensor that has one."""
-        tensors = _tensors((self.args, self.kwargs))
-        return next((tensor.shape[0] for tensor in tensors if tensor.ndim), 0)
+        """Number of rows to compute: the first dimension of the first tensor that has one."""
+        leaves, _ = self.flattened
+        sizes = (leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim)
+        return next(sizes, 0)
 
     def run(self) -> Any:
-        """The result, computed alone."""
+        """The result of the call alone."""
         return self.function(*self.args, **self.kwargs)
 
 
-def groups_of(calls: Sequence[Call]) -> list[list[int]]:
-    """The calls that may be run together, as their indices, in order."""
-    groups: list[tuple[Hashable, list[int]]] = []
+def group_compatible(calls: Sequence[ModelCall]) -> list[list[int]]:
+    """Groups of calls that can run as one batch: the indices of each group, in order."""
+    groups: list[tuple[tuple[object, ...], list[int]]] = []
     for index, call in enumerate(calls):
-        key = (id(call.function), _form((call.args, call.kwargs), call.rows))
-        for known, members in groups:
-            if known == key and _shared_alike(calls[members[0]], call):
+        key = _batch_key(call)
+        for group_key, members in groups:
+            if group_key == key and _equal_constants(calls[members[0]], call):
                 members.append(index)
                 break
         else:
@@ -46,79 +58,59 @@ def groups_of(calls: Sequence[Call]) -> list[list[int]]:
     return [members for _, members in groups]
 
 
-def run_together(calls: Sequence[Call]) -> list[Any]:
-    """The results of calls that `groups_of` put into one group."""
+def run_batched(calls: Sequence[ModelCall]) -> list[Any]:
+    """The results of the calls of one group of `group_compatible`, computed in one forward."""
     if len(calls) == 1:
         return [calls[0].run()]
     rows = [call.rows for call in calls]
-    args = _joined([call.args for call in calls], rows)
-    kwargs = _joined([call.kwargs for call in calls], rows)
-    result = calls[0].function(*args, **kwargs)
-    return [_part(result, start, count, sum(rows)) for start, count in _spans(rows)]
-
-
-def _spans(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    start = 0
-    for count in rows:
-        yield start, count
-        start += count
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _form(value: Any, rows: int) -> Hashable:
-    """What two values must have in common for their calls to be run together."""
-    if isinstance(value, torch.Tensor):
-        if value.ndim == 0:
-            return ("scalar", str(value.device))
-        shape = value.shape[1:] if value.shape[0] == rows else value.shape
-        return (value.shape[0] == rows, tuple(shape), value.dtype, str(value.device))
-    if isinstance(value, dict):
-        return tuple((name, _form(item, rows)) for name, item in value.items())
-    if isinstance(value, (tuple, list)):
-        return (type(value), *(_form(item, rows) for item in value))
-    return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
-
-
-def _shared_alike(one: Call, other: Call) -> bool:
-    """Whether the tensors without rows (positions of patches, say) hold the same."""
-    shared = [
-        [t for t in _tensors((call.args, call.kwargs)) if t.ndim and t.shape[0] != call.rows]
-        for call in (one, other)
+    columns = zip(*(call.flattened[0] for call in calls), strict=True)
+    arguments = [_concatenate(column, rows) for column in columns]
+    args, kwargs = tree_unflatten(arguments, calls[0].flattened[1])
+    leaves, structure = tree_flatten(calls[0].function(*args, **kwargs))
+    ends = list(accumulate(rows))
+    return [
+        tree_unflatten([_slice(leaf, end - count, end, ends[-1]) for leaf in leaves], structure)
+        for count, end in zip(rows, ends, strict=True)
     ]
-    return all(a is b or torch.equal(a, b) for a, b in zip(*shared, strict=True))
 
 
-def _joined(values: Sequence[Any], rows: Sequence[int]) -> Any:
+def _batch_key(call: ModelCall) -> tuple[object, ...]:
+    """What the calls of one batch have in common, apart from the values of tensors."""
+    leaves, structure = call.flattened
+    return (id(call.function), structure, *(_leaf_key(leaf, call.rows) for leaf in leaves))
+
+
+def _leaf_key(leaf: Any, rows: int) -> object:
+    if isinstance(leaf, torch.Tensor):
+        if leaf.ndim == 0:
+            return ("scalar", str(leaf.device))
+        has_rows = leaf.shape[0] == rows
+        shape = leaf.shape[1:] if has_rows else leaf.shape
+        return (has_rows, shape, leaf.dtype, str(leaf.device))
+    by_value = isinstance(leaf, (int, float, str, bool, type(None), torch.Size))
+    return leaf if by_value else id(leaf)
+
+
+def _equal_constants(one: ModelCall, other: ModelCall) -> bool:
+    """Whether the tensors without rows, such as the positions of patches, have equal values."""
+    return all(
+        a is b or torch.equal(a, b)
+        for a, b in zip(one.flattened[0], other.flattened[0], strict=True)
+        if isinstance(a, torch.Tensor) and a.ndim and a.shape[0] != one.rows
+    )
+
+
+def _concatenate(values: Sequence[Any], rows: Sequence[int]) -> Any:
+    """One argument of several calls as an argument of their batch."""
     first = values[0]
-    if isinstance(first, torch.Tensor):
-        if first.ndim == 0:  # a time step, which each may have another of
-            spread = [v.expand(count) for v, count in zip(values, rows, strict=True)]
-            return torch.cat(spread)
-        return torch.cat(list(values)) if first.shape[0] == rows[0] else first
-    if isinstance(first, dict):
-        return {name: _joined([value[name] for value in values], rows) for name in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_joined(items, rows) for items in zip(*values, strict=True))
-    return first
+    if not isinstance(first, torch.Tensor):
+        return first
+    if first.ndim == 0:  # a time step, which may differ between the calls
+        return torch.cat([v.expand(count) for v, count in zip(values, rows, strict=True)])
+    return torch.cat(list(values)) if first.shape[0] == rows[0] else first
 
 
-def _part(value: Any, start: int, count: int, total: int) -> Any:
-    """The rows of one call, of what all gave together."""
-    if isinstance(value, torch.Tensor):
-        has_rows = value.ndim and value.shape[0] == total
-        return value[start : start + count] if has_rows else value
-    if isinstance(value, dict):  # the outputs of transformers and diffusers are such, too
-        return type(value)(**{k: _part(v, start, count, total) for k, v in value.items()})
-    if isinstance(value, (tuple, list)):
-        return type(value)(_part(item, start, count, total) for item in value)
-    return value
+def _slice(value: Any, start: int, end: int, total: int) -> Any:
+    """The rows of one call in an output of its batch."""
+    has_rows = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == total
+    return value[start:end] if has_rows else value

@@ -1,101 +1,113 @@
-"""Easels: each holds one picture in the making; `Studio` runs their models' calls together.
+"""Runs pipelines as coroutines and batches their model calls.
 
-A picture's code runs in a greenlet: not a thread, so one of them runs at a time, in an order that
-never varies, and torch keeps one pool of threads for all.
+Each image's pipeline runs in a greenlet: no thread, so exactly one runs at a time, in a fixed
+order, and all share torch's one thread pool. Called by the image program, in rank processes.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import greenlet
 import torch
 
-from runners.images.batching import Call, groups_of, run_together
+from runners.images.batching import ModelCall, group_compatible, run_batched
 
 
-class Easel(greenlet.greenlet):
-    """One picture in the making: `work`, which stops at each call of a gated function."""
+class PipelineCoroutine(greenlet.greenlet):
+    """The pipeline run of one image, suspended at every call of a `batched` function."""
 
-    call: Call | None = None
-    """What it waits for; None before its start and after its end."""
+    call: ModelCall | None = None
+    """The pending call; None before the start and after the end."""
 
 
-def gated(function: Callable[..., Any], *, but: frozenset[str] = frozenset()) -> Any:
-    """`function`, as code at an easel sees it: the call waits until the studio has run it.
+def batched(function: Callable[..., Any], *, ignored_kwargs: frozenset[str] = frozenset()) -> Any:
+    """Wrap `function` so that a call from a `PipelineCoroutine` waits for its batch.
 
-    `but`: keyword arguments that the function takes and ignores, and that would keep calls apart.
+    Other callers run `function` directly. `ignored_kwargs`: keyword arguments without effect, which
+    are dropped because different values would keep calls out of one batch.
     """
 
     @functools.wraps(function)
-    def wait(*args: Any, **kwargs: Any) -> Any:
+    def suspend(*args: Any, **kwargs: Any) -> Any:
         current = greenlet.getcurrent()
-        if not isinstance(current, Easel):
+        if not isinstance(current, PipelineCoroutine):
             return function(*args, **kwargs)
-        current.call = Call(function, args, {k: v for k, v in kwargs.items() if k not in but})
+        effective = {k: v for k, v in kwargs.items() if k not in ignored_kwargs}
+        current.call = ModelCall(function, args, effective)
         return current.parent.switch()  # type: ignore[union-attr]
 
-    return wait
+    return suspend
 
 
-class Studio:
-    """The easels of a rank, by request id. All methods belong to one thread."""
+class BatchExecutor:
+    """The running pipelines of a rank, by request id. All methods belong to one thread.
+
+    `start` and `step` raise what a pipeline's code raises; no further step is possible then.
+    """
 
     def __init__(self) -> None:
-        self._easels: dict[str, Easel] = {}
+        self._running: dict[str, PipelineCoroutine] = {}
 
     def __len__(self) -> int:
-        return len(self._easels)
+        return len(self._running)
 
-    def begin(self, request_id: str, work: Callable[[], None]) -> None:
-        """Start a picture: its code runs up to its first model call.
+    def start(self, request_id: str, run: Callable[[], None]) -> None:
+        """Start an image: `run` is executed up to its first model call."""
+        coroutine = self._running[request_id] = PipelineCoroutine(run)
+        coroutine.switch()
+        self._remove_if_finished(request_id)
 
-        What `work` raises comes out here or in `step`, and is the end of all.
-        """
-        easel = self._easels[request_id] = Easel(work)
-        easel.switch()
-        self._clear_away(request_id)
-
-    def stop(self, request_id: str) -> None:
-        """Give a picture up, wherever its code is; its code sees a `GreenletExit`."""
-        easel = self._easels.pop(request_id, None)
-        if easel is not None:
-            easel.throw()
+    def abort(self, request_id: str) -> None:
+        """Abort an image if it is running: a `GreenletExit` is raised in its code."""
+        coroutine = self._running.pop(request_id, None)
+        if coroutine is not None:
+            coroutine.throw()
 
     def step(self) -> None:
-        """Run every call that waits, those together that fit, and each picture up to its next."""
-        waiting = [(request_id, easel, easel.call) for request_id, easel in self._easels.items()]
-        calls = [call for _, _, call in waiting if call is not None]
-        for group in groups_of(calls):
-            for index, resume in zip(group, _results([calls[i] for i in group]), strict=True):
-                request_id, easel, _ = waiting[index]
-                easel.call = None
-                resume(easel)
-                self._clear_away(request_id)
+        """Run all pending calls, in as few batches as possible, and each image up to its next."""
+        pending = [
+            (request_id, coroutine, coroutine.call)
+            for request_id, coroutine in self._running.items()
+            if coroutine.call is not None
+        ]
+        for group in group_compatible([call for _, _, call in pending]):
+            outcomes = _run_group([pending[index][2] for index in group])
+            for index, outcome in zip(group, outcomes, strict=True):
+                request_id, coroutine, _ = pending[index]
+                coroutine.call = None
+                outcome.resume(coroutine)
+                self._remove_if_finished(request_id)
 
-    def _clear_away(self, request_id: str) -> None:
-        if self._easels[request_id].dead:
-            del self._easels[request_id]
+    def _remove_if_finished(self, request_id: str) -> None:
+        if self._running[request_id].dead:
+            del self._running[request_id]
 
 
-def _results(calls: list[Call]) -> list[Callable[[Easel], object]]:
-    """How each of the calls goes on: with its result, or with its own error."""
+@dataclass(frozen=True)
+class _Outcome:
+    """The result of a model call, or the error that it raised."""
+
+    result: Any = None
+    error: Exception | None = None
+
+    def resume(self, coroutine: PipelineCoroutine) -> None:
+        if self.error is None:
+            coroutine.switch(self.result)
+        else:
+            coroutine.throw(self.error)
+
+
+def _run_group(calls: list[ModelCall]) -> list[_Outcome]:
     try:
-        return [functools.partial(_give, result) for result in run_together(calls)]
-    except torch.AcceleratorError:  # after which the device computes nothing any more
+        return [_Outcome(result) for result in run_batched(calls)]
+    except torch.AcceleratorError:  # the device computes nothing afterwards
         raise
     except Exception as error:
         if len(calls) == 1:
-            return [functools.partial(_raise, error)]
-        # Memory that does not suffice for all, or one that spoils it for the others.
-        return [resume for call in calls for resume in _results([call])]
-
-
-def _give(result: Any, easel: Easel) -> None:
-    easel.switch(result)
-
-
-def _raise(error: Exception, easel: Easel) -> None:
-    easel.throw(error)
+            return [_Outcome(error=error)]
+        # The batch may not fit into memory, or one call may be at fault: run each alone.
+        return [outcome for call in calls for outcome in _run_group([call])]

@@ -1,4 +1,7 @@
-"""One picture: the pipeline's own `__call__`, with each step told and previews on the way."""
+"""Generates one image: the pipeline's own `__call__`, with events for its steps and previews.
+
+Called by the image program, in rank processes.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ from runners.contracts.images import ImageEvent, ImageRequest, RawImage
 from runners.images.pipeline import parameters_of
 from runners.images.schedulers import Schedulers
 
-logger = logging.getLogger("triptych.imaging")
+logger = logging.getLogger("triptych.images")
 
 
-class Painter:
-    """Paints with one pipeline, whose models are gated (see `easel`).
+class ImageGenerator:
+    """Generates images with one pipeline, whose models are wrapped by `executor.batched`.
 
-    `defaults`: what a request has that names nothing, where the pipeline's own will not do.
+    `defaults`: arguments of the pipeline that a request may leave unset, where the pipeline's own
+    defaults are not wanted.
     """
 
     def __init__(
@@ -33,79 +37,79 @@ class Painter:
         self._defaults = defaults
         self._parameters = parameters_of(type(pipeline))
 
-    def paint(self, request: ImageRequest, tell: Callable[[ImageEvent], None]) -> None:
-        """Paint one picture whose `height` and `width` are given; `tell` gets its events.
+    def generate(self, request: ImageRequest, emit: Callable[[ImageEvent], None]) -> None:
+        """Generate one image, whose `height` and `width` are set; `emit` receives its events.
 
-        Raises: ContentFiltered, EngineFailure, and what the pipeline does.
+        Raises: ContentFiltered, EngineFailure, and what the pipeline raises.
         """
-        own = self._own_pipeline(request)
-        progress = _Progress(own, request, tell)
-        # Always of the CPU: the same seed gives the same noise on every device.
+        pipeline = self._copy_pipeline(request)
+        reporter = _StepReporter(pipeline, request, emit)
+        # Always on the CPU, so that a seed gives the same noise on every device.
         generator = torch.Generator("cpu").manual_seed(request.seed)
-        named = {
+        options = {
             "negative_prompt": request.negative_prompt,
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
         }
-        wishes = {**self._defaults, **{k: v for k, v in named.items() if v is not None}}
-        output = own(
+        arguments = {**self._defaults, **{k: v for k, v in options.items() if v is not None}}
+        output = pipeline(
             prompt=request.prompt,
             height=request.height,
             width=request.width,
             generator=generator,
             output_type="np",
-            **{k: v for k, v in wishes.items() if k in self._parameters},
+            **{k: v for k, v in arguments.items() if k in self._parameters},
         )
         if any(getattr(output, "nsfw_content_detected", None) or ()):
-            # The pipeline has blackened it.
+            # The pipeline has replaced it by a black image.
             raise ContentFiltered(
-                "the model's safety checker withholds this picture; another prompt or seed may do"
+                "the model's safety checker rejected the image; try another prompt or seed"
             )
-        tell(progress.event(image=_raw_image(output.images[0])))
+        emit(reporter.event(image=_raw_image(output.images[0])))
 
-    def _own_pipeline(self, request: ImageRequest) -> Any:
-        """The pipeline with a scheduler and a state of its own; the models are the same ones."""
-        own = copy.copy(self._pipeline)
-        own.scheduler = self._schedulers.make(request.scheduler)
-        # It would take the models off the GPU under other pictures' hands; each makes room for the
-        # next by itself.
-        own.maybe_free_model_hooks = lambda: None
-        return own
+    def _copy_pipeline(self, request: ImageRequest) -> Any:
+        """The pipeline with a state and a scheduler for one image, and the same models."""
+        pipeline = copy.copy(self._pipeline)
+        pipeline.scheduler = self._schedulers.make(request.scheduler)
+        # It would move models off the GPU while other images use them. Each model's own hook
+        # already makes room for the next.
+        pipeline.maybe_free_model_hooks = lambda: None
+        return pipeline
 
 
-class _Progress:
-    """What has been done of a picture."""
+class _StepReporter:
+    """Emits an event after each of a pipeline's denoising steps."""
 
     def __init__(
-        self, pipeline: Any, request: ImageRequest, tell: Callable[[ImageEvent], None]
+        self, pipeline: Any, request: ImageRequest, emit: Callable[[ImageEvent], None]
     ) -> None:
         self._pipeline = pipeline
         self._request = request
-        self._tell = tell
-        self._done = 0
-        pipeline.scheduler.step = self._watched(pipeline.scheduler.step)
+        self._emit = emit
+        self._steps_done = 0
+        pipeline.scheduler.step = self._reporting(pipeline.scheduler.step)
 
-    def _watched(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The scheduler's `step`, with which every pipeline ends each of its steps."""
+    def _reporting(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The scheduler's `step`, which every pipeline calls at the end of a denoising step."""
 
-        # Pipelines look at its parameters to know whether it draws random numbers.
+        # Pipelines inspect its signature to learn whether it takes a random generator.
         @functools.wraps(step)
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def reporting_step(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            self._done += 1
-            preview = self._try_preview(result) if self._done in self._preview_steps() else None
-            self._tell(self.event(preview=preview))
+            self._steps_done += 1
+            wanted = self._steps_done in self._preview_steps()
+            self._emit(self.event(preview=self._try_preview(result) if wanted else None))
             return result
 
-        return watched
+        return reporting_step
 
     def event(
         self, *, preview: RawImage | None = None, image: RawImage | None = None
     ) -> ImageEvent:
-        """Where the picture is."""
+        """The current step as an event."""
         return ImageEvent(
             request_id=self._request.request_id,
-            step=self._done,
+            step=self._steps_done,
             steps=self._steps,
             preview=preview,
             image=image,
@@ -116,50 +120,55 @@ class _Progress:
         return len(self._pipeline.scheduler.timesteps)
 
     def _preview_steps(self) -> set[int]:
-        wanted = self._request.previews
-        return {round(self._steps * i / (wanted + 1)) for i in range(1, wanted + 1)}
+        count = self._request.previews
+        return {round(self._steps * i / (count + 1)) for i in range(1, count + 1)}
 
     def _try_preview(self, result: Any) -> RawImage | None:
-        """None also where it fails, of memory say: the picture itself may still come about."""
+        """The preview; None if it fails, for lack of memory say: the image may still succeed."""
         try:
             return self._preview(result)
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            logger.warning("a preview failed with %s", type(error).__name__)
+            logger.warning(
+                "a preview failed with %s",
+                type(error).__name__,
+                extra={"request_id": self._request.request_id},
+            )
             return None
 
     def _preview(self, result: Any) -> RawImage | None:
-        """None where only the pipeline itself knows how to decode its latents, and where it would
-        show what a safety checker has not seen.
+        """The image that the model expects, decoded from a scheduler step's `result`.
 
-        Most schedulers tell, beside the next latents, what the picture is going to be.
+        None if only the pipeline can decode its latents, and if it has a safety checker, which
+        does not see previews.
         """
         if getattr(self._pipeline, "safety_checker", None) is not None:
             return None
-        latents, *more = result if isinstance(result, tuple) else result.to_tuple()
-        if more and torch.is_tensor(more[0]) and more[0].shape == latents.shape:
-            latents = more[0]
+        latents, *others = result if isinstance(result, tuple) else result.to_tuple()
+        # Most schedulers return a prediction of the final latents after those of the next step.
+        if others and torch.is_tensor(others[0]) and others[0].shape == latents.shape:
+            latents = others[0]
         pipeline, height, width = self._pipeline, self._request.height, self._request.width
-        if hasattr(pipeline, "_unpack_latents"):  # Flux keeps them as patches
+        if hasattr(pipeline, "_unpack_latents"):  # Flux's latents are patches
             latents = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
         config: Any = getattr(getattr(pipeline, "vae", None), "config", None)
         if config is None or latents.ndim != 4 or getattr(config, "latents_mean", None):
             return None
-        scale, shift = config.scaling_factor, getattr(config, "shift_factor", None) or 0.0
-        latents = (latents / scale + shift).to(pipeline.vae.dtype)
-        pixels = pipeline.vae.decode(latents, return_dict=False)[0]
+        shift = getattr(config, "shift_factor", None)
+        latents = latents / config.scaling_factor + (0.0 if shift is None else shift)
+        pixels = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
         if hasattr(pipeline.image_processor, "resize_and_crop_tensor"):
-            # PixArt paints in the nearest of the sizes it knows.
+            # PixArt generates in the nearest of the sizes that it supports.
             pixels = pipeline.image_processor.resize_and_crop_tensor(pixels, width, height)
         return _raw_image(pipeline.image_processor.postprocess(pixels, output_type="np")[0])
 
 
 def _raw_image(pixels: Any) -> RawImage:
-    """(height, width, 3) from 0 to 1, as bytes. Raises: EngineFailure if it is none."""
+    """Convert pixels of shape (height, width, 3) from 0 to 1. Raises: EngineFailure for NaN."""
     if not np.isfinite(pixels).all():
         raise EngineFailure(
-            "the model computed no numbers for some pixels; its dtype may be too narrow for it"
+            "the model computed pixels that are not finite; its dtype may be too narrow"
         )
     data = (pixels * 255).round().astype(np.uint8)
     height, width, _ = data.shape

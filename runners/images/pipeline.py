@@ -1,4 +1,7 @@
-"""Loads a diffusers pipeline from its folder, without running code of the folder's."""
+"""Loads a diffusers pipeline from its folder, without running any code from the folder.
+
+Called by `runners.engines.images`, in rank processes.
+"""
 
 from __future__ import annotations
 
@@ -21,59 +24,54 @@ from runners.hf.models import loading
 from runners.hf.safety import refuse_code, refuse_foreign_components
 from runners.images.weights import Weights
 
-logger = logging.getLogger("triptych.imaging")
-
-# What CLIP could not take in of a prompt would be logged, and nobody watches a bar in a log.
-diffusers.utils.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+logger = logging.getLogger("triptych.images")
 
 INDEX = "model_index.json"
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-MODELS = (diffusers.ModelMixin, transformers.PreTrainedModel)
-NEEDED = frozenset({"prompt", "height", "width", "num_inference_steps", "generator"})
-"""Parameters without which a pipeline can not be served."""
+MODEL_CLASSES = (diffusers.ModelMixin, transformers.PreTrainedModel)
+REQUIRED_PARAMETERS = frozenset({"prompt", "height", "width", "num_inference_steps", "generator"})
+"""Parameters without which a pipeline cannot be served."""
 
 
 def load_pipeline(
     config: ImageConfig, *, on_cpu: bool, options: Mapping[str, Any] | None = None
 ) -> Any:
-    """The pipeline, still on the CPU unless `options` (of `from_pretrained`) place it.
+    """The pipeline, on the CPU unless `options` (of `from_pretrained`) place it elsewhere.
 
-    Raises: UnsafeModel, IncompleteModel, ConfigError if it can not be served.
+    Raises: UnsafeModel, IncompleteModel, ConfigError if it cannot be served.
     """
+    _silence_libraries()
     folder = config.model_path
     index = read_json(folder / INDEX)
-    kind = _pipeline_class(index, config)
+    cls = _pipeline_class(index, config)
     _refuse_code(folder, index)
     weights = Weights(folder, _model_classes(folder, index))
     dtype = _dtype(config, weights, on_cpu=on_cpu)
-    wide = _wants_wide_vae(kind, folder, dtype)
-    dtypes = {"default": dtype} | ({"vae": torch.float32} if wide else {})
-    given = dict(options or {})
+    float32_vae = _needs_float32_vae(cls, folder, dtype)
+    dtypes = {"default": dtype} | ({"vae": torch.float32} if float32_vae else {})
+    arguments = dict(options or {})
     with loading(config.name):
-        if "device_map" in given:
+        if "device_map" in arguments:
             weights.check()
         else:
-            given |= weights.load(dtypes)
-        pipeline = kind.from_pretrained(
+            arguments |= weights.load(dtypes)
+        pipeline = cls.from_pretrained(
             folder,
             dtype=dtypes,
             variant=weights.variant,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            **given,
+            **arguments,
         )
     pipeline.set_progress_bar_config(disable=True)
-    if wide:
-        pipeline.vae.decode = _widening(pipeline.vae.decode)
+    if float32_vae:
+        pipeline.vae.decode = _with_float32_latents(pipeline.vae.decode)
     return pipeline
 
 
 def denoiser_of(pipeline: Any) -> Any:
-    """The model that every step calls. Raises: ConfigError if there is none."""
+    """The model that every denoising step calls. Raises: ConfigError if there is none."""
     for name in ("unet", "transformer"):
         if (model := getattr(pipeline, name, None)) is not None:
             return model
@@ -81,34 +79,48 @@ def denoiser_of(pipeline: Any) -> Any:
 
 
 def models_of(pipeline: Any) -> dict[str, torch.nn.Module]:
-    """The pipeline's models by the names of its components."""
+    """The pipeline's models by component name."""
     return {k: v for k, v in pipeline.components.items() if isinstance(v, torch.nn.Module)}
 
 
-def parameters_of(kind: Any) -> Mapping[str, inspect.Parameter]:
-    """What calling a pipeline of this class takes."""
-    return inspect.signature(kind.__call__).parameters
+def parameters_of(cls: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the `__call__` of a pipeline class, by name."""
+    return inspect.signature(cls.__call__).parameters
+
+
+def _silence_libraries() -> None:
+    """Turn off the progress bars of diffusers and transformers, and their log below errors."""
+    # CLIP's tokenization would log the part of a prompt that it truncates.
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _pipeline_class(index: Mapping[str, Any], config: BaseRunnerConfig) -> Any:
     """Raises: UnsafeModel, ConfigError."""
-    # Not at the top: its own import would warn of packages that nothing here needs.
+    # Not at the top: the import warns of missing optional packages unless the log is silenced.
     from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 
     name = index.get("_class_name")
     if not isinstance(name, str):
-        raise UnsafeModel(f"{INDEX} names a pipeline class of its own, which would be code")
-    kind = getattr(diffusers, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise UnsafeModel(f"{INDEX} names a custom pipeline class, which would be code")
+    cls = getattr(diffusers, name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, diffusers.DiffusionPipeline)):
         raise ConfigError(
             f"{config.name} is a {name}, which diffusers {diffusers.__version__} lacks"
         )
-    known = {known.__name__ for known in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
-    if name not in known or "ControlNet" in name or not parameters_of(kind).keys() >= NEEDED:
+    text_to_image = {known.__name__ for known in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+    if (
+        name not in text_to_image
+        or "ControlNet" in name
+        or not parameters_of(cls).keys() >= REQUIRED_PARAMETERS
+    ):
         raise ConfigError(
-            f"{config.name} is a {name}, which does not paint from a prompt alone, step by step"
+            f"{config.name} is a {name}, which does not generate images from a prompt alone in "
+            "denoising steps"
         )
-    return kind
+    return cls
 
 
 def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
@@ -118,50 +130,48 @@ def _refuse_code(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def _model_classes(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes of the pipeline's models by the names of its components.
-
-    Raises: IncompleteModel.
-    """
-    from diffusers.pipelines import stable_diffusion  # as in `_pipeline_class`
+    """The classes of the pipeline's models by component name. Raises: IncompleteModel."""
+    from diffusers.pipelines import stable_diffusion  # not at the top, as in `_pipeline_class`
 
     libraries = LIBRARIES | {"stable_diffusion": stable_diffusion}
-    found: dict[str, Any] = {}
+    classes: dict[str, Any] = {}
     for name, value in index.items():
         if not (isinstance(value, list) and len(value) == 2 and value[0] in libraries):
             continue
-        kind = getattr(libraries[value[0]], str(value[1]), None)
-        if not (inspect.isclass(kind) and issubclass(kind, MODELS)):
+        cls = getattr(libraries[value[0]], str(value[1]), None)
+        if not (inspect.isclass(cls) and issubclass(cls, MODEL_CLASSES)):
             continue
         if not (folder / name).is_dir():
             raise IncompleteModel(f"{name} is missing, which {INDEX} names")
-        found[name] = kind
-    return found
+        classes[name] = cls
+    return classes
 
 
 def _dtype(config: BaseRunnerConfig, weights: Weights, *, on_cpu: bool) -> torch.dtype:
-    # The denoiser's: some pipelines keep another part in a wider type.
-    files = [p for part in ("unet", "transformer", *weights.kinds) for p in weights.files(part)]
+    # The denoiser's files come first: some pipelines store other models in a wider type.
+    names = ("unet", "transformer", *weights.classes)
+    files = [path for name in names for path in weights.files(name)]
     if not files:
         raise IncompleteModel(f"{config.name} has no safetensors in the folders of its components")
     stored = dtype_in(files[0]) or torch.float32
-    chosen = choose_dtype(config.dtype, stored, on_cpu=on_cpu)
-    return stored if isinstance(chosen, str) else chosen
+    dtype = choose_dtype(config.dtype, stored, on_cpu=on_cpu)
+    return stored if isinstance(dtype, str) else dtype
 
 
-def _wants_wide_vae(kind: Any, folder: Path, dtype: torch.dtype) -> bool:
-    """Whether a pipeline would decode in float32 what it computed in float16.
+def _needs_float32_vae(cls: Any, folder: Path, dtype: torch.dtype) -> bool:
+    """Whether a float16 pipeline decodes in float32.
 
-    It would widen its VAE, decode, and narrow it again, all while others use the same VAE. If that
-    is in float32 already, it leaves it alone.
+    Such a pipeline casts its VAE to float32, decodes, and casts it back, while other images use the
+    same VAE. It does nothing to a VAE that is loaded in float32.
     """
-    if dtype != torch.float16 or not hasattr(kind, "upcast_vae"):
+    if dtype != torch.float16 or not hasattr(cls, "upcast_vae"):
         return False
     return bool(read_json(folder / "vae" / "config.json").get("force_upcast", True))
 
 
-def _widening(decode: Callable[..., Any]) -> Callable[..., Any]:
+def _with_float32_latents(decode: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(decode)
-    def widened(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def decode_float32(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return decode(latents.float(), *args, **kwargs)
 
-    return widened
+    return decode_float32

@@ -1,4 +1,8 @@
-"""ImageProgram: what a rank runs for an image model: messages in, denoising steps, events out."""
+"""ImageProgram: the program of a rank with an image model.
+
+It takes requests from the host, runs denoising steps and emits events. Made by
+`runners.engines.images` and called by the rank's loop (`runners.rank.worker`).
+"""
 
 from __future__ import annotations
 
@@ -24,8 +28,8 @@ from runners.contracts.errors import (
 )
 from runners.contracts.images import MAX_PIXELS, ImageEvent, ImageModelInfo, ImageRequest
 from runners.contracts.runner import RunnerState
-from runners.images.executor import Studio, gated
-from runners.images.generator import Painter
+from runners.images.executor import BatchExecutor, batched
+from runners.images.generator import ImageGenerator
 from runners.images.pipeline import denoiser_of, models_of, parameters_of
 from runners.images.schedulers import Schedulers
 from runners.protocol.messages import (
@@ -40,25 +44,25 @@ from runners.protocol.messages import (
 from runners.rank.inbox import Inbox
 from runners.rank.program import Occupancy, RankContext, RankProgram
 
-logger = logging.getLogger("triptych.imaging")
+logger = logging.getLogger("triptych.images")
 
 
 class ImageProgram(RankProgram):
-    """Generates the images of a text-to-image model."""
+    """Generates the images of a text-to-image model, up to `max_batch` at a time."""
 
     def __init__(
         self,
         *,
         info: ImageModelInfo,
-        painter: Painter,
+        generator: ImageGenerator,
         max_batch: int,
         emit: Callable[[RankMessage], None],
     ) -> None:
         self._info = info
-        self._painter = painter
+        self._generator = generator
         self._max_batch = max_batch
         self._emit = emit
-        self._studio = Studio()
+        self._executor = BatchExecutor()
         self._waiting: deque[ImageRequest] = deque()
         self._inbox = Inbox[ImageRequest | Abort]()
         self._events: list[ImageEvent] = []
@@ -86,53 +90,59 @@ class ImageProgram(RankProgram):
 
     @override
     def step(self) -> None:
-        for item in self._inbox.take(wait=not (len(self._studio) or self._waiting)):
+        for item in self._inbox.take(wait=not (len(self._executor) or self._waiting)):
             if isinstance(item, ImageRequest):
                 self._waiting.append(item)
             else:
-                self._drop(item.request_id)
-        # Images are computed without gradients, in this thread and nowhere else.
+                self._abort(item.request_id)
+        # This is a setting of the thread, and the rank's loop runs every step in the same one.
         torch.set_grad_enabled(False)
-        while self._waiting and len(self._studio) < self._max_batch:
-            self._begin(self._waiting.popleft())
-        self._studio.step()
-        self._tell()
+        while self._waiting and len(self._executor) < self._max_batch:
+            self._start(self._waiting.popleft())
+        self._executor.step()
+        self._emit_events()
 
     @override
     def occupancy(self) -> Occupancy:
-        return Occupancy(running=len(self._studio), waiting=len(self._waiting))
+        return Occupancy(running=len(self._executor), waiting=len(self._waiting))
 
-    def _drop(self, request_id: str) -> None:
-        self._studio.stop(request_id)
+    def _abort(self, request_id: str) -> None:
+        self._executor.abort(request_id)
         self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
 
-    def _tell(self) -> None:
-        """All that happened, in its order; pixels each in a message of their own."""
-        for pixels, events in itertools.groupby(self._events, key=_has_pixels):
-            for part in ([event] for event in events) if pixels else [list(events)]:
-                self._emit(Events(list(part)))
+    def _emit_events(self) -> None:
+        """Emit the events of the step in order, those with pixels in separate messages."""
+        for has_pixels, group in itertools.groupby(self._events, key=_has_pixels):
+            events = list(group)
+            size = 1 if has_pixels else len(events)
+            for start in range(0, len(events), size):
+                self._emit(Events([*events[start : start + size]]))
         self._events = []
 
-    def _begin(self, request: ImageRequest) -> None:
-        def work() -> None:
+    def _start(self, request: ImageRequest) -> None:
+        def run() -> None:
             try:
-                self._painter.paint(request, lambda event: self._events.append(event))
-            except torch.AcceleratorError:  # after which the device computes nothing any more
+                self._generator.generate(request, lambda event: self._events.append(event))
+            except torch.AcceleratorError:  # the device computes nothing afterwards
                 raise
-            except Exception as error:  # one picture's trouble must not end the rank
+            except Exception as error:  # one image's error must not end the rank
                 if not isinstance(error, TriptychError):
-                    logger.error("a picture failed with %s", type(error).__name__)
+                    logger.error(
+                        "an image failed with %s",
+                        type(error).__name__,
+                        extra={"request_id": request.request_id},
+                    )
                 self._emit(request_failed(request.request_id, error))
 
-        self._studio.begin(request.request_id, work)
+        self._executor.start(request.request_id, run)
 
 
 def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
-    """Wrap a placed pipeline: gate its models and measure its limits. Raises: ConfigError."""
+    """Make the program of a placed pipeline and generate a first image. Raises: ConfigError."""
     config = context.config
-    assert isinstance(config, ImageConfig)  # noqa: S101 - the engines checked it
+    assert isinstance(config, ImageConfig)  # noqa: S101 - `runners.engines.images` checked it
     if config.attention_slicing:
-        # One head after the other; the default is two halves of them.
+        # Head by head; the default would be two slices of half the heads.
         pipeline.enable_attention_slicing("max")
     vae = getattr(pipeline, "vae", None)
     if vae is not None and config.vae_slicing:
@@ -140,39 +150,41 @@ def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
     if vae is not None and config.vae_tiling:
         vae.enable_tiling()
     schedulers = Schedulers(pipeline.scheduler)
-    info = _info(config, pipeline, schedulers)
-    _gate(pipeline)
-    context.progress(RunnerState.WARMUP, "painting a first picture")
-    painter = Painter(pipeline, schedulers, _defaults(config))
-    _warm_up(painter, info)
+    info = _model_info(config, pipeline, schedulers)
+    _batch_model_calls(pipeline)
+    context.progress(RunnerState.WARMUP, "generating a first image")
+    generator = ImageGenerator(pipeline, schedulers, _defaults(config))
+    _warm_up(generator, info)
     return ImageProgram(
-        info=info, painter=painter, max_batch=config.max_batch_images, emit=context.emit
+        info=info, generator=generator, max_batch=config.max_batch_images, emit=context.emit
     )
 
 
 def _defaults(config: ImageConfig) -> dict[str, object]:
-    """What the config has for requests that name nothing, no more steps than it allows."""
-    steps, guidance = config.num_inference_steps, config.guidance_scale
-    defaults = {
-        "num_inference_steps": steps and min(steps, config.max_inference_steps),
-        "guidance_scale": guidance,
-    }
-    return {name: value for name, value in defaults.items() if value is not None}
+    """The config's defaults for a request, with no more steps than it allows."""
+    defaults: dict[str, object] = {}
+    if config.num_inference_steps is not None:
+        defaults["num_inference_steps"] = min(
+            config.num_inference_steps, config.max_inference_steps
+        )
+    if config.guidance_scale is not None:
+        defaults["guidance_scale"] = config.guidance_scale
+    return defaults
 
 
-def _gate(pipeline: Any) -> None:
-    """Have every call of the pipeline's models wait for the studio."""
+def _batch_model_calls(pipeline: Any) -> None:
+    """Wrap the calls of the pipeline's models by `batched`."""
     for name, model in models_of(pipeline).items():
-        if name != "safety_checker":  # which is called with lists of its own
-            model.forward = gated(model.forward)
+        if name != "safety_checker":  # it returns a list with an item per row, not a tensor
+            model.forward = batched(model.forward)
         if callable(decode := getattr(model, "decode", None)):
-            # Its decoding draws no random numbers, though it takes a generator.
+            # AutoencoderKL accepts a random generator for decoding but does not use it.
             unused = {"generator"} if isinstance(model, AutoencoderKL) else ()
-            model.decode = gated(decode, but=frozenset(unused))
+            model.decode = batched(decode, ignored_kwargs=frozenset(unused))
 
 
-def _warm_up(painter: Painter, info: ImageModelInfo) -> None:
-    """A short picture before the first client's: a pipeline that can not paint says so now.
+def _warm_up(generator: ImageGenerator, info: ImageModelInfo) -> None:
+    """Generate an image of two steps, so that a pipeline that cannot do so fails at start.
 
     Raises: ConfigError.
     """
@@ -185,7 +197,7 @@ def _warm_up(painter: Painter, info: ImageModelInfo) -> None:
     )
     try:
         with torch.no_grad(), contextlib.suppress(ContentFiltered):
-            painter.paint(request, lambda event: None)
+            generator.generate(request, lambda event: None)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
@@ -194,12 +206,15 @@ def _warm_up(painter: Painter, info: ImageModelInfo) -> None:
         ) from error
 
 
-def _info(config: ImageConfig, pipeline: Any, schedulers: Schedulers) -> ImageModelInfo:
+def _model_info(config: ImageConfig, pipeline: Any, schedulers: Schedulers) -> ImageModelInfo:
     denoiser = denoiser_of(pipeline)
     parameters = parameters_of(type(pipeline))
     guidance = config.guidance_scale
     if guidance is None:
         guidance = getattr(parameters.get("guidance_scale"), "default", None)
+    steps = config.num_inference_steps
+    if steps is None:
+        steps = parameters["num_inference_steps"].default
     height, width, multiple = _sizes(pipeline, denoiser)
     models = models_of(pipeline).values()
     return ImageModelInfo(
@@ -210,14 +225,11 @@ def _info(config: ImageConfig, pipeline: Any, schedulers: Schedulers) -> ImageMo
         devices=sorted({str(p.device) for model in models for p in model.parameters()}),
         height=height,
         width=width,
-        num_inference_steps=min(
-            config.num_inference_steps or parameters["num_inference_steps"].default,
-            config.max_inference_steps,
-        ),
-        guidance_scale=float(guidance or 0.0),
-        scheduler=schedulers.default,
+        num_inference_steps=min(steps, config.max_inference_steps),
+        guidance_scale=0.0 if guidance is None else float(guidance),
+        scheduler=schedulers.default_name,
         schedulers=schedulers.names,
-        # Where it has a scale of its own, it does nothing without that.
+        # Where it has a separate guidance scale, it has no effect without that.
         takes_negative_prompt="negative_prompt" in parameters
         and "true_cfg_scale" not in parameters,
         size_multiple=multiple,
@@ -228,21 +240,21 @@ def _info(config: ImageConfig, pipeline: Any, schedulers: Schedulers) -> ImageMo
 
 
 def _sizes(pipeline: Any, denoiser: Any) -> tuple[int, int, int]:
-    """The pipeline's own height and width, and what both must be multiples of, in pixels."""
+    """Default height, default width, and the number both must be multiples of, in pixels."""
     scale = getattr(pipeline, "vae_scale_factor", 8)
     latent = getattr(pipeline, "default_sample_size", None) or denoiser.config.sample_size
     height, width = latent if isinstance(latent, (list, tuple)) else (latent, latent)
-    # Transformers take latents by patches of at least two by two.
-    patch = (
-        max(2, getattr(denoiser.config, "patch_size", 2)) if hasattr(pipeline, "transformer") else 1
-    )
+    patch = 1
+    if hasattr(pipeline, "transformer"):
+        # Transformers take latents in patches of at least two by two.
+        patch = max(2, getattr(denoiser.config, "patch_size", 2))
     return height * scale, width * scale, max(8, scale * patch)
 
 
 def _max_side(pipeline: Any, denoiser: Any, multiple: int) -> int | None:
-    """Longest side in pixels of a model whose positions are a table that it cuts pieces from.
+    """Maximum side in pixels of a model with a table of position embeddings; None if it has none.
 
-    The table holds a vector for each patch of a square: so have it Stable Diffusion 3 and AuraFlow.
+    The table of Stable Diffusion 3 and AuraFlow has a row for each patch of a square image.
     """
     embedding: Any = getattr(denoiser, "pos_embed", None)
     if not getattr(embedding, "pos_embed_max_size", None):

@@ -1,4 +1,7 @@
-"""Schedulers by their usual names, as far as they fit a pipeline."""
+"""Schedulers by their usual names, as far as they are compatible with a pipeline.
+
+Used by the image program and its generator, in rank processes.
+"""
 
 from __future__ import annotations
 
@@ -26,33 +29,33 @@ NAMES = {
 
 
 class Schedulers:
-    """The schedulers a pipeline can be run with."""
+    """The schedulers that a pipeline can use; `default` is the one it was loaded with."""
 
-    def __init__(self, own: Any) -> None:
-        self._own = own
-        compatible = {type(own).__name__} | {cls.__name__ for cls in own.compatibles}
+    def __init__(self, default: Any) -> None:
+        self._default = default
+        compatible = {cls.__name__ for cls in default.compatibles}
         self.names = [
             name
-            for name, kind in NAMES.items()
-            if kind == type(own).__name__
-            or (kind in compatible and self._works(getattr(diffusers, kind)))
+            for name, class_name in NAMES.items()
+            if class_name == type(default).__name__
+            or (class_name in compatible and self._is_usable(getattr(diffusers, class_name)))
         ]
 
     @property
-    def default(self) -> str:
-        """The name of the pipeline's own; empty if it has none here."""
-        kind = type(self._own).__name__
-        return next((name for name, known in NAMES.items() if known == kind), "")
+    def default_name(self) -> str:
+        """The name of the pipeline's default scheduler; empty if it has none in `NAMES`."""
+        default = type(self._default).__name__
+        return next((name for name, class_name in NAMES.items() if class_name == default), "")
 
     def make(self, name: str | None) -> Any:
-        """A new scheduler, which keeps the state of one picture, set up as the pipeline's own."""
-        kind = getattr(diffusers, NAMES[name]) if name else type(self._own)
-        return kind.from_config(self._own.config)
+        """A new scheduler for one image, configured as the default one; None makes a default."""
+        cls = getattr(diffusers, NAMES[name]) if name else type(self._default)
+        return cls.from_config(self._default.config)
 
-    def _works(self, kind: Any) -> bool:
-        # Some need packages that are not there, some refuse what another is set up with.
+    def _is_usable(self, cls: Any) -> bool:
+        # Some need packages that are not installed, some reject another scheduler's config.
         try:
-            kind.from_config(self._own.config).set_timesteps(4)
+            cls.from_config(self._default.config).set_timesteps(4)
         except Exception:
             return False
         return True

@@ -1,4 +1,5 @@
-"""Tasks of one forward: `transformers` pipelines, and what it no longer has, question answering.
+"""Models for tasks of one forward, such as fill-mask.
 
-`program` gathers the inputs that wait and runs them together. Imported in rank processes only.
+`pipelines` runs the pipelines of transformers; `question_answering` the task that transformers 5
+has none for. `program` batches the waiting requests. Imported in rank processes only.
 """

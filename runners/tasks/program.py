@@ -1,4 +1,8 @@
-"""TaskProgram: the program of a rank with a model for a pipeline task."""
+"""TaskProgram: the program of a rank with a model for a task of one forward.
+
+It takes requests from the host, batches them and emits results. Made by `runners.engines.tasks` and
+called by the rank's loop (`runners.rank.worker`).
+"""
 
 from __future__ import annotations
 
@@ -28,19 +32,19 @@ logger = logging.getLogger("triptych.tasks")
 
 
 class Task(Protocol):
-    """A loaded model that does one thing."""
+    """A loaded model for one task."""
 
     def check(self, request: TaskRequest) -> None:
-        """Raises: InvalidRequest or ContextLengthExceeded for what it can not take."""
+        """Check a request before it is accepted. Raises: InvalidRequest, ContextLengthExceeded."""
         ...
 
     def run(self, requests: Sequence[TaskRequest]) -> list[list[Finding]]:
-        """The findings of checked requests, which have the same options, in their order."""
+        """The findings for each request, in order. All were checked and have the same options."""
         ...
 
 
 class TaskProgram(RankProgram):
-    """Runs one of the pipeline tasks: one forward for all inputs that wait."""
+    """Runs the waiting requests of a task together, up to `batch_size` at a time."""
 
     def __init__(
         self,
@@ -56,7 +60,7 @@ class TaskProgram(RankProgram):
         self._emit = emit
         self._inbox = Inbox[TaskRequest]()
         self._aborted: set[str] = set()
-        self._present: set[str] = set()
+        self._active: set[str] = set()
         self._running = 0
 
     @property
@@ -68,9 +72,9 @@ class TaskProgram(RankProgram):
     def receive(self, message: HostMessage) -> None:
         match message:
             case Submit(TaskRequest() as request):
-                self._present.add(request.request_id)
+                self._active.add(request.request_id)
                 self._inbox.put(request)
-            case Abort(request_id) if request_id in self._present:
+            case Abort(request_id) if request_id in self._active:
                 self._aborted.add(request_id)
 
     @override
@@ -83,18 +87,18 @@ class TaskProgram(RankProgram):
         self._running = len(batch)
         requests = [r for r in batch if r.request_id not in self._aborted and self._accept(r)]
         while requests:
-            alike = [r for r in requests if r.options == requests[0].options]
-            requests = [r for r in requests if r.options != requests[0].options]
-            self._run(alike)
+            options = requests[0].options
+            self._run([r for r in requests if r.options == options])
+            requests = [r for r in requests if r.options != options]
         for request in batch:
-            self._present.discard(request.request_id)
+            self._active.discard(request.request_id)
             self._aborted.discard(request.request_id)
         self._running = 0
 
     def _accept(self, request: TaskRequest) -> bool:
         try:
             self._task.check(request)
-        except Exception as error:  # whatever a tokenizer raises concerns this input only
+        except Exception as error:  # a tokenizer's error must not end the rank
             self._emit(request_failed(request.request_id, error))
             return False
         self._emit(Accepted(request.request_id))
@@ -105,13 +109,13 @@ class TaskProgram(RankProgram):
             with torch.inference_mode():
                 results = self._task.run(requests)
         except Exception as error:
-            if len(requests) > 1:  # one of them, or all of them together, is too much
+            if len(requests) > 1:  # one may be at fault, or the batch too large
                 for request in requests:
                     self._run([request])
                 return
             if not isinstance(error, TriptychError):
                 logger.error(
-                    "an input failed with %s",
+                    "a request failed with %s",
                     type(error).__name__,
                     extra={"request_id": requests[0].request_id},
                 )

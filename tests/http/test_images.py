@@ -18,7 +18,7 @@ import openai
 import pytest
 from PIL import Image
 
-from tests.support.painting import Pixels, difference, plain, wish
+from tests.support.images import Pixels, difference, diffusers_image, image_request
 from tests.support.processes import ranks_below, wait_until
 from tests.support.server import Server
 
@@ -43,8 +43,9 @@ def images(image_model: Path, bentoml_home: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def right(image_model: Path) -> list[Pixels]:
-    """What diffusers alone paints for `ASK` and the two seeds after it."""
-    return [plain(image_model, wish(ASK["prompt"], seed=seed)) for seed in (3, 4, 5)]
+    """What diffusers alone generates for `ASK` and the two seeds after it."""
+    requests = [image_request(ASK["prompt"], seed=seed) for seed in (3, 4, 5)]
+    return [diffusers_image(image_model, request) for request in requests]
 
 
 def opened(content: bytes) -> Pixels:

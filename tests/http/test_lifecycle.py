@@ -89,7 +89,7 @@ def test_a_start_with_a_wrong_choice_names_it(
     assert "a model for text-generation: choose it with TRIPTYCH_TEXT_MODEL" in misplaced
     folder = shutil.copytree(text_model, tmp_path / "wrong")
     (folder / "setup_config.json").write_text('{"engine": "steam"}')
-    assert "engine must be one of" in refused(store, TRIPTYCH_TEXT_MODEL=str(folder))
+    assert "engine: must be one of" in refused(store, TRIPTYCH_TEXT_MODEL=str(folder))
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ async def test_a_stopped_rank_is_taken_for_hung(model: Path) -> None:
         [rank] = own_ranks()
         os.kill(rank.pid, signal.SIGSTOP)
         reason = await went_down(runner, timeout=6)
-        assert reason == "rank 0 hangs: no sign of life for 3 s"
+        assert reason == "rank 0 hangs: no heartbeat for 3 s"
         await wait_ready(runner)
         assert alive([rank]) == []
 

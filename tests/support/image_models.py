@@ -16,13 +16,13 @@ from demo_models.image.tokenizer import train_tokenizer
 
 PROMPTS = ("a red circle", "a large blue square on the left", "two rings and a cross")
 SIDE = 32
-"""Width and height that most of these pipelines paint by default, in pixels."""
+"""Default width and height of most of these pipelines, in pixels."""
 
 
-def write_image_model(kind: str, folder: Path) -> Path:
-    """A pipeline of one of `KINDS`; its weights are the same each time."""
+def write_image_model(family: str, folder: Path) -> Path:
+    """Write a pipeline of one of `FAMILIES`; its weights are the same each time."""
     torch.manual_seed(0)
-    KINDS[kind](folder.parent / f"{folder.name}-tokenizer").save_pretrained(folder)
+    FAMILIES[family](folder.parent / f"{folder.name}-tokenizer").save_pretrained(folder)
     return folder
 
 
@@ -31,8 +31,8 @@ def _clip_tokenizer(scratch: Path) -> Any:
 
 
 def _clip(tokenizer: Any, *, projected: bool = False) -> Any:
-    kind = tf.CLIPTextModelWithProjection if projected else tf.CLIPTextModel
-    return kind(
+    cls = tf.CLIPTextModelWithProjection if projected else tf.CLIPTextModel
+    return cls(
         tf.CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=32,
@@ -162,7 +162,7 @@ def _pixart(scratch: Path) -> Any:
     tokenizer, t5 = _t5()
     return df.PixArtAlphaPipeline(
         transformer=df.PixArtTransformer2DModel(
-            sample_size=32,  # it knows some sizes only, and paints in the nearest of them
+            sample_size=32,  # generates only some sizes, and resizes the nearest of them
             num_layers=2,
             patch_size=2,
             attention_head_dim=8,
@@ -205,8 +205,8 @@ def _flux(scratch: Path) -> Any:
     )
 
 
-def add_safety_checker(folder: Path, *, objects: bool) -> None:
-    """Give a Stable Diffusion a safety checker, which objects to all pictures or to none."""
+def add_safety_checker(folder: Path, *, rejects: bool) -> None:
+    """Give a Stable Diffusion a safety checker that rejects all images or none."""
     from diffusers.pipelines.stable_diffusion.safety_checker import (
         StableDiffusionSafetyChecker,
     )
@@ -224,7 +224,7 @@ def add_safety_checker(folder: Path, *, objects: bool) -> None:
     )
     checker: Any = StableDiffusionSafetyChecker(config)
     for bounds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
-        bounds.data.fill_(-2.0 if objects else 2.0)  # of cosines
+        bounds.data.fill_(-2.0 if rejects else 2.0)  # of cosines
     checker.save_pretrained(folder / "safety_checker")
     side = {"shortest_edge": SIDE}
     extractor = tf.CLIPImageProcessorPil(size=side, crop_size={"height": SIDE, "width": SIDE})
@@ -238,7 +238,7 @@ def add_safety_checker(folder: Path, *, objects: bool) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-KINDS: dict[str, Callable[[Path], Any]] = {
+FAMILIES: dict[str, Callable[[Path], Any]] = {
     "stable-diffusion": _stable_diffusion,
     "stable-diffusion-xl": _stable_diffusion_xl,
     "stable-diffusion-3": _stable_diffusion_3,

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from runners.contracts.tasks import PipelineTask
 
-SPELLED = (
+TEXT = (
     "the cat sat on a mat and looked at dog who lives in paris with anna she sings where does is "
     "it warm very good bad what home ##s ##ing"
 )
-WORDS = SPELLED.split()
+WORDS = TEXT.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [
     *SPECIAL,
@@ -41,7 +41,7 @@ _SIZES: dict[str, Any] = {
 }
 CONFIGS: dict[str, Any] = {
     "bert": lambda: tf.BertConfig(**_SIZES, max_position_embeddings=POSITIONS, pad_token_id=0),
-    # Counts its positions from behind the padding token's.
+    # Its positions start after the padding token's id.
     "roberta": lambda: tf.RobertaConfig(
         **_SIZES, max_position_embeddings=POSITIONS + 1, pad_token_id=0, type_vocab_size=2
     ),
@@ -49,7 +49,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def write_wordpiece_tokenizer(folder: Path) -> None:
-    """BERT's kind of tokenizer over a vocabulary of our own."""
+    """A WordPiece tokenizer like BERT's, over `VOCABULARY`."""
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -68,7 +68,7 @@ def write_wordpiece_tokenizer(folder: Path) -> None:
 
 
 def write_task_model(task: PipelineTask, folder: Path, *, family: str = "bert") -> Path:
-    """A model folder with a head for `task`. Weights are seeded."""
+    """Write a model with a head for `task`; its weights are the same each time."""
     torch.manual_seed(len(task))
     config = CONFIGS[family]()
     if task in ("token-classification", "text-classification"):
@@ -85,6 +85,6 @@ def write_task_model(task: PipelineTask, folder: Path, *, family: str = "bert") 
 
 
 def pipeline_of(task: str, folder: Path) -> Any:
-    """`transformers.pipeline` itself."""
+    """The `transformers.pipeline` of a task."""
     make: Any = tf.pipeline
     return make(task, model=str(folder))

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, on a timeline whose numbers are known."""
+"""The benchmarks' arithmetic, on a known timeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import limit, report, results, workload
-from benchmarks.client import RequestFailed, run_arrivals, run_closed_loop
+from benchmarks.client import RequestFailed, run_closed_loop, run_poisson
 from benchmarks.metrics import Record, Window, gaps, percentile, spread, summarise, time_per_token
 from benchmarks.processes import ProcessTree
 from benchmarks.servers import SERVERS
@@ -54,7 +54,7 @@ def test_requests_are_of_known_size() -> None:
         assert workload.OUTPUT_TOKENS[0] <= request.output_tokens <= workload.OUTPUT_TOKENS[1]
 
 
-def test_arrivals_have_their_rate() -> None:
+def test_poisson_requests_have_the_configured_rate() -> None:
     requests = workload.poisson(WORDS, rate=4.0, count=4000)
     times = [r.at for r in requests]
     assert times[0] == 0
@@ -76,11 +76,11 @@ def test_a_list_has_more_requests_than_clients() -> None:
 
 def test_tokens_are_spread_over_the_events() -> None:
     assert record(0, 1, 2, 3, 4).tokens_within(0, 2.5) == 2
-    # Two events that held two tokens each.
+    # Two events with two tokens each.
     assert record(0, 1, 3).tokens_within(0, 2.5) == 2
 
 
-def test_an_answer_in_one_piece_is_spread_over_its_duration() -> None:
+def test_tokens_without_streaming_are_spread_over_the_duration() -> None:
     whole = record(10, tokens=4, end=18)
     assert whole.tokens_within(10, 14) == 2
     assert whole.tokens_within(0, 12) == 1
@@ -103,7 +103,7 @@ def test_a_summary_of_a_known_timeline() -> None:
     assert (summary.requests, summary.failed, summary.problems) == (3, 0, [])
 
 
-def test_failed_and_short_answers_are_counted_and_give_no_tokens() -> None:
+def test_failed_and_short_responses_are_counted_and_give_no_tokens() -> None:
     failed = record(0, 1, 2)
     failed.error = "TimeoutError: "
     short = record(0, 1, 2, 3, tokens=3)
@@ -180,10 +180,10 @@ async def test_a_closed_loop_keeps_its_clients_busy_and_ends_the_window_at_the_l
     assert max(r.sent for r in records) <= window.end < last
 
 
-async def test_arrivals_do_not_wait_for_answers() -> None:
+async def test_poisson_requests_do_not_wait_for_responses() -> None:
     requests = [workload.Request("x", 1, 20, at=0.01 * i) for i in range(4)]
     echo = Echo()
-    records, window = await run_arrivals("", echo, requests, tree=ProcessTree(os.getpid()))
+    records, window = await run_poisson("", echo, requests, tree=ProcessTree(os.getpid()))
     assert echo.most == 4
     assert all(r.problem is None for r in records)
     assert window.seconds < min(r.end for r in records) - window.start
@@ -200,7 +200,7 @@ def cell(server: str, load: int, number: int, speed: float, **fields: Any) -> re
 
 
 def test_a_report_compares_round_by_round() -> None:
-    found: results.Results = {
+    data: results.Results = {
         "cells": [
             cell("triptych", 4, 1, 20.0),
             cell("triptych", 4, 2, 30.0),
@@ -210,20 +210,20 @@ def test_a_report_compares_round_by_round() -> None:
         ],
         "unavailable": {"openvino-f32": "no such package"},
     }
-    text = report.render(found)
+    text = report.render(data)
     assert "| triptych / static | 2.50 (2.00 - 3.00) |" in text
-    assert "triptych / llama.cpp-q8" not in text, "8-bit weights are compared among themselves"
+    assert "triptych / llama.cpp-q8" not in text, "8-bit weights are compared only with one another"
     assert "`static` at 4 (wall, round 2): 1 of 1 failed: 500: no" in text
     assert "`openvino-f32` is missing: no such package" in text
 
 
 def test_another_run_replaces_what_it_measures_and_keeps_the_rest(tmp_path: Path) -> None:
-    found: results.Results = {
+    data: results.Results = {
         "cells": [cell("triptych", 1, 1, 1.0), cell("static", 1, 1, math.nan)],
         "versions": {"triptych": "1", "static": "2"},
     }
-    results.replace_cells(found, ["triptych"])
-    results.save(found, tmp_path / "results.json")
+    results.replace_cells(data, ["triptych"])
+    results.save(data, tmp_path / "results.json")
     json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     again = results.load(tmp_path / "results.json")
     assert [c["server"] for c in again["cells"]] == ["static"]
@@ -232,5 +232,5 @@ def test_another_run_replaces_what_it_measures_and_keeps_the_rest(tmp_path: Path
     assert math.isnan(results.values(again, "tokens_per_second", **where)[0])
 
 
-def test_every_server_has_a_name_of_its_own() -> None:
+def test_server_names_are_unique() -> None:
     assert [server.name for server in SERVERS.values()] == list(SERVERS)

@@ -1,4 +1,4 @@
-"""What of a pipeline's folder is loaded and what refused, before anything paints."""
+"""Which folders are loaded as pipelines, which weights, and what is refused."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ WEIGHTS = {
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_image_model("stable-diffusion", tmp_path_factory.mktemp("images") / "tiny-sd")
 
 
 @pytest.fixture
-def folder(whole: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    return shutil.copytree(whole, tmp_path / "odd")
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return shutil.copytree(pristine, tmp_path / "odd")
 
 
 def load(folder: Path, options: dict[str, object] | None = None, *, on_cpu: bool = True) -> Any:
@@ -42,7 +42,7 @@ def load(folder: Path, options: dict[str, object] | None = None, *, on_cpu: bool
 
 
 @pytest.mark.parametrize(
-    ("index", "file", "said"),
+    ("index", "file", "reason"),
     [
         ({}, "unet/pipeline.py", "is code"),
         ({"_class_name": ["pipeline", "Mine"]}, None, "would be code"),
@@ -52,33 +52,33 @@ def load(folder: Path, options: dict[str, object] | None = None, *, on_cpu: bool
         ({"image_encoder": ["transformers", "CLIPVisionModel"]}, None, "image_encoder is missing"),
     ],
 )
-def test_what_is_no_pipeline_of_diffusers_is_refused(
-    folder: Path, index: dict[str, object], file: str | None, said: str
+def test_a_folder_without_a_servable_pipeline_is_refused(
+    folder: Path, index: dict[str, object], file: str | None, reason: str
 ) -> None:
     content = json.loads((folder / "model_index.json").read_text()) | index
     (folder / "model_index.json").write_text(json.dumps(content))
     if file is not None:
         (folder / file).write_text("raise SystemExit")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=reason):
         load(folder)
 
 
 @pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}], ids=["placed later", "placed"])
-@pytest.mark.parametrize("part", WEIGHTS)
-def test_missing_weights_are_not_made_up(
-    folder: Path, part: str, options: dict[str, object]
+@pytest.mark.parametrize("component", WEIGHTS)
+def test_missing_weights_are_not_initialised_at_random(
+    folder: Path, component: str, options: dict[str, object]
 ) -> None:
-    file = folder / part / f"{WEIGHTS[part]}.safetensors"
+    file = folder / component / f"{WEIGHTS[component]}.safetensors"
     weights = load_file(file)
     missing = next(name for name in weights if name.endswith(("q_proj.weight", "conv_in.weight")))
     del weights[missing]
     save_file(weights, file)
-    with pytest.raises(IncompleteModel, match=f"{part} lacks 1 of the weights .* {missing}"):
+    with pytest.raises(IncompleteModel, match=f"{component} lacks 1 of the weights .* {missing}"):
         load(folder, options)
 
 
-def add_halves(folder: Path, *, alone: bool) -> None:
-    """Weights in float16 under the names that the hub has for them, beside the others or alone."""
+def add_float16(folder: Path, *, alone: bool) -> None:
+    """Add weights in float16 under the hub's names for them; `alone` removes the others."""
     for part, name in WEIGHTS.items():
         file = folder / part / f"{name}.safetensors"
         halves = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}
@@ -91,12 +91,12 @@ def add_halves(folder: Path, *, alone: bool) -> None:
 def test_a_variant_is_loaded_where_there_is_nothing_else(
     folder: Path, options: dict[str, object]
 ) -> None:
-    add_halves(folder, alone=True)
+    add_float16(folder, alone=True)
     assert load(folder, options, on_cpu=False).unet.dtype == torch.float16
 
 
 def test_the_dtype_is_that_of_the_files_that_are_loaded(folder: Path) -> None:
-    add_halves(folder, alone=False)
+    add_float16(folder, alone=False)
     assert load(folder, on_cpu=False).unet.dtype == torch.float32
 
 

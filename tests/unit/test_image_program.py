@@ -1,4 +1,4 @@
-"""Pictures of a program without its rank: every family's, in half precision, those refused."""
+"""The image program without its rank: every family, half precision, failures, refusals."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from diffusers.models.attention_processor import SlicedAttnProcessor
 from runners.contracts.images import MAX_PIXELS, ImageRequest
 from runners.protocol.channel import MAX_FRAME_BYTES
 from runners.protocol.messages import Events, Failed
-from tests.support.image_models import KINDS, PROMPTS, add_safety_checker, write_image_model
-from tests.support.imaging import Easels
-from tests.support.painting import difference, pixels_of, plain, wish
+from tests.support.image_models import FAMILIES, PROMPTS, add_safety_checker, write_image_model
+from tests.support.image_program import LocalImageProgram
+from tests.support.images import difference, diffusers_image, image_request, pixels_of
 
 SIZE = {"height": 64, "width": 64}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """For models this small, more threads only wait for each other."""
+    """Models this small run slower on more threads."""
     usual = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,106 +36,106 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def easels(folder: Path) -> Easels:
-    return Easels(folder)
+def program(folder: Path) -> LocalImageProgram:
+    return LocalImageProgram(folder)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_family_paints_as_diffusers_does(kind: str, tmp_path: Path) -> None:
-    folder = write_image_model(kind, tmp_path / kind)
-    easels = Easels(folder)
-    info = easels.info
-    assert info.architecture.lower().startswith(kind.replace("-", ""))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_generates_as_diffusers_does(family: str, tmp_path: Path) -> None:
+    folder = write_image_model(family, tmp_path / family)
+    program = LocalImageProgram(folder)
+    info = program.info
+    assert info.architecture.lower().startswith(family.replace("-", ""))
     assert info.scheduler in info.schedulers
-    wishes = [wish(prompt, seed=7 + i, **SIZE) for i, prompt in enumerate(PROMPTS)]
+    requests = [image_request(prompt, seed=7 + i, **SIZE) for i, prompt in enumerate(PROMPTS)]
     named = msgspec.structs.replace(
-        wishes[0], request_id="named", scheduler=info.scheduler, previews=1
+        requests[0], request_id="named", scheduler=info.scheduler, previews=1
     )
-    *pictures, again = easels.paint(*wishes, named)
-    for each, picture in zip(wishes, pictures, strict=True):
-        assert picture.std() > 1
-        assert difference(picture, plain(folder, each)) <= 1
-    assert difference(pictures[0], pictures[1]) > 1
-    assert difference(pictures[0], again) <= 1
-    [preview] = [event.preview for event in easels.events if event.preview is not None]
+    *images, again = program.generate(*requests, named)
+    for each, image in zip(requests, images, strict=True):
+        assert image.std() > 1
+        assert difference(image, diffusers_image(folder, each)) <= 1
+    assert difference(images[0], images[1]) > 1
+    assert difference(images[0], again) <= 1
+    [preview] = [event.preview for event in program.events if event.preview is not None]
     assert pixels_of(preview).shape == again.shape
 
 
-def test_half_precision_is_widened_for_the_decoding_alone(tmp_path: Path) -> None:
+def test_half_precision_is_decoded_in_float32(tmp_path: Path) -> None:
     """Stable Diffusion XL's VAE overflows in float16, so its pipeline decodes in float32."""
     folder = write_image_model("stable-diffusion-xl", tmp_path / "tiny-xl")
-    easels = Easels(folder, dtype="float16")
-    assert easels.info.dtype == "float16"
-    wishes = [wish(prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
-    right = [plain(folder, each, dtype=torch.float16) for each in wishes]
+    program = LocalImageProgram(folder, dtype="float16")
+    assert program.info.dtype == "float16"
+    requests = [image_request(prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
+    expected = [diffusers_image(folder, each, dtype=torch.float16) for each in requests]
 
     def all_alike(**fields: Any) -> None:
-        alone, together = ([fresh(each, **fields) for each in wishes] for _ in range(2))
-        pictures = [*(easels.paint(each)[0] for each in alone), *easels.paint(*together)]
-        assert all(difference(*pair) <= 1 for pair in zip(pictures, right * 2, strict=True))
+        alone, together = ([fresh(each, **fields) for each in requests] for _ in range(2))
+        images = [*(program.generate(each)[0] for each in alone), *program.generate(*together)]
+        assert all(difference(*pair) <= 1 for pair in zip(images, expected * 2, strict=True))
 
     all_alike()
-    left = wish()
-    easels.submit(left)
-    while not any(e.request_id == left.request_id and e.step == e.steps for e in easels.events):
-        easels.step()
-    easels.abort(left)  # which waits for its decoding
-    easels.step()
-    assert easels.end_of(left) is None
+    aborted = image_request()
+    program.submit(aborted)
+    while not any(e.request_id == aborted.request_id and e.step == e.steps for e in program.events):
+        program.step()
+    program.abort(aborted)  # whose decoding is pending
+    program.step()
+    assert program.result_of(aborted) is None
     all_alike()
     all_alike(previews=2)
-    assert sum(event.preview is not None for event in easels.events) == 4 * len(wishes)
+    assert sum(event.preview is not None for event in program.events) == 4 * len(requests)
 
 
 def fresh(request: ImageRequest, **fields: Any) -> ImageRequest:
-    return msgspec.structs.replace(request, request_id=wish().request_id, **fields)
+    return msgspec.structs.replace(request, request_id=image_request().request_id, **fields)
 
 
 def test_a_preview_that_fails_is_left_out(folder: Path) -> None:
-    easels = Easels(folder)
-    whole, fails = easels.pipeline.vae.decoder.forward, [True]
+    program = LocalImageProgram(folder)
+    original, fails = program.pipeline.vae.decoder.forward, [True]
 
     def decode(*args: Any, **kwargs: Any) -> Any:
         if fails and fails.pop():
             raise torch.OutOfMemoryError("too much")
-        return whole(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    easels.pipeline.vae.decoder.forward = decode
-    request = wish(previews=2)
-    [picture] = easels.paint(request)
-    assert difference(picture, plain(folder, request)) <= 1
-    assert sum(event.preview is not None for event in easels.events) == 1
+    program.pipeline.vae.decoder.forward = decode
+    request = image_request(previews=2)
+    [image] = program.generate(request)
+    assert difference(image, diffusers_image(folder, request)) <= 1
+    assert sum(event.preview is not None for event in program.events) == 1
 
 
-def test_what_waits_is_begun_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    easels = Easels(folder, max_batch_images=1)
+def test_a_waiting_request_starts_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = LocalImageProgram(folder, max_batch_images=1)
     monkeypatch.setattr("runners.rank.inbox.IDLE_S", 3600.0)
-    easels.paint(wish(), wish(), wish())
+    program.generate(image_request(), image_request(), image_request())
 
 
 def test_the_bound_on_steps_holds_for_requests_that_name_none(folder: Path) -> None:
-    easels = Easels(folder, max_inference_steps=3)
-    easels.paint(wish(num_inference_steps=None, scheduler="ddim"))
-    assert {event.steps for event in easels.events} == {3}
+    program = LocalImageProgram(folder, max_inference_steps=3)
+    program.generate(image_request(num_inference_steps=None, scheduler="ddim"))
+    assert {event.steps for event in program.events} == {3}
 
 
 def test_a_size_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
-    easels = Easels(write_image_model("stable-diffusion-3", tmp_path / "tiny-sd3"))
-    failed = easels.failure(wish(height=8, width=136))
+    program = LocalImageProgram(write_image_model("stable-diffusion-3", tmp_path / "tiny-sd3"))
+    failed = program.failure(image_request(height=8, width=136))
     assert (failed.error, failed.field) == ("InvalidRequest", "width")
     assert "must be at most 128 pixels" in failed.reason
-    assert easels.events == []
-    [picture] = easels.paint(wish(height=8, width=128))
-    assert picture.shape == (8, 128, 3)
+    assert program.events == []
+    [image] = program.generate(image_request(height=8, width=128))
+    assert image.shape == (8, 128, 3)
 
 
-def test_pixels_go_in_messages_of_their_own(easels: Easels) -> None:
-    easels.messages.clear()
-    easels.paint(*(wish(seed=i, previews=1) for i in range(3)))
-    told: list[list[Any]] = [m.events for m in easels.messages if isinstance(m, Events)]
-    with_pixels = [each for each in told if any(e.image or e.preview for e in each)]
+def test_pixels_are_sent_in_separate_messages(program: LocalImageProgram) -> None:
+    program.messages.clear()
+    program.generate(*(image_request(seed=i, previews=1) for i in range(3)))
+    batches: list[list[Any]] = [m.events for m in program.messages if isinstance(m, Events)]
+    with_pixels = [each for each in batches if any(e.image or e.preview for e in each)]
     assert [len(each) for each in with_pixels] == [1] * 6
-    assert [len(each) for each in told if each not in with_pixels] == [3] * 4
+    assert [len(each) for each in batches if each not in with_pixels] == [3] * 4
     assert MAX_PIXELS * 3 < MAX_FRAME_BYTES
 
 
@@ -151,29 +151,29 @@ def previewing(pipeline: Any) -> tuple[Any, str]:
     return pipeline.vae.decoder, "forward"
 
 
-@pytest.mark.parametrize("place", [encoding, denoising, previewing])
-def test_a_device_that_broke_ends_the_rank(
-    folder: Path, place: Callable[[Any], tuple[Any, str]]
+@pytest.mark.parametrize("target", [encoding, denoising, previewing])
+def test_a_broken_device_ends_the_rank(
+    folder: Path, target: Callable[[Any], tuple[Any, str]]
 ) -> None:
-    easels = Easels(folder)
-    broken(*place(easels.pipeline), torch.AcceleratorError("an illegal memory access"))
+    program = LocalImageProgram(folder)
+    broken(*target(program.pipeline), torch.AcceleratorError("an illegal memory access"))
     with pytest.raises(torch.AcceleratorError):
-        easels.outcomes(wish(previews=1), wish())
+        program.results(image_request(previews=1), image_request())
 
 
-@pytest.mark.parametrize("place", [encoding, denoising])
-def test_memory_that_does_not_suffice_ends_the_picture_alone(
-    folder: Path, place: Callable[[Any], tuple[Any, str]]
+@pytest.mark.parametrize("target", [encoding, denoising])
+def test_lack_of_memory_ends_only_one_image(
+    folder: Path, target: Callable[[Any], tuple[Any, str]]
 ) -> None:
-    easels = Easels(folder)
-    mend = broken(*place(easels.pipeline), torch.OutOfMemoryError("too much"))
-    assert easels.failure(wish()).reason.endswith("OutOfMemoryError")
-    mend()
-    easels.paint(wish())
+    program = LocalImageProgram(folder)
+    restore = broken(*target(program.pipeline), torch.OutOfMemoryError("too much"))
+    assert program.failure(image_request()).reason.endswith("OutOfMemoryError")
+    restore()
+    program.generate(image_request())
 
 
 def broken(owner: Any, name: str, error: Exception) -> Callable[[], None]:
-    """Have a function raise; what is returned mends it."""
+    """Have a function raise; the returned function restores it."""
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
@@ -183,30 +183,30 @@ def broken(owner: Any, name: str, error: Exception) -> Callable[[], None]:
 
 
 def test_attention_slicing_goes_head_by_head(folder: Path) -> None:
-    easels = Easels(folder, attention_slicing=True)
-    processors = easels.pipeline.unet.attn_processors.values()
+    program = LocalImageProgram(folder, attention_slicing=True)
+    processors = program.pipeline.unet.attn_processors.values()
     assert processors
     for each in processors:
         assert isinstance(each, SlicedAttnProcessor)
         assert each.slice_size == 1
-    request = wish()
-    assert difference(easels.paint(request)[0], plain(folder, request)) <= 1
+    request = image_request()
+    assert difference(program.generate(request)[0], diffusers_image(folder, request)) <= 1
 
 
-@pytest.mark.parametrize("objects", [True, False])
-def test_what_the_safety_checker_objects_to_is_withheld(
-    tmp_path: Path, folder: Path, *, objects: bool
+@pytest.mark.parametrize("rejects", [True, False])
+def test_an_image_that_the_safety_checker_rejects_is_not_sent(
+    tmp_path: Path, folder: Path, *, rejects: bool
 ) -> None:
     checked = write_image_model("stable-diffusion", tmp_path / "checked")
-    add_safety_checker(checked, objects=objects)
-    request = wish(previews=2)
-    easels = Easels(checked)
-    [end] = easels.outcomes(request)
-    assert not any(event.preview for event in easels.events)  # which nothing has checked
-    if objects:
-        assert isinstance(end, Failed)
-        assert end.error == "ContentFiltered"
-        assert "safety checker" in end.reason
+    add_safety_checker(checked, rejects=rejects)
+    request = image_request(previews=2)
+    program = LocalImageProgram(checked)
+    [result] = program.results(request)
+    assert not any(event.preview for event in program.events)  # the checker does not see previews
+    if rejects:
+        assert isinstance(result, Failed)
+        assert result.error == "ContentFiltered"
+        assert "safety checker" in result.reason
     else:
-        assert not isinstance(end, Failed)
-        assert difference(end, plain(folder, request)) <= 1
+        assert not isinstance(result, Failed)
+        assert difference(result, diffusers_image(folder, request)) <= 1

@@ -16,15 +16,15 @@ from runners.config.files import load_setup_config
 from runners.config.model import validate
 from runners.contracts.errors import ConfigError, EngineUnavailable
 from runners.contracts.tasks import PipelineTask
-from runners.engines.tasks import on_accelerate, positions
-from runners.tasks.answering import QuestionAnswering
+from runners.engines.tasks import accelerate_config, max_positions
+from runners.tasks.question_answering import QuestionAnswering
 from tests.support.model_store import store_at
 from tests.support.task_models import CONFIGS, HEADS, POSITIONS, write_task_model
 
 
 @pytest.mark.parametrize("task", list(HEADS))
 def test_an_imported_model_is_for_the_task_of_its_head(task: PipelineTask, tmp_path: Path) -> None:
-    folder = write_task_model(task, tmp_path / "own")
+    folder = write_task_model(task, tmp_path / "model")
     assert load_setup_config(folder, name="m")[0].task == task
     with store_at(tmp_path / "home"):
         assert import_model.main([str(folder), "--name", "tiny"]) == 0
@@ -37,7 +37,7 @@ def test_an_imported_model_is_for_the_task_of_its_head(task: PipelineTask, tmp_p
 def test_a_head_for_another_task_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_task_model("fill-mask", tmp_path / "own")
+    folder = write_task_model("fill-mask", tmp_path / "model")
     with store_at(tmp_path / "home"):
         command = [str(folder), "--name", "tiny", "--task", "text-classification"]
         assert import_model.main(command) == 1
@@ -45,22 +45,22 @@ def test_a_head_for_another_task_is_refused(
 
 
 def test_the_forerunners_file_runs_on_accelerate(tmp_path: Path) -> None:
-    folder = write_task_model("fill-mask", tmp_path / "own")
+    folder = write_task_model("fill-mask", tmp_path / "model")
     setup = {"model_name": "bert", "task": "fill-mask", "mii_config": {"dtype": "fp32"}}
     (folder / "setup_config.json").write_text(json.dumps(setup))
     config: Any = load_setup_config(folder, name="m")[0]
     assert (config.engine, config.task) == ("mii", "fill-mask")
-    placed = on_accelerate(config)
+    placed = accelerate_config(config)
     assert (placed.engine, placed.task, placed.dtype) == ("accelerate", "fill-mask", "float32")
     assert create_runner(config).task == "fill-mask"
 
 
 def test_engines() -> None:
-    given = {"name": "m", "model_path": "."}
+    fields = {"name": "m", "model_path": "."}
     with pytest.raises(EngineUnavailable, match="runs on: accelerate, mii"):
-        validate({"engine": "deepspeed", "task": "fill-mask", **given})
+        validate({"engine": "deepspeed", "task": "fill-mask", **fields})
     for engine in ("accelerate", "deepspeed", "mii"):
-        create_runner(validate({"engine": engine, "task": "conversational", **given}))
+        create_runner(validate({"engine": engine, "task": "conversational", **fields}))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_engines() -> None:
         ),
     ],
 )
-def test_what_mii_knows_of_generation_alone_is_dropped(
+def test_mii_settings_for_generation_only_are_dropped(
     task: str, section: dict[str, object], dropped: list[str], tmp_path: Path
 ) -> None:
     head = {"architectures": ["BertForMaskedLM"]}
@@ -102,7 +102,7 @@ def test_a_task_that_the_folder_is_not_for_is_refused(task: str, tmp_path: Path)
         load_setup_config(tmp_path, name="m")
 
 
-def test_berts_first_training_left_a_model_that_fills_masks(tmp_path: Path) -> None:
+def test_a_bert_of_pretraining_is_a_fill_mask_model(tmp_path: Path) -> None:
     model = tf.BertForPreTraining(CONFIGS["bert"]())
     model.save_pretrained(tmp_path)
     assert load_setup_config(tmp_path, name="m")[0].task == "fill-mask"
@@ -124,4 +124,4 @@ def test_a_head_that_marks_no_spans_answers_no_questions(tmp_path: Path) -> None
 def test_positions(family: str, tmp_path: Path) -> None:
     folder = write_task_model("fill-mask", tmp_path / family, family=family)
     model = tf.AutoModelForMaskedLM.from_pretrained(folder)
-    assert positions(model) == POSITIONS
+    assert max_positions(model) == POSITIONS

@@ -1,4 +1,4 @@
-"""Pictures of real rank processes: what diffusers alone paints, alone and together, on all engines;
+"""Images of real rank processes: equal to those of diffusers, alone and batched, on all engines;
 steps, cancellation, refusals, and ranks that die."""
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from runners.contracts.images import ImageRequest, ImageRunner
 from runners.contracts.runner import RunnerState
 from tests.support.generating import wait_ready
 from tests.support.image_models import PROMPTS, write_image_model
-from tests.support.painting import difference, events_of, paint, painting, pixels_of, plain, wish
+from tests.support.images import (
+    difference,
+    diffusers_image,
+    events_of,
+    generate,
+    image_request,
+    pixels_of,
+    serving_images,
+)
 from tests.support.processes import alive, own_ranks
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -45,17 +53,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def runner(folder: Path) -> AsyncIterator[ImageRunner]:
-    async with painting(folder) as ready:
+    async with serving_images(folder) as ready:
         yield ready
 
 
-async def test_a_transformer_paints_as_diffusers_does(tmp_path: Path) -> None:
+async def wait_for_load(runner: ImageRunner, *, running: int = 0, waiting: int = 0) -> None:
+    """Until `health()` has these counts, which the ranks report once a second."""
+    async with asyncio.timeout(5):
+        while (runner.health().running, runner.health().waiting) != (running, waiting):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_transformer_generates_as_diffusers_does(tmp_path: Path) -> None:
     folder = write_image_model("flux", tmp_path / "tiny-flux")
-    wishes = [wish(prompt, seed=7 + i, height=64) for i, prompt in enumerate(PROMPTS)]
-    async with painting(folder) as runner:
-        pictures = await asyncio.gather(*(paint(runner, each) for each in wishes))
-    for each, picture in zip(wishes, pictures, strict=True):
-        assert difference(picture, plain(folder, each)) <= 1
+    requests = [image_request(prompt, seed=7 + i, height=64) for i, prompt in enumerate(PROMPTS)]
+    async with serving_images(folder) as runner:
+        images = await asyncio.gather(*(generate(runner, each) for each in requests))
+    for each, image in zip(requests, images, strict=True):
+        assert difference(image, diffusers_image(folder, each)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -70,17 +85,21 @@ async def test_a_transformer_paints_as_diffusers_does(tmp_path: Path) -> None:
 async def test_a_seed_gives_the_same_pixels_alone_together_and_on_every_engine(
     folder: Path, engine: dict[str, object]
 ) -> None:
-    expected = [plain(folder, wish(**fields)) for fields in MIXED]
-    async with painting(folder, **engine) as runner:
-        alone = [await paint(runner, wish(**fields)) for fields in MIXED]
-        batched = await asyncio.gather(*(paint(runner, wish(**fields)) for fields in MIXED))
+    expected = [diffusers_image(folder, image_request(**fields)) for fields in MIXED]
+    async with serving_images(folder, **engine) as runner:
+        alone = [await generate(runner, image_request(**fields)) for fields in MIXED]
+        batched = await asyncio.gather(
+            *(generate(runner, image_request(**fields)) for fields in MIXED)
+        )
     for one, other, right in zip(alone, batched, expected, strict=True):
         assert difference(one, right) <= 1
         assert difference(other, right) <= 1
 
 
-async def test_steps_are_told_and_previews_shown(runner: ImageRunner) -> None:
-    events = await events_of(runner, wish(num_inference_steps=6, previews=2, scheduler="ddim"))
+async def test_steps_and_previews_are_sent(runner: ImageRunner) -> None:
+    events = await events_of(
+        runner, image_request(num_inference_steps=6, previews=2, scheduler="ddim")
+    )
     assert [(e.step, e.steps) for e in events] == [(i, 6) for i in (1, 2, 3, 4, 5, 6, 6)]
     assert [e.step for e in events if e.preview is not None] == [2, 4]
     last = events[-1].image
@@ -97,7 +116,7 @@ async def test_requests_join_at_any_step_and_share_the_rest(runner: ImageRunner)
         async for event in stream:
             order.append(f"{request.request_id}:{event.step}")
 
-    long, short = wish(num_inference_steps=60), wish(num_inference_steps=5)
+    long, short = image_request(num_inference_steps=60), image_request(num_inference_steps=5)
     first = asyncio.create_task(watch(long))
     while len(order) < 3:
         await asyncio.sleep(0.001)
@@ -110,25 +129,25 @@ async def test_requests_join_at_any_step_and_share_the_rest(runner: ImageRunner)
     await first
 
 
-async def test_leaving_ends_the_painting_within_a_step(runner: ImageRunner) -> None:
-    stream = await runner.submit(wish(num_inference_steps=200))
+async def test_leaving_ends_the_generation_within_a_step(runner: ImageRunner) -> None:
+    stream = await runner.submit(image_request(num_inference_steps=200))
     async for event in stream:
         if event.step == 2:
             break
     await stream.aclose()
-    # The next picture is alone from its first step on: nothing else arrives from the rank.
-    assert runner.health().running == runner.health().waiting == 0
+    # The next image is alone from its first step on: nothing else arrives from the rank.
     [rank] = own_ranks()
-    await events_of(runner, wish(num_inference_steps=2))
+    await events_of(runner, image_request(num_inference_steps=2))
     before = rank.cpu_times().user
     await asyncio.sleep(1.0)
     assert rank.cpu_times().user - before < 0.3
+    await wait_for_load(runner)
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "said"),
+    ("fields", "param", "reason"),
     [
-        ({"height": 10_000, "width": 10_000}, "height", "4096 pixels at most"),
+        ({"height": 10_000, "width": 10_000}, "height", "must be at most 4096 pixels"),
         ({"height": 40, "width": 44}, "width", "multiple of 8"),
         ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 200"),
         ({"num_inference_steps": 201}, "num_inference_steps", "from 1 to 200"),
@@ -136,25 +155,33 @@ async def test_leaving_ends_the_painting_within_a_step(runner: ImageRunner) -> N
         ({"scheduler": "flow_match_euler"}, "scheduler", "fit this model"),
     ],
 )
-async def test_what_can_not_be_painted_is_refused(
-    runner: ImageRunner, fields: dict[str, Any], param: str, said: str
+async def test_what_cannot_be_generated_is_refused(
+    runner: ImageRunner, fields: dict[str, Any], param: str, reason: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match=said) as caught:
-        await runner.submit(wish(**fields))
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        await runner.submit(image_request(**fields))
     assert caught.value.field == param
-    assert runner.health().waiting == 0
+    await wait_for_load(runner)
 
 
-async def test_a_killed_rank_fails_its_pictures_and_comes_back(folder: Path) -> None:
+async def test_a_killed_rank_fails_its_images_and_is_restarted(folder: Path) -> None:
     before = own_ranks()
-    async with painting(folder, engine="deepspeed", tensor_parallel=2) as runner:
-        ours = [p for p in own_ranks() if p not in before]
-        streams = [await runner.submit(wish(num_inference_steps=200)) for _ in range(4)]
+    # So many steps that they last longer than the ranks take to report them.
+    steps = 900
+    overrides: dict[str, object] = {
+        "engine": "deepspeed",
+        "tensor_parallel": 2,
+        "max_inference_steps": steps,
+    }
+    async with serving_images(folder, **overrides) as runner:
+        ranks = [p for p in own_ranks() if p not in before]
+        requests = [image_request(num_inference_steps=steps) for _ in range(4)]
+        streams = [await runner.submit(request) for request in requests]
         for stream in streams:
             await anext(aiter(stream))
-        assert runner.health().running == 4
-        assert len(ours) == 2
-        os.kill(ours[1].pid, signal.SIGKILL)
+        await wait_for_load(runner, running=4)
+        assert len(ranks) == 2
+        os.kill(ranks[1].pid, signal.SIGKILL)
         async with asyncio.timeout(2):
             for stream in streams:
                 with pytest.raises(RunnerUnavailable, match="went down"):
@@ -162,12 +189,12 @@ async def test_a_killed_rank_fails_its_pictures_and_comes_back(folder: Path) -> 
                         pass
         await wait_ready(runner)
         assert runner.health().restarts == 1
-        assert (await paint(runner, wish())).shape == (32, 32, 3)
-        ours += [p for p in own_ranks() if p not in before]
-    assert alive(ours) == []
+        assert (await generate(runner, image_request())).shape == (32, 32, 3)
+        ranks += [p for p in own_ranks() if p not in before]
+    assert alive(ranks) == []
 
 
-async def test_a_start_that_can_not_succeed_says_why(folder: Path, tmp_path: Path) -> None:
+async def test_a_start_that_cannot_succeed_says_why(folder: Path, tmp_path: Path) -> None:
     odd = shutil.copytree(folder, tmp_path / "odd")
     (odd / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     config, _ = load_setup_config(odd, name="odd", overrides={"num_threads": 1})

@@ -1,4 +1,4 @@
-"""Driving an ImageRunner in tests, and what its pictures must equal."""
+"""Drives an ImageRunner in tests, and generates the images it is compared to with diffusers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Pixels = NDArray[np.uint8]
 
 
 @asynccontextmanager
-async def painting(folder: Path, **overrides: object) -> AsyncIterator[ImageRunner]:
+async def serving_images(folder: Path, **overrides: object) -> AsyncIterator[ImageRunner]:
     """A started and ready runner for an image model's folder."""
     config, _ = load_setup_config(
         folder, name=folder.name, overrides={"num_threads": 1} | overrides
@@ -40,7 +40,7 @@ async def painting(folder: Path, **overrides: object) -> AsyncIterator[ImageRunn
         await runner.stop()
 
 
-def wish(prompt: str = "a red circle", **fields: Any) -> ImageRequest:
+def image_request(prompt: str = "a red circle", **fields: Any) -> ImageRequest:
     """A request with a fresh id."""
     return ImageRequest(
         request_id=f"test-{next(_ids)}", prompt=prompt, **{"num_inference_steps": 4} | fields
@@ -48,7 +48,7 @@ def wish(prompt: str = "a red circle", **fields: Any) -> ImageRequest:
 
 
 async def events_of(runner: ImageRunner, request: ImageRequest) -> list[ImageEvent]:
-    """All events of one picture."""
+    """All events of one image."""
     stream = await runner.submit(request)
     try:
         return [event async for event in stream]
@@ -56,40 +56,40 @@ async def events_of(runner: ImageRunner, request: ImageRequest) -> list[ImageEve
         await stream.aclose()
 
 
-async def paint(runner: ImageRunner, request: ImageRequest) -> Pixels:
-    """The picture as (height, width, 3)."""
-    picture = (await events_of(runner, request))[-1].image
-    assert picture is not None
-    return pixels_of(picture)
+async def generate(runner: ImageRunner, request: ImageRequest) -> Pixels:
+    """The image, of shape (height, width, 3)."""
+    image = (await events_of(runner, request))[-1].image
+    assert image is not None
+    return pixels_of(image)
 
 
-def pixels_of(picture: RawImage) -> Pixels:
-    """A picture as (height, width, 3)."""
-    return np.frombuffer(picture.data, np.uint8).reshape(picture.height, picture.width, 3)
+def pixels_of(image: RawImage) -> Pixels:
+    """An image, of shape (height, width, 3)."""
+    return np.frombuffer(image.data, np.uint8).reshape(image.height, image.width, 3)
 
 
 def difference(one: Pixels, other: Pixels) -> int:
-    """The largest difference of two pictures' values, of 255."""
+    """The largest difference between values of two images, from 0 to 255."""
     assert one.shape == other.shape
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-def plain(folder: Path, request: ImageRequest, **options: object) -> Pixels:
-    """The picture that diffusers alone paints, with nothing of ours; `options` to load with."""
-    with warnings.catch_warnings(action="ignore"):  # of diffusers' own
-        return _plain(folder, request, options)
+def diffusers_image(folder: Path, request: ImageRequest, **options: object) -> Pixels:
+    """The image that diffusers alone generates; `options` load the pipeline."""
+    with warnings.catch_warnings(action="ignore"):  # of diffusers
+        return _diffusers_image(folder, request, options)
 
 
-def _plain(folder: Path, request: ImageRequest, options: dict[str, object]) -> Pixels:
+def _diffusers_image(folder: Path, request: ImageRequest, loading: dict[str, object]) -> Pixels:
     import diffusers
     import torch
 
-    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, **options)
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, **loading)
     pipeline.set_progress_bar_config(disable=True)
     if request.scheduler is not None:
         scheduler = getattr(diffusers, SCHEDULERS[request.scheduler])
         pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    wishes = {
+    options = {
         name: value
         for name in ("height", "width", "guidance_scale", "negative_prompt")
         if (value := getattr(request, name)) is not None
@@ -98,6 +98,6 @@ def _plain(folder: Path, request: ImageRequest, options: dict[str, object]) -> P
         request.prompt,
         num_inference_steps=request.num_inference_steps,
         generator=torch.Generator().manual_seed(request.seed),
-        **wishes,
+        **options,
     ).images[0]
     return np.asarray(image)
