@@ -73,7 +73,13 @@ async def serving(
     config, _ = load_setup_config(
         folder, name=folder.name, overrides={"num_threads": 1} | overrides
     )
-    runner = create_runner(config)
+    async with started(create_runner(config), patience=patience) as runner:
+        yield runner
+
+
+@asynccontextmanager
+async def started(runner: TextRunner, *, patience: float = 120) -> AsyncIterator[TextRunner]:
+    """The runner, started, ready within `patience` seconds, and stopped at the end."""
     await runner.start()
     try:
         await wait_ready(runner, patience)
