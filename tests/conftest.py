@@ -46,6 +46,15 @@ def server(text_model: Path, bentoml_home: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def forked_ranks() -> Iterator[None]:
+    """Rank groups of this process fork their ranks, which saves each rank its imports."""
+    from tests.support.forked_ranks import forking  # loads torch
+
+    with forking():
+        yield
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors, except what importing BentoML itself sets off."""
     for message in ("GitWildMatchPattern", "The `__get_pydantic_core_schema__` method"):

@@ -17,8 +17,10 @@ from runners.config.files import load_setup_config
 from runners.contracts.errors import ContextLengthExceeded, InvalidRequest
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ChatMessage, ChatPrompt
-from tests.support.generating import collect, ids_of, serving, text_of
+from tests.support.generating import collect, failed_start, ids_of, serving, text_of
 from tests.support.models import EOS, greedy, write_model
+
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 
 
 def edit_json(file: Path, **changes: object) -> None:
@@ -61,21 +63,13 @@ REFUSALS: list[tuple[str, Callable[[Path], Any], dict[str, object], str]] = [
     ids=[case[0] for case in REFUSALS],
 )
 async def test_what_can_never_work_is_refused_at_once(
-    tmp_path: Path, spoil: Callable[[Path], Any], overrides: dict[str, object], sentence: str
+    tmp_path: Path, spoil: Callable[[Path], Any], overrides: dict[str, Any], sentence: str
 ) -> None:
     folder = write_model("llama", tmp_path / "odd")
     spoil(folder)
-    config, _ = load_setup_config(folder, name="odd", overrides=overrides)
-    runner = create_runner(config)
-    await runner.start()
-    try:
-        async with asyncio.timeout(60):
-            while runner.health().state is not RunnerState.FAILED:
-                await asyncio.sleep(0.05)
-        assert sentence in runner.health().detail
-        assert runner.health().restarts == 0
-    finally:
-        await runner.stop()
+    health = await failed_start(folder, **overrides)
+    assert sentence in health.detail
+    assert health.restarts == 0
 
 
 async def test_end_tokens_outside_the_vocabulary_do_no_harm(tmp_path: Path) -> None:
@@ -129,7 +123,7 @@ async def test_ends_and_defaults(tmp_path: Path) -> None:
         assert len(ids_of(deltas)) == 36
         deltas = await collect(runner, [5] * 5, ignore_eos=True, min_new_tokens=35)
         assert len(ids_of(deltas)) == 35
-        with pytest.raises(ContextLengthExceeded, match="at most 36 more tokens fit"):
+        with pytest.raises(ContextLengthExceeded, match="at most 36 tokens fit"):
             await collect(runner, [5] * 29, max_new_tokens=37)
         with pytest.raises(ContextLengthExceeded, match="at most 30 are allowed"):
             await collect(runner, [5] * 31)

@@ -10,6 +10,8 @@ import pytest
 from tests.support.generating import collect, ids_of, request, serving, text_of
 from tests.support.models import greedy, write_model
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+
 PROMPTS = [
     "hello",
     "the cat sat on",

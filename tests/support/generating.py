@@ -11,7 +11,7 @@ from typing import Any
 
 from runners import create_runner
 from runners.config.files import load_setup_config
-from runners.contracts.runner import Runner, RunnerState
+from runners.contracts.runner import Runner, RunnerHealth, RunnerState
 from runners.contracts.text import GenerationRequest, Prompt, SamplingParams, TextDelta, TextRunner
 
 _ids = itertools.count()
@@ -48,6 +48,23 @@ async def wait_ready(runner: Runner[Any, Any], timeout: float = 120) -> None:
             await asyncio.sleep(0.02)
 
 
+async def failed_start(folder: Path, *, patience: float = 90, **overrides: Any) -> RunnerHealth:
+    """The health of a runner whose start must fail for good within `patience` seconds."""
+    config, _ = load_setup_config(
+        folder, name=folder.name, overrides={"num_threads": 1} | overrides
+    )
+    runner: Runner[Any, Any] = create_runner(config)
+    await runner.start()
+    try:
+        async with asyncio.timeout(patience):
+            while (health := runner.health()).state is not RunnerState.FAILED:
+                assert not health.ready
+                await asyncio.sleep(0.02)
+        return health
+    finally:
+        await runner.stop()
+
+
 @asynccontextmanager
 async def serving(
     folder: Path, *, patience: float = 120, **overrides: object
@@ -56,7 +73,13 @@ async def serving(
     config, _ = load_setup_config(
         folder, name=folder.name, overrides={"num_threads": 1} | overrides
     )
-    runner = create_runner(config)
+    async with started(create_runner(config), patience=patience) as runner:
+        yield runner
+
+
+@asynccontextmanager
+async def started(runner: TextRunner, *, patience: float = 120) -> AsyncIterator[TextRunner]:
+    """The runner, started, ready within `patience` seconds, and stopped at the end."""
     await runner.start()
     try:
         await wait_ready(runner, patience)

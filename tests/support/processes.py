@@ -20,8 +20,9 @@ def ranks_below(pid: int) -> list[psutil.Process]:
 
 def own_ranks() -> list[psutil.Process]:
     """The rank worker processes of this process's own rank groups, not of servers it started."""
-    launchers = psutil.Process().children()
-    return [p for launcher in launchers for p in _children(launcher) if _is_rank(p)]
+    parents = psutil.Process().children()  # launchers, and the server that forks ranks
+    children = [child for parent in parents for child in _children(parent)]
+    return [p for p in alive(children) if _is_rank(p) or _is_fork(p)]
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -33,6 +34,10 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 def _is_rank(process: psutil.Process) -> bool:
     return "runners.rank.worker" in " ".join(_cmdline(process))
+
+
+def _is_fork(process: psutil.Process) -> bool:
+    return "multiprocessing.forkserver" in " ".join(_cmdline(process))
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
