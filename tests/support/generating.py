@@ -49,7 +49,7 @@ async def wait_ready(runner: Runner[Any, Any], timeout: float = 120) -> None:
 
 
 async def failed_start(folder: Path, *, patience: float = 90, **overrides: object) -> RunnerHealth:
-    """The health of a runner whose start fails for good, which it must within `patience` seconds."""
+    """The health of a runner whose start fails for good; it must, within `patience` seconds."""
     config, _ = load_setup_config(
         folder, name=folder.name, overrides={"num_threads": 1} | overrides
     )
