@@ -43,8 +43,9 @@ def processes(folder: Path) -> list[psutil.Process]:
     """The processes of deployments whose plan is below `folder`."""
     matches = []
     for process in psutil.process_iter(["cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if "runners.engines.mii.deployment" in line and str(folder) in line:
+        command = process.info["cmdline"] or []
+        is_of_deployment = any(argument.startswith("runners.engines.mii.") for argument in command)
+        if is_of_deployment and any(str(folder) in argument for argument in command):
             matches.append(process)
     return matches
 

@@ -129,7 +129,7 @@ async def test_ends_and_defaults(tmp_path: Path) -> None:
         assert len(ids_of(deltas)) == 36
         deltas = await collect(runner, [5] * 5, ignore_eos=True, min_new_tokens=35)
         assert len(ids_of(deltas)) == 35
-        with pytest.raises(ContextLengthExceeded, match="at most 36 more tokens fit"):
+        with pytest.raises(ContextLengthExceeded, match="at most 36 tokens fit"):
             await collect(runner, [5] * 29, max_new_tokens=37)
         with pytest.raises(ContextLengthExceeded, match="at most 30 are allowed"):
             await collect(runner, [5] * 31)
