@@ -15,9 +15,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
+import transformers as tf
 
+from api.app import create_app, serve_models
+from api.http.admission import Admission
+from api.http.middleware import RequestContextMiddleware
+from api.models.served import ServedModels
+from api.models.text import TextModel
 from runners import create_runner
 from runners.config.files import load_setup_config
 from runners.config.model import MIITextConfig
@@ -40,6 +47,7 @@ from tests.support.processes import wait_until
 PROMPTS = ["hello", "the cat sat on", "a long prompt that takes several steps, " * 4, "x", "mat 12"]
 COUNT = 16
 PERSISTENT = {"mode": "persistent"}
+GREEDY_DEFAULTS = {"do_sample": False, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +91,27 @@ async def test_both_modes_give_the_tokens_of_generate(
     wait_until(lambda: not processes(cache), 5, "all of the deployment is gone")
 
 
-async def test_what_a_deployment_cannot_do_is_refused(model: Path) -> None:
-    async with mii(model, PERSISTENT) as runner:
+async def complete(runner: TextRunner, prompt: str) -> str:
+    """The text of `POST /v1/completions` without any sampling parameter."""
+    app = create_app()
+    serve_models(app, ServedModels(TextModel(runner, Admission(1))))
+    transport = httpx.ASGITransport(RequestContextMiddleware(app, timeout=60))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        body = {"model": runner.name, "prompt": prompt, "max_tokens": COUNT}
+        answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def greedy_text(folder: Path, prompt: str) -> str:
+    """The text of `model.generate(do_sample=False)`."""
+    tokenizer: Any = tf.AutoTokenizer.from_pretrained(folder)
+    return str(tokenizer.decode(greedy(folder, [prompt], COUNT)[0], skip_special_tokens=True))
+
+
+async def test_a_deployment_has_miis_defaults_and_refuses_what_it_cannot_do(model: Path) -> None:
+    async with mii(model, PERSISTENT | {"generate": GREEDY_DEFAULTS}) as runner:
+        assert await complete(runner, "hello") == greedy_text(model, "hello")
         for refused in (
             *({"logprobs": 1}, {"logprobs": 0}, {"repetition_penalty": 1.2}),
             *({"presence_penalty": 0.5}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}),
@@ -336,14 +363,15 @@ def test_a_host_is_a_name_or_an_address_of_either_kind() -> None:
         listens(1, "no-such-host.invalid")
 
 
-async def test_miis_defaults_apply_where_a_request_says_nothing(model: Path) -> None:
-    section = {"generate": {"max_new_tokens": 5, "ignore_eos": True, "do_sample": False}}
+async def test_miis_defaults_apply_to_requests_that_name_no_value(model: Path) -> None:
+    section = {"generate": GREEDY_DEFAULTS | {"max_new_tokens": 5}}
     (setup := model / "setup_config.json").write_text(
         json.dumps({"engine": "mii", "mii": section | {"max_length": 100}})
     )
     try:
         async with serving(model) as runner:
             assert [ids_of(await collect(runner, "hello"))] == greedy(model, ["hello"], 5)
+            assert await complete(runner, "hello") == greedy_text(model, "hello")
             assert runner.info is not None
             assert runner.info.max_context == 100
     finally:

@@ -4,6 +4,10 @@ A process that the supervisor starts. It forwards messages unread. A replica tha
 until it is back. A request that was on it fails with UNAVAILABLE, and a request whose client leaves
 is cancelled on its replica. (In MII's own balancer the stream of a lost replica waits for ten
 minutes, and nothing is cancelled.)
+
+gRPC's own `round_robin` policy over one channel was tried in place of `Replica`. It takes turns and
+skips lost replicas as well, but it tells neither which replica a failed request was on nor whether
+all replicas are connected; until they are, every request goes to the first.
 """
 
 from __future__ import annotations
