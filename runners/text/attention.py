@@ -170,6 +170,6 @@ def _attend(
     return weights[..., : keys.shape[2]] @ values
 
 
-# At import, because a model may be switched to `PACKED` by name wherever this module is loaded.
-# No mask function is registered with it, so transformers creates no mask tensor.
+# At import, the one side effect of these modules: transformers finds the function by its name in a
+# table of the process. No mask function is registered with it, so transformers creates no mask.
 AttentionInterface.register(PACKED, packed_attention)

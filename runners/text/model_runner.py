@@ -92,7 +92,7 @@ class HFModelRunner(ModelRunner):
         position_ids: list[list[int]],
         **kwargs: object,
     ) -> torch.Tensor:
-        """Logits `[len(ids), len(rows), vocab]` of the given rows."""
+        """Logits `[len(ids), len(rows), vocab]` of each sequence's `rows`."""
         if self._takes_position_ids:
             kwargs["position_ids"] = torch.tensor(position_ids, device=self._device)
         kept = torch.tensor(rows, device=self._device)

@@ -13,7 +13,7 @@ from runners.engines.mii.patches.loading import load_stand_in
 from runners.text.paging.blocks import BLOCK_SIZE
 from tests.support.mii import model_config
 from tests.support.models import greedy, write_model
-from tests.support.scheduling import Run, generation
+from tests.support.scheduling import Run, sequence
 
 FAMILIES = [
     "llama",
@@ -93,7 +93,7 @@ def test_our_scheduler_drives_an_engine_of_miis_interface(kv_blocks: int, tmp_pa
     run = Run(engine, max_step_tokens=32)
     prompts = prompts_of(folder)
     for i, prompt in enumerate(prompts):
-        run.scheduler.add(generation(str(i), prompt, COUNT))
+        run.scheduler.add(sequence(str(i), prompt, COUNT))
     run.step()
     run.step()
     run.scheduler.abort("1")
