@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from runners import create_runner
 from runners.config.base import ImageConfig
 from runners.config.files import load_setup_config
 from runners.contracts.errors import ConfigError, InvalidRequest, RunnerUnavailable
 from runners.contracts.images import ImageRequest, ImageRunner
-from runners.contracts.runner import RunnerState
-from tests.support.generating import wait_ready
+from tests.support.generating import failed_start, wait_ready
 from tests.support.image_models import PROMPTS, write_image_model
 from tests.support.images import (
     difference,
@@ -33,7 +31,7 @@ from tests.support.images import (
 )
 from tests.support.processes import alive, own_ranks
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("forked_ranks")]
 
 # Other prompts, seeds, guidance, schedulers and numbers of steps, all of which fit into one batch.
 MIXED: tuple[dict[str, Any], ...] = (
@@ -52,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def runner(folder: Path) -> AsyncIterator[ImageRunner]:
+async def runner(folder: Path, forked_ranks: None) -> AsyncIterator[ImageRunner]:
     async with serving_images(folder) as ready:
         yield ready
 
@@ -147,7 +145,7 @@ async def test_leaving_ends_the_generation_within_a_step(runner: ImageRunner) ->
 @pytest.mark.parametrize(
     ("fields", "param", "reason"),
     [
-        ({"height": 10_000, "width": 10_000}, "height", "must be at most 4096 pixels"),
+        ({"height": 10_000, "width": 10_000}, "height", "4096 pixels at most"),
         ({"height": 40, "width": 44}, "width", "multiple of 8"),
         ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 200"),
         ({"num_inference_steps": 201}, "num_inference_steps", "from 1 to 200"),
@@ -197,16 +195,8 @@ async def test_a_killed_rank_fails_its_images_and_is_restarted(folder: Path) -> 
 async def test_a_start_that_cannot_succeed_says_why(folder: Path, tmp_path: Path) -> None:
     odd = shutil.copytree(folder, tmp_path / "odd")
     (odd / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    config, _ = load_setup_config(odd, name="odd", overrides={"num_threads": 1})
-    runner = create_runner(config)
-    await runner.start()
-    try:
-        async with asyncio.timeout(60):
-            while runner.health().state is not RunnerState.FAILED:
-                await asyncio.sleep(0.02)
-        assert "odd cannot be loaded" in runner.health().detail
-    finally:
-        await runner.stop()
+    health = await failed_start(odd)
+    assert "odd cannot be loaded" in health.detail
 
 
 async def test_an_image_model_is_no_text_model(folder: Path) -> None:

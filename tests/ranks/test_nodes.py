@@ -22,6 +22,7 @@ import pytest
 from runners import create_runner
 from runners.config.files import load_setup_config
 from runners.contracts.errors import RunnerUnavailable
+from tests.support.forked_ranks import forking
 from tests.support.generating import collect, ids_of, request, serving, wait_ready
 from tests.support.models import greedy, write_model
 from tests.support.processes import alive, descendants, own_ranks, ranks_below, wait_until
@@ -103,6 +104,14 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def forked() -> Iterator[None]:
+    """Node 0's ranks are forks; those of the other node, which are killed, are not."""
+    with forking():
+        yield
+
+
+@pytest.mark.usefixtures("forked")
 async def test_two_nodes_serve_one_model_and_survive_the_loss_of_a_rank(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -132,6 +141,7 @@ async def test_two_nodes_serve_one_model_and_survive_the_loss_of_a_rank(
         assert node.stop() == 0
 
 
+@pytest.mark.usefixtures("forked")
 async def test_a_node_that_is_ended_serves_the_requests_that_run(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +159,7 @@ async def test_a_node_that_is_ended_serves_the_requests_that_run(
         assert node.process.wait(20) == 0
 
 
+@pytest.mark.usefixtures("forked")
 async def test_a_node_that_is_lost_during_the_start_is_waited_for(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -179,6 +190,7 @@ async def test_nodes_need_not_all_have_a_compiler(folder: Path, tmp_path: Path) 
     assert [ids_of(deltas)] == greedy(folder, ["hello"], COUNT)
 
 
+@pytest.mark.usefixtures("forked")
 async def test_torchrun_may_hold_the_ranks_of_a_node(folder: Path, tmp_path: Path) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
@@ -200,6 +212,7 @@ async def test_torchrun_may_hold_the_ranks_of_a_node(folder: Path, tmp_path: Pat
         node.stop()
 
 
+@pytest.mark.usefixtures("forked")
 async def test_a_node_with_another_set_up_is_refused(folder: Path, tmp_path: Path) -> None:
     other = write_model("opt", tmp_path / "opt")
     (other / "setup_config.json").write_text('{"engine": "deepspeed", "prefix_caching": false}')
