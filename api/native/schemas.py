@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import bentoml
 from pydantic import BaseModel, Field
+from starlette.requests import Request
 from typing_extensions import override
 
 from api.http.schemas import (
@@ -21,9 +22,6 @@ from api.http.schemas import (
 from api.models.text import MAX_SEQUENCES
 from runners.contracts.errors import InvalidRequest
 from runners.contracts.text import FinishReason, SamplingParams
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
 
 Text = Annotated[str, Field(max_length=16_000_000)]
 

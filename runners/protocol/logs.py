@@ -26,9 +26,8 @@ def configure_logging(
     `request_id` gives the request that the calling code works for. In a rank the warnings of other
     libraries are formatted too; the HTTP worker's belong to BentoML.
     """
-    as_json = os.environ.get(FORMAT, "").lower() == "json"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter() if as_json else _TextFormatter())
+    handler.setFormatter(_JsonFormatter() if is_json() else _TextFormatter())
     handler.addFilter(_Context(rank, request_id))
     logger = logging.getLogger(LOGGER)
     logger.setLevel(os.environ.get(LEVEL, "").upper() or logging.INFO)
@@ -37,6 +36,11 @@ def configure_logging(
     if rank is not None:
         logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
         logging.captureWarnings(True)
+
+
+def is_json() -> bool:
+    """Whether each line is a JSON object."""
+    return os.environ.get(FORMAT, "").lower() == "json"
 
 
 class _Context(logging.Filter):

@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing import (
 
 from runners.config.base import BaseRunnerConfig
 from runners.protocol.environment import rank_variables, visible_gpus
+from runners.protocol.logs import is_json
 from runners.protocol.process import die_with_parent, ignore_signals, wait_for_eof
 from runners.protocol.spec import LOGS, OUTCOME, Outcome, read_spec, write_private
 
@@ -76,6 +77,8 @@ def _start(run_dir: Path, config: BaseRunnerConfig, num_threads: int) -> PContex
             r: common | {"RANK": str(config.first_rank + r), "LOCAL_RANK": str(r)} for r in ranks
         },
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), tee=Std.ALL),
+        # By default torch puts the rank before each line, which would then be no JSON.
+        log_line_prefixes=dict.fromkeys(ranks, "") if is_json() else None,
     )
 
 

@@ -1,0 +1,91 @@
+"""The metrics' labels of routes, and the folder of their files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+
+from api.app import create_app
+from api.http.metrics import (
+    FOLDER,
+    NO_ROUTE,
+    RouteLabels,
+    remove_private_folder,
+    use_private_folder,
+)
+
+
+async def endpoint(request: Request) -> Response:
+    return Response()
+
+
+INNER = Starlette(
+    routes=[
+        Route("/v1/models", endpoint),
+        Route("/v1/models/{model_id:path}", endpoint),
+        Route("/predictions/{model_name}", endpoint),
+        Route("/predictions/{model_name}/{version}", endpoint),
+    ]
+)
+ROUTES = [
+    Route("/generate", endpoint),
+    Route("/generate_image_task/status", endpoint),
+    Mount("/mounted", routes=[Route("/{name}", endpoint)]),
+    Mount("/", app=INNER),
+    Route("/", endpoint),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("/", "/"),
+        ("/generate", "/generate"),
+        ("/generate/", NO_ROUTE),
+        ("/generate_image_task/status", "/generate_image_task/status"),
+        ("/v1/models", "/v1/models"),
+        ("/v1/models/a/b", "/v1/models"),
+        ("/v1/modelsx", NO_ROUTE),
+        ("/predictions", "/predictions"),
+        ("/predictions/bloom/1.0", "/predictions"),
+        ("/mounted/x", "/mounted"),
+        ("/wp-admin/setup.php", NO_ROUTE),
+        ("", NO_ROUTE),
+    ],
+)
+def test_a_label_is_the_template_up_to_a_parameter(path: str, label: str) -> None:
+    assert RouteLabels(ROUTES).label(path) == label
+
+
+def test_every_route_of_the_app_has_a_label() -> None:
+    app = create_app()
+    labels = RouteLabels([Mount("/", app=app)])
+    paths = [route.path for route in app.routes if isinstance(route, Route)]
+    assert "/tasks/fill-mask" in paths
+    for path in paths:
+        assert labels.label(path.replace("{", "").replace("}", "")) != NO_ROUTE, path
+
+
+def test_only_a_private_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    remove_private_folder()
+    assert tmp_path.is_dir()
+    use_private_folder()
+    folder = Path(os.environ[FOLDER])
+    assert folder != tmp_path
+    assert folder.is_dir()
+    remove_private_folder()
+    assert not folder.exists()
+
+
+def test_a_process_without_metrics_makes_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    use_private_folder()
+    remove_private_folder()
+    assert FOLDER not in os.environ
