@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as tf_logging
 
 from runners.contracts.errors import ConfigError, reraise_as
 from runners.hf.dtypes import dtype_in
@@ -73,15 +73,17 @@ def loading(name: str) -> Iterator[None]:
 
     Such an error persists at a restart. Running out of memory may not, so that passes.
     """
-    mute_progress_bars()
+    _join_log_of_process()
     passing = (torch.OutOfMemoryError, torch.AcceleratorError)
     with reraise_as(ConfigError, f"{name} cannot be loaded", passing=passing):
         yield
 
 
-def mute_progress_bars() -> None:
-    """Switch off transformers' progress bars in this process: they would garble a rank's log."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]
+def _join_log_of_process() -> None:
+    """Log transformers' warnings as the process does its own, and no progress bars among them."""
+    tf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    tf_logging.disable_default_handler()
+    tf_logging.enable_propagation()
 
 
 def context_length(config: PreTrainedConfig) -> int:

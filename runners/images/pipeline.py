@@ -89,12 +89,13 @@ def parameters_of(cls: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def _silence_libraries() -> None:
-    """Turn off the progress bars of diffusers and transformers, and their log below errors."""
+    """Turn off the progress bars of diffusers and the log of both libraries below errors."""
     # CLIP's tokenization would log the part of a prompt that it truncates.
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_default_handler()
+    diffusers.utils.logging.enable_propagation()
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _pipeline_class(index: Mapping[str, Any], config: BaseRunnerConfig) -> Any:

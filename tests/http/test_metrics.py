@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from tests.support.server import Server
-
-
-def value(text: str, name: str, **labels: str) -> float:
-    """A sample's value, 0 if it is not there yet."""
-    wanted = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
-    found = re.search(rf"^triptych_{re.escape(name)}{{{re.escape(wanted)}}} (\S+)$", text, re.M)
-    return float(found[1]) if found else 0.0
+from tests.support.server import Server, metric
 
 
 def test_requests_sequences_and_tokens_are_counted(server: Server) -> None:
@@ -23,7 +14,7 @@ def test_requests_sequences_and_tokens_are_counted(server: Server) -> None:
     after = server.metrics()
 
     def grown(name: str, **labels: str) -> float:
-        return value(after, name, route=route, **labels) - value(
+        return metric(after, name, route=route, **labels) - metric(
             before, name, route=route, **labels
         )
 

@@ -9,9 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.mii.test_published import processes
 from tests.support.models import greedy
-from tests.support.processes import wait_until
+from tests.support.processes import mii_processes, wait_until
 from tests.support.readme import ROOT, guide
 from tests.support.server import Server, environment
 
@@ -50,7 +49,7 @@ def served(
                 env = environment(bentoml_home, MII_CACHE_PATH=variables["MII_CACHE_PATH"])
                 example.check(url=server.url, cwd=folder, env=env)
         yield server, request.param
-    wait_until(lambda: not processes(folder), 5, "nothing of the deployment is left")
+    wait_until(lambda: not mii_processes(folder), 5, "nothing of the deployment is left")
 
 
 def test_the_guide_shows_the_file_that_was_imported() -> None:

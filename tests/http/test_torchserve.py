@@ -17,7 +17,6 @@ from PIL import Image
 
 from demo_models.image.build import write_demo_image_model
 from demo_models.text.build import write_demo_text_model
-from tests.http.test_metrics import value
 from tests.support.archives import (
     MII_OF_THE_REPOSITORY,
     accelerate_archive,
@@ -26,7 +25,7 @@ from tests.support.archives import (
 )
 from tests.support.models import greedy, write_model
 from tests.support.readme import Example, guide
-from tests.support.server import ROOT, Server, environment
+from tests.support.server import ROOT, Server, environment, metric
 
 PROMPT = "Once upon a time in Porto Lume, Fenna the fox"
 PICTURE = {"data": "a red circle", "num_inference_steps": 2, "seed": 3}
@@ -343,8 +342,7 @@ BY_POST_OR_PUT = "/predictions/bloom takes POST or PUT, not GET"
             (400, "BadRequestException", ""),
         ),
         (
-            "/predictions/stable-diffusion",
-            (*JSON, '{"data": "a", "num_inference_steps": 0}'),
+            *("/predictions/stable-diffusion", (*JSON, '{"data": "a", "num_inference_steps": 0}')),
             (400, "BadRequestException", "num_inference_steps: Input should be greater"),
         ),
     ],
@@ -388,14 +386,14 @@ def test_the_guide(example: Example, ready: Server, work: Path, home: Path) -> N
 
 def test_it_is_counted_and_documented(ready: Server, work: Path) -> None:
     def counted(**labels: str) -> float:
-        return value(ready.metrics(), "requests_total", **labels)
+        return metric(ready.metrics(), "requests_total", **labels)
 
     before = counted(route="/predictions", status="200"), counted(route="/models", status="404")
     curl(ready, "/predictions/bloom/1.0", "-T", "input.txt", cwd=work)
     curl(ready, "/models/nope", cwd=work)
     after = counted(route="/predictions", status="200"), counted(route="/models", status="404")
     assert after == (before[0] + 1, before[1] + 1)
-    assert value(ready.metrics(), "generated_tokens_total", route="/predictions") > 0
+    assert metric(ready.metrics(), "generated_tokens_total", route="/predictions") > 0
     documented: dict[str, Any] = ready.get("/docs.json").json()["paths"]
     for path in ("/predictions/{model_name}", "/predictions/{model_name}/{version}", "/ping"):
         assert path in documented

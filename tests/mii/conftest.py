@@ -14,6 +14,8 @@ from tests.support.server import ROOT
 pytest.importorskip("mii")
 pytest.importorskip("zmq")
 
+PATCHES = "import runners.engines.mii.patches\n"
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -28,11 +28,10 @@ from runners.engines.mii.deployment.balancer import balance
 from runners.engines.mii.deployment.plan import PLAN, DeploymentPlan, ReplicaPlan, read_plan
 from runners.engines.mii.deployment.ports import free_port
 from runners.engines.mii.deployment.starting import start, wait_until_serving
-from tests.mii.conftest import Scripts
-from tests.mii.test_published import PATCHES, processes
+from tests.mii.conftest import PATCHES, Scripts
 from tests.support.generating import collect, ids_of, serving, wait_ready
 from tests.support.models import greedy, write_model
-from tests.support.processes import wait_until
+from tests.support.processes import mii_processes, wait_until
 
 KEPT = {"mode": "persistent", "keep_alive": True, "deployment_name": "kept"}
 
@@ -41,7 +40,7 @@ KEPT = {"mode": "persistent", "keep_alive": True, "deployment_name": "kept"}
 def kill_leftovers(cache: Path) -> Iterator[None]:
     """What a failing test leaves behind must not disturb the next test."""
     yield
-    for process in processes(cache):
+    for process in mii_processes(cache):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
@@ -64,12 +63,12 @@ async def failure(folder: Path, section: dict[str, Any]) -> str:
 
 
 def role_processes(cache: Path, role: str) -> list[psutil.Process]:
-    return [p for p in processes(cache) if role in p.cmdline()]
+    return [p for p in mii_processes(cache) if role in p.cmdline()]
 
 
 def end(name: str, cache: Path, scripts: Scripts) -> None:
     scripts.run(f'import mii\nmii.client("{name}").terminate_server()')
-    wait_until(lambda: not processes(cache), 10, "all of the deployment is gone")
+    wait_until(lambda: not mii_processes(cache), 10, "all of the deployment is gone")
 
 
 async def test_only_the_same_deployment_is_reused(
@@ -105,14 +104,14 @@ def test_a_name_and_a_port_belong_to_one_deployment(
         return scripts.run(f'{PATCHES}import mii\nmii.serve("{folder}", {arguments})', fails=fails)
 
     serve('deployment_name="one"')
-    before = {p.pid for p in processes(cache)}
+    before = {p.pid for p in mii_processes(cache)}
     score = (cache / "one" / "score.py").read_text()
     assert "deployment one is already running" in serve('deployment_name="one"', fails=True)
     assert (cache / "one" / "score.py").read_text() == score
     port = read_plan(cache / "one" / PLAN).port
     assert f"port {port} is taken" in serve(f'deployment_name="2", port_number={port}', fails=True)
     assert "is a path to another folder" in serve('deployment_name="../../x"', fails=True)
-    assert {p.pid for p in processes(cache)} == before
+    assert {p.pid for p in mii_processes(cache)} == before
     end("one", cache, scripts)
 
 
@@ -128,7 +127,7 @@ async def test_a_start_ends_with_its_supervisor(tmp_path: Path, cache: Path) -> 
     os.kill(role_processes(cache, module)[0].pid, signal.SIGKILL)
     with pytest.raises(ConfigError, match="ended while it was starting"):
         wait_until_serving(plan, cache / "kept")
-    wait_until(lambda: not processes(cache), 10, "all of the deployment is gone")
+    wait_until(lambda: not mii_processes(cache), 10, "all of the deployment is gone")
     assert (cache / "kept" / PLAN).exists()
     with socket.create_server(("127.0.0.1", plan.port)):
         section = KEPT | {"keep_alive": False}

@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import transformers as tf
 
-from tests.mii.conftest import Scripts
+from tests.mii.conftest import PATCHES, Scripts
 from tests.support.models import greedy, write_model
-from tests.support.processes import wait_until
+from tests.support.processes import mii_processes, wait_until
 
-PATCHES = "import runners.engines.mii.patches\n"
 NAME = "mistralai/Mistral-7B-v0.1"
 SHOW = """
 print("SHOWN", json.dumps([
@@ -37,17 +35,6 @@ def show(name: str) -> str:
 
 def shown(printed: str) -> list[list[object]]:
     return json.loads(re.findall(r"SHOWN (.*)", printed)[-1])  # type: ignore[no-any-return]
-
-
-def processes(folder: Path) -> list[psutil.Process]:
-    """The processes of deployments whose plan is below `folder`."""
-    matches = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        is_of_deployment = any(argument.startswith("runners.engines.mii.") for argument in command)
-        if is_of_deployment and any(str(folder) in argument for argument in command):
-            matches.append(process)
-    return matches
 
 
 @pytest.fixture
@@ -109,7 +96,7 @@ response = client({PROMPTS}, {GREEDY})
     )
     want = expected(model, PROMPTS, 12)
     assert [row[0] for row in shown(printed)] == want
-    family = processes(scripts.folder)
+    family = mii_processes(scripts.folder)
     assert sum("replica" in " ".join(p.cmdline()) for p in family) == ranks
     printed = scripts.run(
         f"""
@@ -127,7 +114,7 @@ print("STREAMED", len(streamed), "".join(streamed) == response[1].generated_text
     assert [row[0] for row in shown(printed)] == want
     assert "STREAMED 12 True" in printed
     scripts.run(f'import mii\nclient = mii.client("{NAME}")\nclient.terminate_server()')
-    wait_until(lambda: not processes(scripts.folder), 10, "all of the deployment is gone")
+    wait_until(lambda: not mii_processes(scripts.folder), 10, "all of the deployment is gone")
 
 
 def test_the_rest_gateway_answers_and_goes_with_the_deployment(
@@ -152,7 +139,7 @@ print("PORT", client.mii_config.restful_api_port)
     assert httpx.post(url, json={"prompts": "x", "nope": 1}).status_code == 400
     assert httpx.post(url, json=[]).status_code == 400
     scripts.run('import mii\nmii.client("mistral-deployment").terminate_server()')
-    wait_until(lambda: not processes(scripts.folder), 10, "the gateway is gone too")
+    wait_until(lambda: not mii_processes(scripts.folder), 10, "the gateway is gone too")
 
 
 def _answers(port: str) -> bool:
@@ -203,4 +190,4 @@ def test_a_model_that_cannot_be_served_ends_the_deployment_with_a_reason(scripts
     assert "ConfigError" in printed
     assert "cannot be loaded" in printed
     assert time.monotonic() - began < 100
-    wait_until(lambda: not processes(scripts.folder), 10, "all of the deployment is gone")
+    wait_until(lambda: not mii_processes(scripts.folder), 10, "all of the deployment is gone")

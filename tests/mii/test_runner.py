@@ -39,10 +39,9 @@ from runners.contracts.text import ChatMessage, ChatPrompt, TextRunner
 from runners.engines.mii.deployment.ports import listens
 from tests.conftest import CHAT_TEMPLATE
 from tests.mii.conftest import Scripts
-from tests.mii.test_published import processes
 from tests.support.generating import collect, ids_of, request, serving, text_of, wait_ready
 from tests.support.models import greedy, write_model
-from tests.support.processes import wait_until
+from tests.support.processes import mii_processes, wait_until
 
 PROMPTS = ["hello", "the cat sat on", "a long prompt that takes several steps, " * 4, "x", "mat 12"]
 COUNT = 16
@@ -88,7 +87,7 @@ async def test_both_modes_give_the_tokens_of_generate(
         assert ids_of(once) == ids_of(again)
         with pytest.raises(ContextLengthExceeded):
             await collect(runner, "hello", max_new_tokens=10_000)
-    wait_until(lambda: not processes(cache), 5, "all of the deployment is gone")
+    wait_until(lambda: not mii_processes(cache), 5, "all of the deployment is gone")
 
 
 async def complete(runner: TextRunner, prompt: str) -> str:
@@ -174,7 +173,7 @@ async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
     config = json.loads((longer / "config.json").read_text())
     (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     async with mii(longer, PERSISTENT | {"replica_num": 2}, max_kv_tokens=16384) as runner:
-        lost = next(p for p in processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
+        lost = next(p for p in mii_processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
         streams = [
             await runner.submit(request("hello", max_new_tokens=3000, ignore_eos=True))
             for _ in range(2)
@@ -198,7 +197,9 @@ async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
         assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
         assert runner.health().restarts == 0
         async with asyncio.timeout(60):
-            while not [p for p in processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"]]:
+            while not [
+                p for p in mii_processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"]
+            ]:
                 await asyncio.sleep(0.1)
         assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
 
@@ -207,11 +208,11 @@ async def test_a_detached_deployment_is_reused(model: Path, cache: Path, scripts
     """It outlives its runner, serves stock MII's client, and ends when that terminates it."""
     section = PERSISTENT | {"keep_alive": True, "deployment_name": "kept"}
     async with mii(model, section) as runner:
-        before = {p.pid for p in processes(cache)}
+        before = {p.pid for p in mii_processes(cache)}
         assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
         assert not {p.pid for p in psutil.Process().children(recursive=True)} & before
     async with mii(model, section) as runner:
-        assert {p.pid for p in processes(cache)} == before
+        assert {p.pid for p in mii_processes(cache)} == before
         assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
         port = json.loads((cache / "kept" / "deployment.json").read_text())["port"]
         connected = PERSISTENT | {"host": "127.0.0.1", "port_number": port}
@@ -226,14 +227,14 @@ client.terminate_server()
 """
     )
     assert "True" in printed
-    wait_until(lambda: not processes(cache), 10, "all of the deployment is gone")
+    wait_until(lambda: not mii_processes(cache), 10, "all of the deployment is gone")
 
 
 async def test_a_lost_rank_takes_its_deployment_along_and_both_come_back(
     model: Path, cache: Path
 ) -> None:
     async with mii(model, PERSISTENT) as runner:
-        before = {p.pid for p in processes(cache)}
+        before = {p.pid for p in mii_processes(cache)}
         rank = next(
             p
             for p in psutil.Process().children(recursive=True)
@@ -244,7 +245,7 @@ async def test_a_lost_rank_takes_its_deployment_along_and_both_come_back(
             while runner.health().ready:
                 await asyncio.sleep(0.01)
         await wait_ready(runner)
-        assert not {p.pid for p in processes(cache)} & before
+        assert not {p.pid for p in mii_processes(cache)} & before
         assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
 
 

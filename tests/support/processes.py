@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import psutil
 
@@ -65,3 +66,14 @@ def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
         time.sleep(0.05)
+
+
+def mii_processes(folder: Path) -> list[psutil.Process]:
+    """The processes of deployments whose plan is below `folder`."""
+    matches = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        is_of_deployment = any(argument.startswith("runners.engines.mii.") for argument in command)
+        if is_of_deployment and any(str(folder) in argument for argument in command):
+            matches.append(process)
+    return matches

@@ -150,3 +150,10 @@ class Server:
         """No traceback, and no task whose error or end nobody saw."""
         for trouble in ("Traceback", "never retrieved", "was destroyed", "never awaited"):
             assert trouble not in self.log, self.log[-4000:]
+
+
+def metric(text: str, name: str, **labels: str) -> float:
+    """A sample's value, 0 if it is not there yet."""
+    wanted = ",".join(f'{key}="{labels[key]}"' for key in sorted(labels))
+    found = re.search(rf"^triptych_{re.escape(name)}{{{re.escape(wanted)}}} (\S+)$", text, re.M)
+    return float(found[1]) if found else 0.0

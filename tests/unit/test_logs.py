@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from runners.hf.models import loading
 from runners.protocol.logs import FORMAT, LEVEL, LOGGER, configure_logging
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
@@ -110,6 +111,8 @@ def test_json_has_one_object_per_line(
 
 def test_a_rank_formats_the_warnings_of_libraries(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(rank=1)
+    with loading("nothing"):
+        pass
     logging.getLogger("transformers").info("not this")
     logging.getLogger("transformers").warning("slow")
     warnings.showwarning("deprecated", UserWarning, "module.py", 1)
