@@ -51,7 +51,7 @@ def read_section(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if (record := fields.pop("model_name", None)) is not None:
         section.setdefault("model_name_or_path", record)
     warnings = drop_ignored(section, MII_KEYS, source=SOURCE, prefix="mii.")
-    warnings += _drop_unused(section)
+    warnings += _ignored(section)
     for key, value in _pop_shared(section).items():
         if fields.setdefault(key, value) != value:
             raise ConfigError(
@@ -96,8 +96,8 @@ def _flatten(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _drop_unused(section: dict[str, Any]) -> list[str]:
-    """Remove keys without effect in the section's mode; `tokenizer` stays, as a record."""
+def _ignored(section: dict[str, Any]) -> list[str]:
+    """A warning for each key without effect in the section's mode; MIISection validates them."""
     if section.get("mode", "pipeline") == "pipeline":
         unused = dict.fromkeys(("port_number", *STARTED_ONLY), "it needs mode persistent")
     elif section.get("host") is not None:
@@ -111,7 +111,7 @@ def _drop_unused(section: dict[str, Any]) -> list[str]:
     if isinstance(generate, Mapping):
         section["generate"] = generate = dict(generate)
         warnings = drop_ignored(generate, MII_GENERATE_KEYS, source=SOURCE, prefix="mii.generate.")
-    return warnings + drop_ignored(section, unused, source=SOURCE, prefix="mii.")
+    return warnings + drop_ignored(dict(section), unused, source=SOURCE, prefix="mii.")
 
 
 def _pop_shared(section: dict[str, Any]) -> dict[str, Any]:

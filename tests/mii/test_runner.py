@@ -289,14 +289,14 @@ async def test_the_forerunners_file_runs_as_it_was(model: Path, tmp_path: Path) 
         ({"replica_num": 2}, "replica_num needs mode persistent"),
         ({"mode": "persistent", "host": "a"}, "host needs port_number"),
         ({"mode": "elsewhere"}, "mii.mode"),
-        ({"dtype": "int3"}, "mii.dtype must be one of"),
-        ({"task": "nope"}, "task: Input should be"),
+        ({"dtype": "int3"}, "mii.dtype: must be one of"),
+        ({"task": "nope"}, "task: must be one of"),
         ({"deployment_name": "../x"}, "mii.deployment_name"),
         (
             {"mode": "persistent", "host": "a", "port_number": 1, "replica_num": 2},
-            "replica_num has no use with host",
+            "replica_num has no effect with host",
         ),
-        ([], "mii must be an object"),
+        ([], "mii: must be an object"),
     ],
 )
 def test_mistakes_are_named(section: Any, sentence: str, tmp_path: Path) -> None:
