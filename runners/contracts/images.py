@@ -108,9 +108,7 @@ class ImageModelInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
                 )
         if height * width > self.max_pixels:
             raise InvalidRequest(
-                f"must be at most {self.max_pixels // width} pixels at width {width}, which is "
-                f"{self.max_pixels} pixels at most",
-                field="height",
+                f"height times width must be at most {self.max_pixels} pixels", field="height"
             )
         steps = request.num_inference_steps
         if steps is None:
