@@ -114,7 +114,7 @@ def test_the_base_image_is_chosen_at_build_time(shipped: Home) -> None:
 def test_a_model_that_cannot_be_served_is_not_built_in(shipped: Home) -> None:
     done = shipped.run("build", ".", "--arg", "text_model=broken")
     assert done.returncode != 0
-    assert "triptych: setup_config.json: engine must be one of" in done.stderr
+    assert "triptych: setup_config.json: engine: must be one of" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
 

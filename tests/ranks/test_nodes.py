@@ -62,7 +62,7 @@ class Node:
         """Ends as an operator ends it; nothing of it may be left."""
         family = descendants(self.process.pid)
         self.process.terminate()
-        code = self.process.wait(20)
+        code = self.process.wait(60)
         wait_until(lambda: not alive(family), 5, "all processes of the node are gone")
         return code
 
@@ -156,7 +156,7 @@ async def test_a_node_that_is_ended_serves_the_requests_that_run(
             node.process.terminate()
             rest = [delta async for delta in iterator]
             assert [ids_of([first, *rest])] == greedy(folder, ["hello"], 500)
-        assert node.process.wait(20) == 0
+        assert node.process.wait(60) == 0
 
 
 @pytest.mark.usefixtures("forked")
@@ -221,7 +221,7 @@ async def test_a_node_with_another_set_up_is_refused(folder: Path, tmp_path: Pat
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(15), serving(folder, **options(endpoint)):
                 pass
-        assert node.process.wait(20) == 1
+        assert node.process.wait(60) == 1
     assert (
         "error: node 0 serves another set-up: config.json, prefix_caching, weights differ"
         in node.said
@@ -230,7 +230,7 @@ async def test_a_node_with_another_set_up_is_refused(folder: Path, tmp_path: Pat
 
 def test_a_node_that_can_not_join_says_what_it_needs(folder: Path, tmp_path: Path) -> None:
     with joining(tmp_path / "log", folder, "--tensor-parallel", 2) as node:
-        assert node.process.wait(30) == 1
+        assert node.process.wait(60) == 1
     assert "error: a node that joins needs engine deepspeed, nnodes from 2" in node.said
 
 
