@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from runners.text.lockstep import HEADER, TPGroup
+from runners.text.lockstep import HEADER, TPGroup, decode, encode
 from runners.text.paging.batch import Batch
-from tests.support.forked_ranks import fork_context
 
 SHORT = Batch([[7], [8, 9]], [200, 0], [[1, 2, 3], [4]])
 LONG = Batch([[5], list(range(3 * HEADER))], [31, 64], [[0], list(range(96))])
+
+
+@pytest.mark.parametrize("batch", [SHORT, LONG, Batch([], [], [])])
+def test_a_batch_is_made_integers_of_and_back(batch: Batch) -> None:
+    assert decode([*encode(batch), 0, 0]) == batch
 
 
 def _rank(rank: int, folder: str, results: Any) -> None:
@@ -34,9 +40,9 @@ def _rank(rank: int, folder: str, results: Any) -> None:
 
 
 def test_ranks_receive_what_was_sent_and_do_not_wait_for_ever(tmp_path: Path) -> None:
-    forks = fork_context()
-    results = forks.SimpleQueue()
-    ranks = [forks.Process(target=_rank, args=(r, str(tmp_path), results)) for r in (0, 1)]
+    spawn = mp.get_context("spawn")
+    results = spawn.SimpleQueue()
+    ranks = [spawn.Process(target=_rank, args=(r, str(tmp_path), results)) for r in (0, 1)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
