@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 
 import httpx
-import yaml
 
 from runners.engines.mii.deployment.ports import free_port
 from tests.support.processes import alive, descendants, wait_until
@@ -36,6 +35,7 @@ class RayCluster:
         self._env = environment(home, RAY_USAGE_STATS_ENABLED="0", **folders) | dict(variables)
         ports = {name: free_port() for name in PORTS}
         self._dashboard = f"http://{LOOPBACK}:{ports['dashboard-port']}"
+        self._applications_url = f"{self._dashboard}/api/serve/applications/"
         self._command = [
             *(_program("ray"), "start", "--head", "--block", f"--node-ip-address={LOOPBACK}"),
             *(f"--{name}={port}" for name, port in ports.items()),
@@ -73,9 +73,10 @@ class RayCluster:
         return [log.read_text().count(f" {request_id} -- POST / 200 ") for log in logs]
 
     def _applications(self) -> set[str]:
-        status = self.status()
-        states = {each["status"] for each in yaml.safe_load(status)["applications"].values()}
-        assert not states & {"DEPLOY_FAILED", "UNHEALTHY"}, status
+        # What `serve status` asks; the command itself takes seconds of CPU time to start.
+        applications = httpx.get(self._applications_url).json()["applications"]
+        states = {each["status"] for each in applications.values()}
+        assert not states & {"DEPLOY_FAILED", "UNHEALTHY"}, applications
         return states
 
     def _serve(self, *arguments: str) -> str:
@@ -96,7 +97,7 @@ class RayCluster:
         assert self._process is not None
         assert self._process.poll() is None, self._log.read_text()[-3000:]
         try:
-            return httpx.get(f"{self._dashboard}/api/serve/applications/").status_code == 200
+            return httpx.get(self._applications_url).status_code == 200
         except httpx.TransportError:
             return False
 

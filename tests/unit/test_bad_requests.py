@@ -1,0 +1,102 @@
+"""Whatever a client sends, it gets a 4xx that says what is wrong.
+
+The whole service answers, with its middlewares, in this process; only the runner is a fake.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.support.bad_bodies import BAD_BODIES, TEXT_ROUTES
+from tests.support.fake_runner import FakeTextRunner
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A client of the service, which has started."""
+    with pytest.MonkeyPatch.context() as patch:
+        # What importing the service sets if it is not set yet.
+        patch.setenv("BENTOML_DISABLE_GPU_ALLOCATION", "1")
+        patch.setenv("BENTOML_RESULT_STORE", str(tmp_path_factory.mktemp("jobs") / "results.db"))
+        service: Any = importlib.import_module("service")
+        runners = service.Runners(text=FakeTextRunner())
+        patch.setattr(service, "chosen_runners", lambda *_: runners)
+        with TestClient(service.Triptych.to_asgi()) as made:
+            yield made
+
+
+@pytest.mark.parametrize("route", TEXT_ROUTES)
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES.keys())
+def test_bad_bodies_are_the_clients_fault(client: TestClient, route: str, body: bytes) -> None:
+    answer = client.post(route, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+
+
+@pytest.mark.parametrize("route", TEXT_ROUTES)
+@pytest.mark.parametrize(
+    "content_type",
+    ["application/vnd.bentoml+pickle", "multipart/form-data; boundary=x", "text/plain", "x"],
+)
+def test_only_json_is_taken(client: TestClient, route: str, content_type: str) -> None:
+    headers = {"Content-Type": content_type}
+    answer = client.post(route, content=b'{"prompt": "a"}', headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "Content-Type"
+
+
+@pytest.mark.parametrize("headers", [{"Content-Type": "application/json; charset=utf-8"}, {}])
+def test_json_may_name_its_charset_or_nothing_at_all(
+    client: TestClient, headers: dict[str, str]
+) -> None:
+    answer = client.post("/tokenize", content=b'{"prompt": "hello"}', headers=headers)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"prompt": "a", "max_new_tokens": "8"}, "max_new_tokens", "valid integer"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens", "greater than or equal to 1"),
+        ({"prompt": "a", "max_new_tokens": 10**6 + 1}, "max_new_tokens", "1000000"),
+        ({"prompt": "a", "temperature": True}, "temperature", "valid number"),
+        ({"prompt": "a", "stop": "x" * 257}, "stop.0", "at most 256"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"prompt": "a", "top_k": 1.5}, "top_k", "valid integer"),
+        ({"prompt": "a", "ignore_eos": 1}, "ignore_eos", "valid boolean"),
+        ({"prompt": "a", "prompts": ["b"]}, "prompt", "either prompt or prompts"),
+        ({"prompts": []}, "prompts", "at least 1"),
+        ({"prompts": ["a"] * 129}, "prompts", "at most 128"),
+        ({"prompt": "a", "frobnicate": 1}, "frobnicate", "not a known field"),
+    ],
+)
+def test_the_field_and_what_it_may_hold_are_named(
+    client: TestClient, body: dict[str, object], param: str, said: str
+) -> None:
+    answer = client.post("/generate", json=body)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert param.split(".")[0] in error["message"]
+    assert said in error["message"]
+
+
+def test_each_answer_has_a_request_id(client: TestClient) -> None:
+    given = client.get("/livez", headers={"X-Request-ID": "a-b_c.1"})
+    assert given.headers["x-request-id"] == "a-b_c.1"
+    for bad in ("a b", "x" * 129, 'a"b', ""):
+        answer = client.get("/livez", headers={"X-Request-ID": bad})
+        assert answer.headers["x-request-id"] not in ("", bad)
+    ids = {client.post("/generate", json={}).headers["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+    body = {"prompt": "a", "max_new_tokens": 1}
+    answer = client.post("/generate", json=body, headers={"X-Request-ID": "mine"})
+    assert answer.json()["request_id"] == answer.headers["x-request-id"] == "mine"
