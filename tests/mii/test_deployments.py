@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -33,7 +34,20 @@ from tests.support.generating import collect, ids_of, serving, wait_ready
 from tests.support.models import greedy, write_model
 from tests.support.processes import mii_processes, wait_until
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
 KEPT = {"mode": "persistent", "keep_alive": True, "deployment_name": "kept"}
+
+ATTEMPTS = (
+    PATCHES
+    + """
+import mii
+for arguments in {attempts}:
+    try:
+        mii.serve("{folder}", **arguments)
+    except Exception as error:
+        print("REFUSED", error)
+"""
+)
 
 
 @pytest.fixture(autouse=True)
@@ -99,18 +113,20 @@ def test_a_name_and_a_port_belong_to_one_deployment(
     tmp_path: Path, cache: Path, scripts: Scripts
 ) -> None:
     folder = write_model("llama", tmp_path / "m")
-
-    def serve(arguments: str, *, fails: bool = False) -> str:
-        return scripts.run(f'{PATCHES}import mii\nmii.serve("{folder}", {arguments})', fails=fails)
-
-    serve('deployment_name="one"')
+    scripts.run(f'{PATCHES}import mii\nmii.serve("{folder}", deployment_name="one")')
     before = {p.pid for p in mii_processes(cache)}
     score = (cache / "one" / "score.py").read_text()
-    assert "deployment one is already running" in serve('deployment_name="one"', fails=True)
-    assert (cache / "one" / "score.py").read_text() == score
     port = read_plan(cache / "one" / PLAN).port
-    assert f"port {port} is taken" in serve(f'deployment_name="2", port_number={port}', fails=True)
-    assert "is a path to another folder" in serve('deployment_name="../../x"', fails=True)
+    attempts = {
+        "deployment one is already running": {"deployment_name": "one"},
+        f"port {port} is taken": {"deployment_name": "2", "port_number": port},
+        "is a path to another folder": {"deployment_name": "../../x"},
+    }
+    printed = scripts.run(ATTEMPTS.format(folder=str(folder), attempts=list(attempts.values())))
+    refusals = re.findall(r"REFUSED (.*)", printed)
+    for sentence, refusal in zip(attempts, refusals, strict=True):
+        assert sentence in refusal
+    assert (cache / "one" / "score.py").read_text() == score
     assert {p.pid for p in mii_processes(cache)} == before
     end("one", cache, scripts)
 

@@ -110,10 +110,10 @@ client("Seattle is", streaming_fn=lambda r: streamed.append(r[0].generated_text)
 print("STREAMED", len(streamed), "".join(streamed) == response[1].generated_text)
 """
         + show("response")
+        + "client.terminate_server()"
     )
     assert [row[0] for row in shown(printed)] == want
     assert "STREAMED 12 True" in printed
-    scripts.run(f'import mii\nclient = mii.client("{NAME}")\nclient.terminate_server()')
     wait_until(lambda: not mii_processes(scripts.folder), 10, "all of the deployment is gone")
 
 

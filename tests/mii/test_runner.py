@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import pytest_asyncio
 import transformers as tf
 
 from api.app import create_app, serve_models
@@ -41,8 +42,11 @@ from tests.conftest import CHAT_TEMPLATE
 from tests.mii.conftest import Scripts
 from tests.support.generating import collect, ids_of, request, serving, text_of, wait_ready
 from tests.support.models import greedy, write_model
-from tests.support.processes import mii_processes, wait_until
+from tests.support.processes import mii_processes, own_ranks, wait_until
 
+pytestmark = pytest.mark.usefixtures("forked_ranks")
+# Those tests come last: the others see no ranks but their own.
+with_two_replicas = pytest.mark.asyncio(loop_scope="module")
 PROMPTS = ["hello", "the cat sat on", "a long prompt that takes several steps, " * 4, "x", "mat 12"]
 COUNT = 16
 PERSISTENT = {"mode": "persistent"}
@@ -108,102 +112,6 @@ def greedy_text(folder: Path, prompt: str) -> str:
     return str(tokenizer.decode(greedy(folder, [prompt], COUNT)[0], skip_special_tokens=True))
 
 
-async def test_a_deployment_has_miis_defaults_and_refuses_what_it_cannot_do(model: Path) -> None:
-    async with mii(model, PERSISTENT | {"generate": GREEDY_DEFAULTS}) as runner:
-        assert await complete(runner, "hello") == greedy_text(model, "hello")
-        for refused in (
-            *({"logprobs": 1}, {"logprobs": 0}, {"repetition_penalty": 1.2}),
-            *({"presence_penalty": 0.5}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}),
-        ):
-            with pytest.raises(InvalidRequest, match="not available from a persistent MII"):
-                await collect(runner, "hello", **refused)
-        with pytest.raises(InvalidRequest, match=r"use mii\.mode pipeline"):
-            await collect(runner, [ord("h"), ord("e"), 200, 201], max_new_tokens=2)
-
-
-async def test_six_clients_of_two_replicas(model: Path) -> None:
-    """20 requests each: greedy, sampled, with stop strings, and streams that are closed early."""
-    want = dict(zip(PROMPTS, greedy(model, PROMPTS, COUNT), strict=True))
-    async with mii(model, PERSISTENT | {"replica_num": 2}) as runner:
-
-        async def client(seed: int) -> int:
-            rng, checked = random.Random(seed), 0
-            for _ in range(20):
-                prompt = rng.choice(PROMPTS)
-                match rng.randrange(4):
-                    case 0:
-                        deltas = await collect(
-                            runner, prompt, max_new_tokens=COUNT, ignore_eos=True
-                        )
-                        assert ids_of(deltas) == want[prompt]
-                        checked += 1
-                    case 1:
-                        await collect(
-                            runner,
-                            prompt,
-                            max_new_tokens=rng.randrange(1, 24),
-                            temperature=rng.choice([0.3, 1.0, 2.0]),
-                            top_k=rng.choice([0, 5, None]),
-                            top_p=rng.choice([1.0, 0.4, None]),
-                        )
-                    case 2:
-                        stop = rng.sample(["a", "e", "th", "zq"], rng.randrange(1, 4))
-                        deltas = await collect(runner, prompt, max_new_tokens=24, stop=stop)
-                        assert not any(s in text_of(deltas) for s in stop)
-                    case _:
-                        stream = await runner.submit(
-                            request(prompt, max_new_tokens=300, ignore_eos=True)
-                        )
-                        async for _ in stream:
-                            break
-                        await stream.aclose()
-            return checked
-
-        async with asyncio.timeout(200):
-            assert sum(await asyncio.gather(*map(client, range(6)))) > 10
-        assert await all_at_once(runner) == list(want.values())
-        assert runner.health().restarts == 0
-
-
-async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
-    model: Path, cache: Path, tmp_path: Path
-) -> None:
-    # Long enough for neither stream to end before the other has begun.
-    longer = shutil.copytree(model, tmp_path / "longer")
-    config = json.loads((longer / "config.json").read_text())
-    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
-    async with mii(longer, PERSISTENT | {"replica_num": 2}, max_kv_tokens=16384) as runner:
-        lost = next(p for p in mii_processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
-        streams = [
-            await runner.submit(request("hello", max_new_tokens=3000, ignore_eos=True))
-            for _ in range(2)
-        ]
-        readers = [aiter(stream) for stream in streams]
-        for reader in readers:
-            await anext(reader)
-        killed_at = time.monotonic()
-        os.kill(lost.pid, signal.SIGKILL)
-
-        async def rest(reader: Any) -> str:
-            try:
-                return "".join([delta.text async for delta in reader])
-            except RunnerUnavailable as error:
-                assert time.monotonic() - killed_at < 5
-                return error.message
-
-        ends = await asyncio.gather(*map(rest, readers))
-        down = [end for end in ends if "replica 1 went down with the request in flight" in end]
-        assert len(down) == 1, [end[-200:] for end in ends]
-        assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
-        assert runner.health().restarts == 0
-        async with asyncio.timeout(60):
-            while not [
-                p for p in mii_processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"]
-            ]:
-                await asyncio.sleep(0.1)
-        assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
-
-
 async def test_a_detached_deployment_is_reused(model: Path, cache: Path, scripts: Scripts) -> None:
     """It outlives its runner, serves stock MII's client, and ends when that terminates it."""
     section = PERSISTENT | {"keep_alive": True, "deployment_name": "kept"}
@@ -235,11 +143,7 @@ async def test_a_lost_rank_takes_its_deployment_along_and_both_come_back(
 ) -> None:
     async with mii(model, PERSISTENT) as runner:
         before = {p.pid for p in mii_processes(cache)}
-        rank = next(
-            p
-            for p in psutil.Process().children(recursive=True)
-            if "runners.rank.worker" in p.cmdline()
-        )
+        [rank] = own_ranks()
         rank.kill()
         async with asyncio.timeout(30):
             while runner.health().ready:
@@ -377,3 +281,115 @@ async def test_miis_defaults_apply_to_requests_that_name_no_value(model: Path) -
             assert runner.info.max_context == 100
     finally:
         setup.unlink()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def two_replicas(
+    model: Path, forked_ranks: None, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[TextRunner, Path]]:
+    """A deployment with two replicas, MII's defaults and a long context; its cache folder."""
+    folder = tmp_path_factory.mktemp("two-replicas")
+    # Long enough for neither of two streams to end before the other has begun.
+    longer = shutil.copytree(model, folder / "longer")
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    section = PERSISTENT | {"replica_num": 2, "generate": GREEDY_DEFAULTS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MII_CACHE_PATH", str(folder / "cache"))
+        async with mii(longer, section, max_kv_tokens=16384) as runner:
+            yield runner, folder / "cache"
+
+
+@with_two_replicas
+async def test_a_deployment_has_miis_defaults_and_refuses_what_it_cannot_do(
+    model: Path, two_replicas: tuple[TextRunner, Path]
+) -> None:
+    runner, _ = two_replicas
+    assert await complete(runner, "hello") == greedy_text(model, "hello")
+    for refused in (
+        *({"logprobs": 1}, {"logprobs": 0}, {"repetition_penalty": 1.2}),
+        *({"presence_penalty": 0.5}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}),
+    ):
+        with pytest.raises(InvalidRequest, match="not available from a persistent MII"):
+            await collect(runner, "hello", **refused)
+    with pytest.raises(InvalidRequest, match=r"use mii\.mode pipeline"):
+        await collect(runner, [ord("h"), ord("e"), 200, 201], max_new_tokens=2)
+
+
+@with_two_replicas
+async def test_six_clients_of_two_replicas(
+    model: Path, two_replicas: tuple[TextRunner, Path]
+) -> None:
+    """20 requests each: greedy, sampled, with stop strings, and streams that are closed early."""
+    want = dict(zip(PROMPTS, greedy(model, PROMPTS, COUNT), strict=True))
+    runner, _ = two_replicas
+
+    async def client(seed: int) -> int:
+        rng, checked = random.Random(seed), 0
+        for _ in range(20):
+            prompt = rng.choice(PROMPTS)
+            match rng.randrange(4):
+                case 0:
+                    deltas = await collect(runner, prompt, max_new_tokens=COUNT, ignore_eos=True)
+                    assert ids_of(deltas) == want[prompt]
+                    checked += 1
+                case 1:
+                    await collect(
+                        runner,
+                        prompt,
+                        max_new_tokens=rng.randrange(1, 24),
+                        temperature=rng.choice([0.3, 1.0, 2.0]),
+                        top_k=rng.choice([0, 5, None]),
+                        top_p=rng.choice([1.0, 0.4, None]),
+                    )
+                case 2:
+                    stop = rng.sample(["a", "e", "th", "zq"], rng.randrange(1, 4))
+                    deltas = await collect(runner, prompt, max_new_tokens=24, stop=stop)
+                    assert not any(s in text_of(deltas) for s in stop)
+                case _:
+                    stream = await runner.submit(
+                        request(prompt, max_new_tokens=300, ignore_eos=True)
+                    )
+                    async for _ in stream:
+                        break
+                    await stream.aclose()
+        return checked
+
+    async with asyncio.timeout(200):
+        assert sum(await asyncio.gather(*map(client, range(6)))) > 10
+    assert await all_at_once(runner) == list(want.values())
+    assert runner.health().restarts == 0
+
+
+@with_two_replicas
+async def test_a_killed_replica_fails_its_own_requests_and_comes_back(
+    model: Path, two_replicas: tuple[TextRunner, Path]
+) -> None:
+    runner, cache = two_replicas
+    lost = next(p for p in mii_processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"])
+    streams = [
+        await runner.submit(request("hello", max_new_tokens=3000, ignore_eos=True))
+        for _ in range(2)
+    ]
+    readers = [aiter(stream) for stream in streams]
+    for reader in readers:
+        await anext(reader)
+    killed_at = time.monotonic()
+    os.kill(lost.pid, signal.SIGKILL)
+
+    async def rest(reader: Any) -> str:
+        try:
+            return "".join([delta.text async for delta in reader])
+        except RunnerUnavailable as error:
+            assert time.monotonic() - killed_at < 5
+            return error.message
+
+    ends = await asyncio.gather(*map(rest, readers))
+    down = [end for end in ends if "replica 1 went down with the request in flight" in end]
+    assert len(down) == 1, [end[-200:] for end in ends]
+    assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)
+    assert runner.health().restarts == 0
+    async with asyncio.timeout(60):
+        while not [p for p in mii_processes(cache) if p.cmdline()[-3:] == ["replica", "1", "0"]]:
+            await asyncio.sleep(0.1)
+    assert await all_at_once(runner) == greedy(model, PROMPTS, COUNT)

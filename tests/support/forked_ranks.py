@@ -30,6 +30,8 @@ _MODULES = [
     "runners.engines.accelerate",
     "runners.engines.deepspeed.load",
     "runners.engines.images",
+    "runners.engines.mii.patches",
+    "runners.engines.mii.persistent",
 ]
 # What these modules read when they are imported.
 _ENVIRONMENT = {
