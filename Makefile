@@ -21,8 +21,9 @@ serve: setup
 		TRIPTYCH_IMAGE_MODEL=$${TRIPTYCH_IMAGE_MODEL-demo-image} \
 		exec $(BIN)/bentoml serve . --host $(HOST) --port $(PORT) --timeout-graceful-shutdown 30
 
+# Three processes on two cores: a third of the time, a test waits.
 test: setup
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast: setup
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(FAST_TESTS) $(PYTEST_ARGS)

@@ -14,6 +14,7 @@ import grpc
 import pytest
 import transformers as tf
 import zmq
+from mii.batching import ragged_batching
 
 from runners.contracts.errors import ConfigError, EngineUnavailable
 from runners.engines.mii.deployment.ports import free_port
@@ -54,8 +55,23 @@ def texts(folder: Path, prompts: list[str], count: int) -> list[str]:
 
 
 @PATCHED_AND_STOCK
-def test_pipelines_of_one_rank_need_no_port_each(stock: bool, model: Path) -> None:
-    with zmq.Context() as context, context.socket(zmq.PUB) as another:
+def test_pipelines_of_one_rank_need_no_port_each(
+    stock: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[zmq.Context[Any]] = []
+
+    def make_context() -> zmq.Context[Any]:
+        contexts.append(LoopbackContext())
+        return contexts[-1]
+
+    monkeypatch.setattr(ragged_batching.zmq, "Context", make_context)
+    with (
+        contextlib.ExitStack() as cleanup,
+        zmq.Context() as context,
+        context.socket(zmq.PUB) as another,
+    ):
+        # Stock MII leaves its context open when it cannot bind.
+        cleanup.callback(lambda: contexts[-1].destroy(linger=0))
         another.bind(f"tcp://127.0.0.1:{(port := free_port())}")
         with served(model, stock=stock, zmq_port=port) as client:
             assert client.ask("hello", max_new_tokens=2, **GREEDY)[0].response
