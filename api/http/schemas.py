@@ -83,8 +83,6 @@ def nth_seed(seed: int, index: int) -> int:
 
 
 def _as_list(value: object) -> object:
-    if value is None:
-        return []
     return [value] if isinstance(value, str) else value
 
 
@@ -92,12 +90,13 @@ ModelName = Annotated[str, Field(max_length=256)]
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]],
     Field(max_length=MAX_STOP_STRINGS),
-    BeforeValidator(_as_list, json_schema_input_type=str | list[str] | None),
+    BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
 ]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(max_length=1_000_000, fail_fast=True)
 ]
 TokenCount = Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
+MinTokenCount = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -118,8 +117,9 @@ class SamplingFields(WireModel):
     """Subtracted from a token's score for each time it was generated. Default: 0."""
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     """The same request with the same seed gives the same text."""
-    stop: StopStrings = []
-    """Up to 16 strings of up to 256 characters; the text ends before the first that appears."""
+    stop: StopStrings | None = None
+    """Up to 16 strings of up to 256 characters; the text ends before the first that appears.
+    Default: the model's own; an empty list means none."""
     ignore_eos: bool | None = None
     """Continue after the end token, up to the token limit. Default: false."""
 
@@ -130,6 +130,7 @@ class SamplingFields(WireModel):
         min_new_tokens: int | None,
         logprobs: int | None,
         default_new_tokens: int | None = None,
+        fill_context: bool = False,
         default_temperature: float | None = None,
     ) -> SamplingParams:
         """The sampling parameters of these fields and of those that the routes name differently."""
@@ -139,6 +140,7 @@ class SamplingFields(WireModel):
         return SamplingParams(
             max_new_tokens=max_new_tokens,
             default_new_tokens=default_new_tokens,
+            fill_context=fill_context,
             min_new_tokens=min_new_tokens,
             temperature=temperature,
             top_p=self.top_p,
@@ -147,7 +149,7 @@ class SamplingFields(WireModel):
             presence_penalty=presence,
             frequency_penalty=frequency,
             seed=self.seed,
-            stop=self.stop or None,
+            stop=self.stop,
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
         )

@@ -13,6 +13,7 @@ from api.http.schemas import (
     LogprobCount,
     Message,
     Messages,
+    MinTokenCount,
     ModelName,
     SamplingFields,
     TokenCount,
@@ -48,7 +49,7 @@ class NativeSampling(NativeBody, SamplingFields):
 
     max_new_tokens: TokenCount | None = None
     """Maximum number of generated tokens. Default: that of the model's configuration."""
-    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_new_tokens: MinTokenCount | None = None
     """The end token is not sampled before this many tokens. Default: 0."""
     logprobs: LogprobCount | None = None
     """Return each token's log-probability, and those of this many of the most likely tokens."""

@@ -29,6 +29,7 @@ async def create_chat_completion(model: TextModel, body: ChatRequest) -> Respons
     body.check()
     sampling = body.for_runner(
         max_tokens=body.token_limit,
+        fill_context=True,
         logprobs=body.logprob_count,
         model_temperature=model.default_temperature,
     )

@@ -45,7 +45,6 @@ class _CompletionFormat:
 
     def __init__(self, prefixes: list[str]) -> None:
         self._prefixes = prefixes
-        self._offsets = [0] * len(prefixes)
 
     def whole(self, meta: ResponseMeta, outputs: list[Output], usage: Usage) -> Completion:
         choices = [
@@ -86,21 +85,18 @@ class _CompletionFormat:
         return CompletionChoice(
             index=index,
             text=text,
-            logprobs=None if logprobs is None else self._logprobs(index, logprobs),
+            logprobs=None if logprobs is None else _logprobs(logprobs),
             finish_reason=finish_reason,
         )
 
-    def _logprobs(self, index: int, tokens: list[TokenLogprob]) -> CompletionLogprobs:
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(token.token)
-        return CompletionLogprobs(
-            tokens=[name_of(token) for token in tokens],
-            token_logprobs=[token.logprob for token in tokens],
-            top_logprobs=[alternatives(token) for token in tokens],
-            text_offset=offsets,
-        )
+
+def _logprobs(tokens: list[TokenLogprob]) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=[name_of(token) for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=[alternatives(token) for token in tokens],
+        text_offset=[token.text_offset for token in tokens],
+    )
 
 
 def alternatives(token: TokenLogprob) -> dict[str, float]:

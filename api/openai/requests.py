@@ -16,6 +16,7 @@ from api.http.schemas import (
     LogprobCount,
     Message,
     Messages,
+    MinTokenCount,
     ModelName,
     SamplingFields,
     TokenCount,
@@ -68,7 +69,7 @@ class OpenAIRequest(SamplingFields):
     """Choices per prompt. With a seed, choice i has the seed `seed + i`. Default: 1."""
     max_tokens: TokenCount | None = None
     """Maximum number of generated tokens. Default: the route's, or less if less fits."""
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: MinTokenCount | None = None
     """The end token is not sampled before this many tokens. Default: 0."""
     stream: bool | None = None
     """Send the text as it grows, as server-sent events."""
@@ -113,11 +114,13 @@ class OpenAIRequest(SamplingFields):
         logprobs: int | None,
         model_temperature: float | None,
         default_tokens: int | None = None,
+        fill_context: bool = False,
     ) -> SamplingParams:
         """The sampling parameters, with the API's own defaults."""
         return self.sampling(
             max_new_tokens=max_tokens,
             default_new_tokens=default_tokens,
+            fill_context=fill_context,
             min_new_tokens=self.min_tokens,
             logprobs=logprobs,
             default_temperature=(
@@ -139,7 +142,7 @@ Prompts = Annotated[
     list[str | TokenIds],
     Field(min_length=1, max_length=MAX_SEQUENCES),
     BeforeValidator(
-        _as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+        _as_prompts, json_schema_input_type=str | list[str] | TokenIds | list[TokenIds]
     ),
 ]
 

@@ -8,14 +8,12 @@ model of a pipeline task returns the outputs of `/tasks`.
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
-from pydantic import Field
 from starlette.responses import Response
 
 from api.http.context import current_request
 from api.http.image_files import Format, as_file, as_nested_lists, media_type
-from api.http.schemas import ImageFields, SamplingFields, Side, TokenCount
+from api.http.schemas import ImageFields, MinTokenCount, SamplingFields, Side, TokenCount
 from api.models.images import ImageModel
 from api.models.task_schemas import PIPELINES
 from api.models.tasks import TaskModel
@@ -35,7 +33,7 @@ class TextOptions(SamplingFields):
 
     max_new_tokens: TokenCount | None = None
     """Maximum number of generated tokens. Default: that of the model's configuration."""
-    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_new_tokens: MinTokenCount | None = None
     """The end token is not sampled before this many tokens. Default: 0."""
 
 

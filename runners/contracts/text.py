@@ -43,7 +43,9 @@ class SamplingParams:
     max_new_tokens: int | None = None
     """Upper bound on generated tokens; None: `default_new_tokens`."""
     default_new_tokens: int | None = None
-    """What no upper bound means, cut to what fits the context; None: the runner's default."""
+    """What no upper bound means, cut to what fits the context; None: the model's default."""
+    fill_context: bool = False
+    """Whether no upper bound means all that fits the context, if the model has no default."""
     min_new_tokens: int | None = None
     """End tokens are not sampled before this many tokens were generated."""
     temperature: float | None = None
@@ -85,6 +87,9 @@ class TokenLogprob:
     token_bytes: bytes
     """The bytes the token stands for."""
     logprob: float
+    text_offset: int = 0
+    """Where its text begins in the whole text, in characters. For a piece of a character: where
+    that character begins."""
     top: list[TokenLogprob] = field(default_factory=list)
     """The most likely tokens, best first, each with an empty `top`."""
 

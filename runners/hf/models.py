@@ -32,25 +32,39 @@ class SamplingDefaults:
     top_k: int = 0
     repetition_penalty: float = 1.0
     min_new_tokens: int = 0
+    max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
 
-IGNORED_GENERATION_KEYS = (
-    "no_repeat_ngram_size",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "sequence_bias",
-    "min_length",
-    "min_new_tokens",
-    "min_p",
-    "typical_p",
-    "encoder_repetition_penalty",
-)
-"""Keys of generation_config.json that `generate` applies and Triptych does not."""
+HONOURED_GENERATION_KEYS = {
+    *("do_sample", "temperature", "top_p", "top_k", "repetition_penalty"),
+    *("eos_token_id", "max_new_tokens", "min_new_tokens", "stop_strings"),
+}
+"""Keys of generation_config.json that have their effect here."""
+_WITHOUT_EFFECT = {
+    # Facts about the model that the tokenizer or the prompt settle.
+    *("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version"),
+    # How `generate` keeps its cache, and what it returns.
+    *("use_cache", "cache_implementation", "cache_config", "return_legacy_cache"),
+    *("return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores"),
+    *("output_logits", "trust_remote_code", "disable_compile", "compile_config"),
+    *("max_time", "continuous_batching_config", "is_assistant", "assistant_early_exit"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "prompt_lookup_num_tokens"),
+    *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
+    *("max_matching_ngram_size", "prefill_chunk_size", "chat_format", "early_stopping"),
+}
+"""Keys that do not change which tokens are generated."""
+NEUTRAL_GENERATION: dict[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("length_penalty", "typical_p", "encoder_repetition_penalty"), 1.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"), 0),
+    **dict.fromkeys(("min_p", "diversity_penalty", "epsilon_cutoff", "eta_cutoff"), 0.0),
+    **dict.fromkeys(("renormalize_logits", "remove_invalid_values", "token_healing"), False),
+    "low_memory": False,
+    "max_length": 20,
+}
+"""The values with which other keys have no effect: the defaults of transformers 4, in old files."""
 
 
 def stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype | None:
@@ -103,10 +117,21 @@ def context_length(config: PreTrainedConfig) -> int:
     return 2048  # ALiBi models state no limit; most were trained on this length
 
 
-def eos_ids(generation: GenerationConfig | None, vocab_size: int) -> frozenset[int]:
-    """The end tokens of a generation config; ids outside the vocabulary are ignored."""
-    eos = generation.eos_token_id if generation else None
-    ids = frozenset([eos] if isinstance(eos, int) else eos or ())
+def end_token_ids(
+    generation: GenerationConfig | None, tokenizer: Any, vocab_size: int
+) -> frozenset[int]:
+    """The end tokens that the generation config and the tokenizer name.
+
+    A fine-tune often changes the tokenizer's alone, the end of a turn, and keeps the generation
+    config of its base model. Ids outside the vocabulary are ignored.
+    """
+    sources = [generation.eos_token_id if generation else None, tokenizer.eos_token_id]
+    ids = frozenset(
+        token
+        for source in sources
+        if source is not None
+        for token in (source if isinstance(source, list) else [source])
+    )
     outside = {i for i in ids if not 0 <= i < vocab_size}
     if outside:
         logger.warning("end tokens %s are outside the vocabulary: ignored", sorted(outside))
@@ -115,11 +140,13 @@ def eos_ids(generation: GenerationConfig | None, vocab_size: int) -> frozenset[i
 
 def warn_about_ignored(generation: GenerationConfig | None) -> None:
     """Log the keys of a generation config that have no effect."""
-    neutral = GenerationConfig()  # type: ignore[no-untyped-call]
+    if generation is None:
+        return
+    known = HONOURED_GENERATION_KEYS | _WITHOUT_EFFECT
     ignored = [
         name
-        for name in IGNORED_GENERATION_KEYS
-        if getattr(generation, name, None) not in (None, getattr(neutral, name, None))
+        for name, value in generation.to_diff_dict().items()
+        if not (name in known or name.startswith("_") or value == NEUTRAL_GENERATION.get(name))
     ]
     if ignored:
         logger.warning("generation_config.json: ignored keys: %s", ", ".join(ignored))
@@ -135,12 +162,15 @@ def sampling_defaults(generation: GenerationConfig | None) -> SamplingDefaults:
         configured = getattr(generation, name, None)
         return default if configured is None else configured
 
-    sampled = bool(generation.do_sample)
+    sampled, stop = bool(generation.do_sample), value("stop_strings", ())
     return SamplingDefaults(
         temperature=value("temperature", 1.0) if sampled else None,
         top_p=value("top_p", 1.0) if sampled else 1.0,
         top_k=value("top_k", 0) if sampled else 0,
         repetition_penalty=value("repetition_penalty", 1.0),
+        min_new_tokens=value("min_new_tokens", 0),
+        max_new_tokens=generation.max_new_tokens,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )
 
 

@@ -45,6 +45,11 @@ class Detokenizer:
         self._sent = 0
         self.stopped = False
 
+    @property
+    def text_length(self) -> int:
+        """Characters of the text so far, the withheld ones included."""
+        return len(self._text)
+
     def add(self, token: int, *, may_stop: bool = True) -> str:
         """Add a token; returns the text that is now certain. Sets `stopped` at a stop string."""
         self._ids.append(token)

@@ -65,7 +65,9 @@ class TextProgram(RankProgram):
         self._eos_ids = eos_ids
         self._defaults = defaults
         self._max_prompt_tokens = max_prompt_tokens
-        self._default_new_tokens = default_new_tokens or max_prompt_tokens
+        self._default_new_tokens = (
+            default_new_tokens or max_prompt_tokens or defaults.max_new_tokens
+        )
         self._emit = emit
         self._scheduler = Scheduler(
             engine,

@@ -33,7 +33,8 @@ def token_limit(
     room = max_model_len - prompt_tokens
     limit = params.max_new_tokens
     if limit is None:
-        default = params.default_new_tokens or default_new_tokens or DEFAULT_NEW_TOKENS
+        otherwise = room if params.fill_context else DEFAULT_NEW_TOKENS
+        default = params.default_new_tokens or default_new_tokens or otherwise
         limit = min(room, max(default, min_new_tokens))
     if limit > room:
         raise ContextLengthExceeded(

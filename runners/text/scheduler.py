@@ -14,7 +14,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -244,6 +244,7 @@ class Scheduler:
         """Append a sampled token, and remove the sequence if it ends with it."""
         sequence.output_ids.append(token)
         count = len(sequence.output_ids)
+        text_offset = sequence.detokenizer.text_length
         reason: FinishReason | None = None
         text = ""
         if token in sequence.eos_ids:
@@ -263,15 +264,14 @@ class Scheduler:
             request_id=sequence.request_id,
             text=text,
             token_ids=[token],
-            logprobs=None if ranked is None else [self._logprob(token, ranked)],
+            logprobs=None if ranked is None else [self._logprob(token, ranked, text_offset)],
             finish_reason=reason,
         )
 
-    def _logprob(self, token: int, ranked: RankedToken) -> TokenLogprob:
-        def entry(token_id: int, logprob: float, top: list[TokenLogprob]) -> TokenLogprob:
+    def _logprob(self, token: int, ranked: RankedToken, text_offset: int) -> TokenLogprob:
+        def entry(token_id: int, logprob: float) -> TokenLogprob:
             text, raw = self._describe(token_id)
-            return TokenLogprob(
-                token_id=token_id, token=text, token_bytes=raw, logprob=logprob, top=top
-            )
+            return TokenLogprob(token_id=token_id, token=text, token_bytes=raw, logprob=logprob)
 
-        return entry(token, ranked.logprob, [entry(t, p, []) for t, p in ranked.top])
+        top = [entry(token_id, logprob) for token_id, logprob in ranked.top]
+        return replace(entry(token, ranked.logprob), text_offset=text_offset, top=top)

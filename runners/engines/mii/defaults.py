@@ -27,6 +27,7 @@ def mii_defaults(
 ) -> SamplingDefaults:
     """What `generate` sets, else the generation config's; `do_sample: false` is temperature 0."""
     values: dict[str, Any] = {
+        "stop": tuple(generate.stop) if generate.stop else None,
         "temperature": _temperature(generate),
         "top_p": generate.top_p,
         "top_k": generate.top_k,
@@ -34,7 +35,6 @@ def mii_defaults(
     return replace(
         sampling_defaults(generation),
         min_new_tokens=generate.min_new_tokens,
-        stop=tuple(generate.stop),
         ignore_eos=generate.ignore_eos,
         **{name: value for name, value in values.items() if value is not None},
     )

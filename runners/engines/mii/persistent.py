@@ -324,7 +324,7 @@ class PersistentProgram(RankProgram):
             prompt_tokens,
             max_model_len=self.info.max_model_len,
             min_new_tokens=min_new_tokens,
-            default_new_tokens=self._config.max_new_tokens,
+            default_new_tokens=self._config.max_new_tokens or defaults.max_new_tokens,
         )
         temperature = _resolve(params.temperature, _resolve(defaults.temperature, 0.0))
         ignore_eos = defaults.ignore_eos if params.ignore_eos is None else params.ignore_eos

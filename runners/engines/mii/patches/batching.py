@@ -26,7 +26,7 @@ from runners.contracts.errors import EngineFailure, InvalidRequest
 from runners.contracts.text import SamplingParams
 from runners.engines.mii.defaults import load_generation_config
 from runners.engines.mii.patches.requests import LENGTH, RequestState, TrackedRequest
-from runners.hf.models import SamplingDefaults, eos_ids
+from runners.hf.models import SamplingDefaults, end_token_ids
 from runners.text.detokenizer import Detokenizer
 from runners.text.sampling import SamplerState, sample
 
@@ -46,7 +46,9 @@ class PatchedBatching(RaggedBatchBase):  # type: ignore[misc]  # MII has no type
         super().__init__(model_config=model_config, **kwargs)
         # `generate` may also sample tokens that the model has and the tokenizer lacks.
         self.vocab_size = UNLIMITED_VOCAB
-        self._eos_ids = _end_tokens(Path(model_config.model_name_or_path), self.tokenizer)
+        tokenizer = _hf_tokenizer(self.tokenizer)
+        generation = load_generation_config(Path(model_config.model_name_or_path))
+        self._eos_ids = end_token_ids(generation, tokenizer, len(tokenizer))
         self._kv_tokens = _kv_tokens(self.inference_engine)
         if self.is_rank_0 and model_config.tensor_parallel > 1:
             self.socket.wait_for(model_config.tensor_parallel - 1)
@@ -334,15 +336,6 @@ def _sampling(params: GenerateParamsConfig, seed: int | None) -> SamplingParams:
 def _hf_tokenizer(tokenizer: Any) -> Any:
     """The Hugging Face tokenizer in MII's wrapper."""
     return getattr(tokenizer, "tokenizer", tokenizer)
-
-
-def _end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """The end tokens of the generation config; without any, the tokenizer's, as in MII."""
-    tokenizer = _hf_tokenizer(tokenizer)
-    if ids := eos_ids(load_generation_config(folder), len(tokenizer)):
-        return ids
-    eos = tokenizer.eos_token_id
-    return frozenset([] if eos is None else [eos])
 
 
 def _kv_tokens(engine: Any) -> int:

@@ -1,0 +1,109 @@
+"""What a model's files say about generation, and what is said about the rest."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as tf
+
+from runners.config.mii import GenerateSection
+from runners.contracts.text import SamplingParams
+from runners.engines.mii.defaults import mii_defaults
+from runners.hf.models import end_token_ids, sampling_defaults, warn_about_ignored
+from runners.text.requests import DEFAULT_NEW_TOKENS, token_limit
+
+
+class Tokenizer:
+    """The one attribute that is read."""
+
+    def __init__(self, eos_token_id: int | None) -> None:
+        self.eos_token_id = eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("generation", "tokenizer", "ends"),
+    [
+        (0, 2, {0, 2}),
+        ([0, 1], 1, {0, 1}),
+        (None, 2, {2}),
+        (0, None, {0}),
+        (None, None, set()),
+        ([0, 99], 100, {0}),
+    ],
+)
+def test_the_end_tokens_are_those_of_both_files(
+    generation: Any, tokenizer: int | None, ends: set[int]
+) -> None:
+    config = tf.GenerationConfig(eos_token_id=generation)
+    assert end_token_ids(config, Tokenizer(tokenizer), 99) == ends
+    if generation is None:
+        assert end_token_ids(None, Tokenizer(tokenizer), 99) == ends
+
+
+def test_each_key_of_the_generation_config_is_honoured_or_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tf.GenerationConfig(
+        do_sample=True,
+        temperature=0.6,
+        eos_token_id=1,
+        pad_token_id=0,
+        max_new_tokens=300,
+        stop_strings=["###", "User:"],
+        num_beams=4,
+        num_return_sequences=1,
+        length_penalty=1.0,
+        max_length=4096,
+        no_repeat_ngram_size=2,
+        penalty_alpha=0.6,
+        a_key_of_the_future=3,
+    )
+    with caplog.at_level(logging.WARNING):
+        warn_about_ignored(config)
+        warn_about_ignored(None)
+    [record] = [record for record in caplog.records if record.name == "triptych.hf"]
+    ignored = record.getMessage().partition("ignored keys: ")[2].split(", ")
+    assert set(ignored) == {
+        *("num_beams", "max_length", "no_repeat_ngram_size", "penalty_alpha"),
+        "a_key_of_the_future",
+    }
+    defaults = sampling_defaults(config)
+    assert (defaults.temperature, defaults.max_new_tokens) == (0.6, 300)
+    assert defaults.stop == ("###", "User:")
+    assert sampling_defaults(tf.GenerationConfig(stop_strings="END")).stop == ("END",)
+
+
+def test_neutral_values_of_old_files_are_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    neutral = tf.GenerationConfig._get_default_generation_params()
+    with caplog.at_level(logging.WARNING):
+        warn_about_ignored(tf.GenerationConfig(**neutral))
+    assert not [record for record in caplog.records if record.name == "triptych.hf"]
+
+
+def test_a_section_for_mii_replaces_the_stop_strings_only_if_it_has_some() -> None:
+    generation = tf.GenerationConfig(stop_strings=["###"])
+    assert mii_defaults(GenerateSection(), generation).stop == ("###",)
+    assert mii_defaults(GenerateSection(stop=["END"]), generation).stop == ("END",)
+
+
+@pytest.mark.parametrize(
+    ("params", "default", "limit"),
+    [
+        ({}, None, DEFAULT_NEW_TOKENS),
+        ({"fill_context": True}, None, 900),
+        ({"fill_context": True}, 300, 300),
+        ({"default_new_tokens": 16, "fill_context": False}, 300, 16),
+        ({"max_new_tokens": 5, "fill_context": True}, 300, 5),
+    ],
+)
+def test_without_a_limit_a_chat_fills_the_context(
+    params: dict[str, Any], default: int | None, limit: int
+) -> None:
+    sampling = SamplingParams(**params)
+    found = token_limit(
+        sampling, 100, max_model_len=1000, min_new_tokens=0, default_new_tokens=default
+    )
+    assert found == limit
