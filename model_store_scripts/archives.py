@@ -34,6 +34,7 @@ from runners.hf.safety import is_code
 MAR_INF = "MAR-INF"
 MANIFEST = f"{MAR_INF}/MANIFEST.json"
 MODEL_ZIP = "model.zip"
+INDEX_TO_NAME = "index_to_name.json"
 
 Name = Annotated[str, Field(pattern=r"^[^\s/\\]{1,128}$")]
 
@@ -117,6 +118,10 @@ def open_archive(
         archive = _read(NamedFolder(folder, path.name), model)
         if os.path.lexists(folder / MODEL_ZIP):
             archive = _with_model_zip(archive, stage / MODEL_FOLDER, max_bytes)
+        if archive.model is not None and os.path.lexists(folder / INDEX_TO_NAME):
+            reason = f"put it into the model's folder, {archive.model.name}"
+            note = f"{INDEX_TO_NAME} is ignored: {reason}"
+            archive = replace(archive, notes=(*archive.notes, note))
         yield archive
 
 

@@ -5,9 +5,10 @@ Called by the import commands.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from model_store_scripts.sources import FolderSource, NamedFolder, Source, is_hu
 from runners.config.files import MODEL_FOLDER, MODEL_HEADS, task_of
 from runners.config.model import validate
 from runners.config.reading import read_json
+from runners.config.support import ADAPTER_CONFIG, refuse_adapter, refuse_unsupported
 from runners.config.torchserve import MODEL_CONFIG
 from runners.contracts.errors import ConfigError, ModelNotFound
 from runners.hf.weights import count_parameters, main_dtype
@@ -141,6 +143,7 @@ def _inspect(request: ImportRequest) -> _Inspection:
     heads = [name for name in MODEL_HEADS if name in source.names]
     source.fetch(heads)
     refuse_unsafe_configs(source.root, heads)
+    _refuse_unsupported(source, heads, folder.name)
     parts = layout.parts_of(source.root)
     setup_names = {name for name in source.names if source.root / name in setup.files}
     auxiliary = layout.auxiliary_files(parts, source.names - setup_names)
@@ -187,6 +190,27 @@ def _open(request: ImportRequest, folder: NamedFolder, setup: SetupFiles) -> Sou
     from model_store_scripts.hub import HubSource
 
     return HubSource(request.source, revision)
+
+
+def _refuse_unsupported(source: Source, heads: Collection[str], name: str) -> None:
+    """Refuse what could be imported but not served. Raises: ConfigError, IncompleteModel."""
+    if ADAPTER_CONFIG in source.names and not heads:
+        source.fetch([ADAPTER_CONFIG])
+        config = read_json(source.root / ADAPTER_CONFIG, ADAPTER_CONFIG)
+        refuse_adapter(source.names, config, source=name)
+    if heads != ["config.json"]:
+        return
+    config = read_json(source.root / "config.json", "config.json")
+    refuse_unsupported(config, source=name)
+    # transformers takes a second to import; a folder without a model does not have to wait for it.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING_NAMES:
+        version = importlib.metadata.version("transformers")
+        raise ConfigError(
+            f"{name} is a {model_type}, which transformers {version} does not know: it may be newer"
+        )
 
 
 def _setup_config(

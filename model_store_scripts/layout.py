@@ -6,12 +6,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from runners.config.files import task_of
 from runners.config.model import SETUP_CONFIG
 from runners.config.reading import read_json
+from runners.config.support import refuse_without_tokenizer
 from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
 from runners.hf.weights import Header, read_header
 
@@ -19,7 +19,13 @@ AUXILIARY = (
     *("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja"),
     *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
-NOT_AUXILIARY = (SETUP_CONFIG, "*.index.json", "adapter_config.json", "trainer_state.json")
+NOT_AUXILIARY = (
+    SETUP_CONFIG,
+    "*.index.json",
+    "*.index.*.json",
+    "adapter_config.json",
+    "trainer_state.json",
+)
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 TRAINING_STATE = (
     "training_args*",
@@ -30,10 +36,6 @@ TRAINING_STATE = (
     "trainer_*",
 )
 """Files that a training run leaves next to its weights."""
-
-TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
-SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
-"""transformers reads these with the sentencepiece package, which Triptych does not depend on."""
 
 _SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.[a-z]+")
 
@@ -118,7 +120,7 @@ def auxiliary_files(parts: list[Part], names: Collection[str]) -> list[str]:
 
 def indexes(parts: list[Part], names: Collection[str]) -> list[str]:
     """The shard indexes, which list the weight files."""
-    return [p.path(n) for p in parts for n in p.files(names) if n.endswith(".index.json")]
+    return [p.path(n) for p in parts for n in p.files(names) if _is_index(n)]
 
 
 def refuse_incomplete(parts: list[Part], names: Collection[str]) -> None:
@@ -129,22 +131,8 @@ def refuse_incomplete(parts: list[Part], names: Collection[str]) -> None:
     for part in parts:
         if part.config and not any(part.path(c) in names for c in part.config):
             raise IncompleteModel(f"{part.path(part.config[0])} is missing")
-        if part.tokenizer and not any(
-            all(part.path(n) in names for n in files) for files in TOKENIZERS
-        ):
-            _refuse_without_tokenizer(part, names)
-
-
-def _refuse_without_tokenizer(part: Part, names: Collection[str]) -> None:
-    missing = part.path("tokenizer.json")
-    other = next((part.path(n) for n in SENTENCEPIECE if part.path(n) in names), None)
-    if other is None:
-        raise IncompleteModel(f"{missing} is missing: the model has no tokenizer")
-    if find_spec("sentencepiece") is None:
-        raise IncompleteModel(
-            f"{missing} is missing: {other} alone needs the sentencepiece package, which is not "
-            "part of this build"
-        )
+        if part.tokenizer:
+            refuse_without_tokenizer(names, prefix=part.path(""))
 
 
 def choose_weights(
@@ -156,18 +144,46 @@ def choose_weights(
     `convert`; ConfigError if it is unclear which pickles are the weights.
     """
     weights = WeightFiles()
+    variant = _variant(parts, names)
     for part in parts:
         if not part.weights:
             continue
-        single = part.path(f"{part.weights}.safetensors")
-        index = f"{single}.index.json"
-        if single in names:
-            weights.files.append(single)
-        elif index in names:
-            weights.files += [index, *_shards(root, index, names, {".safetensors"})]
+        stem = part.path(part.weights)
+        candidates = [(f"{stem}.safetensors", f"{stem}.safetensors.index.json")]
+        if variant:
+            single = f"{stem}.{variant}.safetensors"
+            candidates.append((single, f"{stem}.safetensors.index.{variant}.json"))
+        for single, index in candidates:
+            if single in names:
+                weights.files.append(single)
+                break
+            if index in names:
+                weights.files += [index, *_shards(root, index, names, {".safetensors"})]
+                break
         else:
             weights.pickles.append(_pickles(root, part, names, convert=convert))
     return weights
+
+
+def _variant(parts: list[Part], names: Collection[str]) -> str | None:
+    """The variant that is served of a pipeline, such as `fp16`; None if each part has plain files.
+
+    As diffusers' `save_pretrained(variant=...)` names them. It is that of the first part that has
+    no others, like in the ranks.
+    """
+    for part in parts:
+        stem, files = part.weights, part.files(names)
+        plain = {f"{stem}.safetensors", f"{stem}.safetensors.index.json"}
+        if not stem or not part.folder or plain & set(files):
+            continue
+        pattern = rf"{re.escape(stem)}\.(?:safetensors\.index\.)?(\w+)\.(?:safetensors|json)"
+        if variants := {m[1] for m in (re.fullmatch(pattern, file) for file in files) if m}:
+            return min(variants)
+    return None
+
+
+def _is_index(name: str) -> bool:
+    return fnmatch(name, "*.index.json") or fnmatch(name, "*.index.*.json")
 
 
 def read_headers(files: Mapping[str, Path]) -> dict[str, Header]:
@@ -176,7 +192,7 @@ def read_headers(files: Mapping[str, Path]) -> dict[str, Header]:
     Raises: IncompleteModel that names the file that is truncated, damaged or lacks a tensor.
     """
     headers = {n: read_header(p, n) for n, p in files.items() if n.endswith(".safetensors")}
-    for index in (n for n in files if n.endswith(".index.json")):
+    for index in filter(_is_index, files):
         for tensor, shard in _weight_map(files[index], index).items():
             name = _sibling(index, shard)
             if tensor not in headers[name].tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -20,16 +21,31 @@ class Input(NamedTuple):
     """The content of a body."""
 
     content: Any
-    """A text; from JSON it may be anything."""
+    """A text; from JSON it may be anything. None for a JSON object without a field for it."""
     options: dict[str, Any]
     """The other fields of a JSON object."""
 
     @property
     def text(self) -> str:
         """The content, if it is a text. Raises: InvalidRequest."""
+        if self.content is None:
+            raise InvalidRequest(f"the body must have exactly one of {', '.join(JSON_FIELDS)}")
         if not isinstance(self.content, str) or not self.content:
             raise InvalidRequest("the input must be a text that is not empty")
         return self.content
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All fields of an input that is an object: the body itself, its content, or its text.
+
+        Raises: InvalidRequest.
+        """
+        content = {} if self.content is None else self.content
+        with contextlib.suppress(InvalidRequest):
+            content = read_json(content) if isinstance(content, str) else content
+        if not isinstance(content, dict):
+            raise InvalidRequest("the input must be a JSON object")
+        return {**self.options, **content}
 
 
 async def read_body(request: Request) -> Input:
@@ -51,9 +67,9 @@ def _from_json(body: bytes) -> Input:
         raise InvalidRequest(f"the body must be a text, or an object with one of {allowed}")
     contents = [value.pop(field) for field in JSON_FIELDS if field in value]
     contents = [content for content in contents if content is not None]
-    if len(contents) != 1:
+    if len(contents) > 1:
         raise InvalidRequest(f"the body must have exactly one of {allowed}")
-    return Input(contents[0], value)
+    return Input(contents[0] if contents else None, value)
 
 
 async def _from_form(request: Request) -> str:

@@ -94,14 +94,16 @@ def _accepted_format(accept: str) -> Format | None:
 
 
 async def _run_task(model: TaskModel, request_input: Input) -> Response:
-    # The content of question-answering is an object, question and context; elsewhere it is a text.
-    content = request_input.content
-    inputs = content if isinstance(content, dict) else {"inputs": request_input.text}
+    # The input of question-answering is an object, question and context; elsewhere it is a text.
+    is_object = model.task == "question-answering"
+    values = (
+        request_input.fields
+        if is_object
+        else {**request_input.options, "inputs": request_input.text}
+    )
     pipeline = PIPELINES[model.task]
-    body = pipeline.body.checked({**request_input.options, **inputs})
+    body = pipeline.body.checked(values)
     findings = await model.run(body.requests())
     response = pipeline.to_response(current_request().request_id, model.name, findings)
     outputs = response.model_dump(mode="json", include={"outputs"}, exclude_none=True)["outputs"]
-    return Response(
-        json.dumps(outputs[0] if "inputs" in inputs else outputs), media_type="application/json"
-    )
+    return Response(json.dumps(outputs if is_object else outputs[0]), media_type="application/json")

@@ -127,7 +127,8 @@ class TextConfig(BaseRunnerConfig):
     """Maximum prompt length in tokens, and the default of `max_new_tokens`, as in TorchServe's
     Accelerate example. Default: the model's context."""
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Generated tokens of a request that sets no limit. Default: `max_length`, else 256."""
+    """Generated tokens of a request that sets no limit. Default: `max_length`, else that of
+    `generation_config.json`, else 256, or for a chat what fits the context."""
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 32
     """Sequences in one step."""
     max_step_tokens: Annotated[int, Field(ge=16)] = 512

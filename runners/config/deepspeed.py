@@ -68,6 +68,13 @@ def tp_size(config: Mapping[str, Any]) -> int | None:
     return size
 
 
+def without_tp_size(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without its number of ranks."""
+    values = {k: v for k, v in config.items() if k not in ("mp_size", "tp", "tensor_parallel")}
+    parallel = {k: v for k, v in _tensor_parallel(config).items() if k != "tp_size"}
+    return values | ({"tensor_parallel": parallel} if parallel else {})
+
+
 def _tensor_parallel(config: Mapping[str, Any]) -> Mapping[str, Any]:
     section: Any = next(
         (config[k] for k in ("tensor_parallel", "tp") if config.get(k) is not None), {}

@@ -80,17 +80,11 @@ class DeepSpeedConfig(BaseRunnerConfig):
     content."""
 
     @model_validator(mode="after")
-    def _check_tp_size(self) -> DeepSpeedConfig:
+    def _check_dtype(self) -> DeepSpeedConfig:
         try:
-            size = deepspeed.tp_size(self.deepspeed)
             deepspeed.dtype(self.deepspeed)
         except ConfigError as error:
             raise ValueError(error.message) from None
-        if size is not None and size != self.tensor_parallel:
-            raise ValueError(
-                f"tensor_parallel (or torchrun's nproc-per-node) is {self.tensor_parallel}, but "
-                f"ds-config.json's tensor_parallel.tp_size is {size}: they must be equal"
-            )
         return self
 
     def dtype_for(self, *, on_cpu: bool) -> str:

@@ -16,6 +16,7 @@ from runners.config.base import BaseRunnerConfig, ImageConfig, Task
 from runners.config.ignored import SETUP_CONFIG_KEYS, drop_ignored
 from runners.config.model import SETUP_CONFIG, config_class, fields_of, owners_of, validate
 from runners.config.reading import read_json, read_object
+from runners.config.support import ADAPTER_CONFIG, refuse_adapter, refuse_unsupported
 from runners.config.torchserve import MODEL_CONFIG, read_model_config
 from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
 from runners.contracts.tasks import IMAGE_TASK, TEXT_TASKS, PipelineTask
@@ -84,7 +85,7 @@ def load_setup_config(
     config and a warning for every key without effect.
 
     Raises: ModelNotFound, IncompleteModel, UnsafeModel (pickled weights), ConfigError (names the
-    wrong key and what is allowed), EngineUnavailable.
+    wrong key and what is allowed, or a kind of model that no engine runs), EngineUnavailable.
     """
     if not folder.is_dir():
         raise ModelNotFound(f"model folder {folder} does not exist")
@@ -92,6 +93,7 @@ def load_setup_config(
     setup = read_setup(setup_files(folder), engine=overrides.get("engine"))
     model_path, path_warnings = find_model(folder, setup.values.get("model_path"))
     _refuse_pickles(folder, model_path)
+    refuse_unsupported(read_json(model_path / "config.json"), source=name)
     setup = setup.with_task(model_path)
     overrides, override_warnings = _applicable(overrides, setup.values)
     derived = {"name": name, "model_path": model_path}
@@ -170,10 +172,16 @@ def read_setup(
         warnings += more
     if "deepspeed" in values:
         section, more = deepspeed.read_section(values["deepspeed"], files[-1].parent, read)
-        values["deepspeed"] = section
         warnings += more
-        # One number is enough: that of the ranks, unless another is set.
-        values.setdefault("tensor_parallel", deepspeed.tp_size(section) or 1)
+        size = deepspeed.tp_size(section)
+        ranks = values.setdefault("tensor_parallel", size or 1)
+        if size not in (None, ranks):
+            warnings.append(
+                f"{deepspeed.DS_CONFIG}: tensor_parallel.tp_size {size} is ignored: tensor_parallel"
+                f" (or torchrun's nproc-per-node) is {ranks}"
+            )
+        # One number stays, so that an override cannot contradict another.
+        values["deepspeed"] = deepspeed.without_tp_size(section)
     source = " and ".join(path.name for path in files) or SETUP_CONFIG
     return SetupValues(values, source, warnings, frozenset(published))
 
@@ -193,6 +201,11 @@ def find_model(
             elsewhere = named is not None and path != candidates[0]
             reason = f"{name_of(candidates[0])} is not a model folder, {name_of(path)} is one"
             return path, [f"model_path is ignored: {reason}"] if elsewhere else []
+    for path in candidates:
+        adapter = path / ADAPTER_CONFIG
+        if adapter.is_file():
+            config = read_json(adapter, name_of(adapter))
+            refuse_adapter({ADAPTER_CONFIG}, config, source=name_of(path))
     raise IncompleteModel(
         f"{name_of(candidates[0])} is not a model folder: it has neither config.json (text) "
         "nor model_index.json (image)"

@@ -68,12 +68,15 @@ TORCHSERVE_KEYS = {
     **dict.fromkeys(("minWorkers", "maxWorkers"), _WORKERS),
     "deviceType": "the model is placed on the GPUs if there are any, else on the CPU",
     "deviceIds": "set CUDA_VISIBLE_DEVICES",
-    "startupTimeout": "set start_timeout in setup_config.json",
     **dict.fromkeys(
         ("torchrun.nnodes", "torchrun.node-rank", "torchrun.rdzv-endpoint"),
         "only engine deepspeed splits a model over machines",
     ),
     "handler.manual_seed": "each request has its own seed",
+    **dict.fromkeys(
+        ("handler.temperature", "handler.top_k", "handler.top_p", "handler.do_sample"),
+        "each request has its own, generation_config.json the default",
+    ),
     "handler.model_name": "the model is the one in its folder",
 }
 """Of TorchServe's `model-config.yaml`."""

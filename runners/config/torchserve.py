@@ -11,6 +11,7 @@ from typing import Any
 
 from runners.config.base import DTYPES
 from runners.config.ignored import TORCHSERVE_KEYS, drop_ignored
+from runners.config.model import fields_of
 from runners.contracts.errors import ConfigError
 
 MODEL_CONFIG = "model-config.yaml"
@@ -18,15 +19,12 @@ MODEL_CONFIG = "model-config.yaml"
 TOP = {
     "batchSize": "max_batch_size",
     "responseTimeout": "step_timeout",
+    "startupTimeout": "start_timeout",
 }
-HANDLER = {
-    "max_length": "max_length",
-    "max_new_tokens": "max_new_tokens",
-    "dtype": "dtype",
-    "torch_dtype": "dtype",
-    "model_path": "model_path",
-}
-"""Keys of TorchServe's section `handler` to our fields."""
+HANDLER = {"torch_dtype": "dtype"}
+"""Keys of TorchServe's section `handler` to our fields of another name."""
+NOT_OF_HANDLER = frozenset({"name", "task", "engine", "tensor_parallel", "deepspeed", "mii"})
+"""Fields that other sections decide."""
 TORCHRUN = {"nnodes": "nnodes", "node-rank": "node_rank", "rdzv-endpoint": "rdzv_endpoint"}
 """Keys of its section `torchrun` to our fields."""
 
@@ -43,7 +41,9 @@ def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[
         if key in rest:
             values[field] = rest.pop(key)
     values |= _pop_parallel(rest, handler)
-    for key, field in HANDLER.items():
+    # What a handler read under the name of one of our fields means the same.
+    same = {key: key for key in handler if key in fields_of() and key not in NOT_OF_HANDLER}
+    for key, field in (same | HANDLER).items():
         if key in handler:
             values.setdefault(field, handler.pop(key))
     if isinstance(dtype := values.get("dtype"), str):
@@ -67,19 +67,23 @@ def _pop_parallel(rest: dict[str, Any], handler: dict[str, Any]) -> dict[str, An
     values: dict[str, Any] = {}
     if "deepspeed" not in rest and "tensor_parallel" in handler:
         values = _mii(handler, torchrun)
-    elif "deepspeed" in rest or parallel_type == "tp":
-        values = _deepspeed(_pop_section(rest, "deepspeed"), torchrun)
+    elif "deepspeed" in rest:
+        section = _pop_section(rest, "deepspeed")
+        if not section.get("config"):
+            raise ConfigError(
+                "is missing: the name of DeepSpeed's own config, such as ds-config.json",
+                field="deepspeed.config",
+                source=MODEL_CONFIG,
+            )
+        values = _deepspeed(section, torchrun)
+    elif parallel_type == "tp":
+        # The handlers of such files split the model themselves (torch's tensor parallelism).
+        values = _deepspeed({}, torchrun)
     rest |= {f"torchrun.{key}": value for key, value in torchrun.items()}
     return values
 
 
 def _deepspeed(section: dict[str, Any], torchrun: dict[str, Any]) -> dict[str, Any]:
-    if not section.get("config"):
-        raise ConfigError(
-            "is missing: the name of DeepSpeed's own config, such as ds-config.json",
-            field="deepspeed.config",
-            source=MODEL_CONFIG,
-        )
     values: dict[str, Any] = {"engine": "deepspeed", "deepspeed": section}
     per_node = torchrun.pop("nproc-per-node", None)
     values |= {field: torchrun.pop(key) for key, field in TORCHRUN.items() if key in torchrun}

@@ -5,6 +5,8 @@ Called by the worker, in rank processes.
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from transformers import (
 
 from runners.config.base import TaskConfig
 from runners.config.model import AccelerateTaskConfig
+from runners.config.reading import read_json
+from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
 from runners.engines.accelerate import load_model
@@ -33,6 +37,9 @@ HEADS = {
     "question-answering": AutoModelForQuestionAnswering,
     "text-classification": AutoModelForSequenceClassification,
 }
+INDEX_TO_NAME = "index_to_name.json"
+"""TorchServe's file of labels. In its example for transformers: `{"0": "negative", ...}` for
+text-classification, `{"label_list": "['O', 'B-PER', ...]"}` for token-classification."""
 
 
 def load_program(context: RankContext) -> RankProgram:
@@ -43,6 +50,8 @@ def load_program(context: RankContext) -> RankProgram:
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     tokenizer = load_tokenizer(config.model_path)
     model = load_model(accelerate_config(config), context.work_dir, HEADS[config.task])
+    if names := label_names(config.model_path, model.config.num_labels or 0):
+        model.config.id2label = {**(model.config.id2label or {}), **names}
     max_tokens = min(max_positions(model), tokenizer.model_max_length, config.max_length or 2**31)
     info = ModelInfo(
         architecture=type(model).__name__,
@@ -66,6 +75,29 @@ def accelerate_config(config: TaskConfig) -> AccelerateTaskConfig:
         return config
     fields = config.model_dump(include=set(TaskConfig.model_fields), exclude={"engine"})
     return AccelerateTaskConfig(**fields | {"tensor_parallel": 1})
+
+
+def label_names(folder: Path, count: int) -> dict[int, str]:
+    """The labels that a model folder's `index_to_name.json` names, by index; none without it.
+
+    Raises: ConfigError for a file of another form, or an index that the model does not have.
+    """
+    content = read_json(folder / INDEX_TO_NAME, INDEX_TO_NAME)
+    listed = content.get("label_list")
+    try:
+        if listed is not None:
+            listed = ast.literal_eval(listed) if isinstance(listed, str) else listed
+            names = dict(enumerate(listed))
+        else:
+            names = {int(index): name for index, name in content.items()}
+    except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
+        names = {-1: ""}
+    if not all(0 <= i < count and isinstance(name, str) and name for i, name in names.items()):
+        raise ConfigError(
+            f"{INDEX_TO_NAME} must have the name of each index from 0 to {count - 1}, or all names "
+            "as label_list"
+        )
+    return names
 
 
 def _make_task(name: str, model: PreTrainedModel, tokenizer: Any, max_tokens: int) -> Task:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as tf_logging
 
+from runners.config.support import refuse_without_tokenizer
 from runners.contracts.errors import ConfigError, reraise_as
 from runners.hf.dtypes import dtype_in
 
@@ -77,6 +78,7 @@ def stored_dtype(config: PreTrainedConfig, folder: Path) -> torch.dtype | None:
 
 def load_tokenizer(path: Path) -> Any:  # AutoTokenizer's class is only known at run time
     """The tokenizer of a model folder. Raises: ConfigError."""
+    refuse_without_tokenizer({file.name for file in path.iterdir()})
     with loading(f"the tokenizer of {path.name}"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 

@@ -121,7 +121,9 @@ class RankSession:
     async def watch(self, ready: Callable[[], bool]) -> SessionEnd:
         """Wait until this session is over; ends it when a deadline passes."""
         while not self._end.done():
+            began = time.monotonic()
             await asyncio.wait({self._end}, timeout=WATCH_PERIOD_S)
+            self._forgive(time.monotonic() - began - WATCH_PERIOD_S)
             if (reason := self._overdue(ready())) is not None:
                 self.end(reason)
         return self._end.result()
@@ -139,6 +141,16 @@ class RankSession:
         errors = [line for line in lines if _EXCEPTION.match(line)]
         last = (errors or lines or [""])[-1]
         return SessionEnd(f"{outcome.reason}: {last}" if last else outcome.reason)
+
+    def _forgive(self, delay: float) -> None:
+        """Move every deadline by a delay of this process itself.
+
+        A suspended process, or a blocked event loop, finds old heartbeats: newer ones are waiting
+        to be read.
+        """
+        if delay > WATCH_PERIOD_S:
+            self._start += delay
+            self._beat_times = {rank: time + delay for rank, time in self._beat_times.items()}
 
     def _overdue(self, ready: bool) -> str | None:
         now, config = time.monotonic(), self._config

@@ -70,6 +70,15 @@ def main() -> None:
     except ConfigError as error:
         channel.send(Fatal(type(error).__name__, error.message))
         sys.exit(2)
+    except Exception as error:
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        # Where there are other ranks, the error may be the consequence of the loss of one.
+        if int(os.environ["WORLD_SIZE"]) == 1 and not _may_pass(error):
+            logger.exception("the model cannot be loaded")
+            channel.send(Fatal(type(error).__name__, f"the model cannot be loaded: {cause}"))
+            sys.exit(2)
+        channel.send(Broken(rank, f"rank {rank} failed while it loaded the model: {cause}"))
+        raise
     clock = _StepClock()
     _start_thread(_read, channel, program)
     _start_thread(_send_heartbeats, channel, program, clock, rank)
@@ -83,6 +92,14 @@ def main() -> None:
         reason = f"rank {rank} failed: {type(error).__name__}: {first_line(error)}"
         channel.send(Broken(rank, reason))
         raise
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether another start may not have this error: memory or a file that is missing."""
+    passing: tuple[type[Exception], ...] = (MemoryError, OSError)
+    if (torch := sys.modules.get("torch")) is not None:
+        passing += (torch.OutOfMemoryError, torch.AcceleratorError)
+    return isinstance(error, passing)
 
 
 def _load(run_dir: Path, rank: int, channel: RankChannel) -> RankProgram:

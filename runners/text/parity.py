@@ -15,7 +15,7 @@ from copy import copy
 import torch
 from transformers import PreTrainedModel
 
-from runners.contracts.errors import ConfigError
+from runners.contracts.errors import ConfigError, first_line, reraise_as
 from runners.text.attention import PACKED
 from runners.text.cpu import Kernels, load_kernels, switch_off_kernels
 from runners.text.cpu.decoder import fuse_decoder, unfuse_decoder
@@ -52,12 +52,18 @@ class ParityCheck:
     def __init__(self, model: PreTrainedModel, group: TPGroup | None = None) -> None:
         self._model = model
         self._group = group
+        self._failure = ""
+        """Why the last check failed."""
         exact = model.dtype in (torch.float32, torch.float64)
         self._tolerance = EXACT if exact else HALF_PRECISION
         if group is None or group.is_leader:
             # Windows wider than the prompts would not be checked at all.
-            with _narrow_windows(model):
+            name, passing = type(model).__name__, (torch.OutOfMemoryError, torch.AcceleratorError)
+            failed = reraise_as(ConfigError, f"{name}: its forward fails", passing=passing)
+            with _narrow_windows(model), failed:
                 self._reference = _reference_logits(model)
+            if self._reference.isnan().any():
+                raise ConfigError(f"{name} gives logits that are NaN: its weights may be damaged")
         else:
             self._reference = torch.empty(len(_prompts(model)), _vocab_size(model))
         if group is not None:
@@ -71,6 +77,18 @@ class ParityCheck:
 
     def choose_layout(self) -> Layout:
         """The layout that matches; sets the model's attention accordingly. Raises: ConfigError."""
+        layout = self.find_layout()
+        if layout is None:
+            raise ConfigError(
+                f"{type(self._model).__name__} cannot be batched continuously: {self._failure}"
+            )
+        return layout
+
+    def find_layout(self) -> Layout | None:
+        """As `choose_layout`, but None if no layout matches.
+
+        Raises: ConfigError if the ranks cannot agree on that.
+        """
         model = self._model
         default_attention = model.config._attn_implementation
         if getattr(model, "_supports_attention_backend", False):
@@ -78,20 +96,7 @@ class ParityCheck:
             if self.matches("packed"):
                 return "packed"
             model.set_attn_implementation(default_attention)
-        if self.matches("padded"):
-            return "padded"
-        raise ConfigError(
-            f"{type(model).__name__} cannot be batched continuously: its logits with a KV cache "
-            "differ from those of its plain forward"
-        )
-
-    def has_layout(self) -> bool:
-        """Whether the model matches in any layout."""
-        try:
-            self.choose_layout()
-        except ConfigError:
-            return False
-        return True
+        return "padded" if self.matches("padded") else None
 
     def matches(self, layout: Layout, *, tolerance: float | None = None) -> bool:
         """Whether the model, as it is now, gives the reference logits in this layout."""
@@ -103,10 +108,13 @@ class ParityCheck:
         except Exception as error:  # an architecture may fail in any way in a layout it cannot use
             if is_rank_loss(error):
                 raise
-            logger.info("%s in the %s layout: %s", type(self._model).__name__, layout, error)
+            cause = f"{type(error).__name__}: {first_line(error)}"
+            logger.info("%s in the %s layout: %s", type(self._model).__name__, layout, cause)
+            self._failure = f"its forward with a KV cache fails with {cause}"
             return self.all_ranks(False, error)
         spread = max(float(self._reference.std()), 1e-3)
         limit = (tolerance or self._tolerance) * spread
+        self._failure = "its logits with a KV cache differ from those of its plain forward"
         difference = (logits - self._reference).abs().max()
         return self.all_ranks(bool(torch.isfinite(logits).all() and difference <= limit))
 

@@ -15,7 +15,7 @@ import transformers as tf
 
 from runners.contracts.tasks import PipelineTask
 from tests.support.processes import ranks_below, wait_until
-from tests.support.server import Server
+from tests.support.server import HTTP, Server
 from tests.support.task_models import HEADS, POSITIONS, pipeline_of, write_task_model
 
 TEXTS = [
@@ -128,9 +128,36 @@ def test_torchserves_clients_may_ask_too(serve: Any) -> None:
     asked = {"question": "where does anna live", "context": TEXTS[1]}
     found = outputs(server, "question-answering", **asked)
     alike(server.post(f"/predictions/{folder.name}", {"inputs": asked}).json(), found)
-    answer = server.post(f"/predictions/{folder.name}", {"data": TEXTS[1]})
-    assert (answer.status_code, answer.json()["code"]) == (400, 400)
-    assert answer.json()["message"].startswith("question: Field required")
+    text = json.dumps(asked)
+    url = f"{server.url}/predictions/{folder.name}"
+    for sent in (
+        {"content": text},
+        {"json": asked},
+        {"json": {"data": asked}},
+        {"json": {"data": text}},
+        {"files": {"data": ("sample_text.txt", text)}},
+        {"data": {"body": text}},
+    ):
+        alike(HTTP.post(url, **sent).json(), found)
+    for bad, said in (
+        ({"data": TEXTS[1]}, "the input must be a JSON object"),
+        ({"data": [asked]}, "the input must be a JSON object"),
+        ({"data": {"context": "a"}}, "question: Field required"),
+        ({"question": "a"}, "context: Field required"),
+    ):
+        answer = HTTP.post(url, json=bad)
+        assert (answer.status_code, answer.json()["code"]) == (400, 400)
+        assert answer.json()["message"].startswith(said)
+
+
+def test_the_labels_are_those_of_the_archive(bentoml_home: Path, tmp_path: Path) -> None:
+    """TorchServe's `index_to_name.json`."""
+    folder = write_task_model("text-classification", tmp_path / "tiny")
+    names = {str(i): f"name {i}" for i in range(5)}
+    (folder / "index_to_name.json").write_text(json.dumps(names))
+    with Server(bentoml_home, {"TRIPTYCH_TEXT_MODEL": str(folder)}) as server:
+        [found] = outputs(server, "text-classification", inputs=TEXTS[0], top_k=5)
+    assert {each["label"] for each in found} == set(names.values())
 
 
 def probabilities(

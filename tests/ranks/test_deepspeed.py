@@ -25,7 +25,7 @@ from tests.support.generating import (
     started,
     wait_ready,
 )
-from tests.support.model_store import pickled, store_at
+from tests.support.model_store import edit_json, pickled, store_at
 from tests.support.models import greedy, write_model
 from tests.support.processes import own_ranks
 from tests.support.torchserve import published
@@ -107,6 +107,14 @@ async def test_heads_that_the_ranks_do_not_divide_are_refused(tmp_path: Path) ->
     folder = write_model("llama", tmp_path / "llama")
     health = await failed_start(folder, engine="deepspeed", tensor_parallel=3)
     assert "4 attention heads, which tensor_parallel 3 does not" in health.detail
+
+
+async def test_fewer_key_value_heads_than_ranks_are_refused(tmp_path: Path) -> None:
+    """As in Gemma 2B; such a rank would have none."""
+    folder = write_model("llama", tmp_path / "llama")
+    edit_json(folder / "config.json", num_key_value_heads=1)
+    health = await failed_start(folder, **TWO)
+    assert "1 key-value heads (num_key_value_heads), fewer than tensor_parallel" in health.detail
 
 
 async def test_one_rank_is_enough(tmp_path: Path) -> None:

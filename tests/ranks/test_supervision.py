@@ -155,3 +155,15 @@ async def test_ranks_die_with_a_launcher_that_is_killed(runner: TextRunner) -> N
     wait_until(lambda: alive([rank]) == [], 2, "the rank ends with its launcher")
     await went_down(runner, timeout=2)
     await wait_ready(runner)
+
+
+@with_shared_runner
+async def test_the_hosts_own_standstill_is_not_the_ranks(runner: TextRunner) -> None:
+    """Longer than heartbeat_timeout, as after SIGSTOP or on a suspended machine."""
+    restarts = runner.health().restarts
+    stream = await runner.submit(request("hello", max_new_tokens=300, ignore_eos=True))
+    time.sleep(5)  # noqa: ASYNC251 - the loop must stand still
+    deltas = [delta async for delta in stream]
+    assert len(ids_of(deltas)) == 300
+    await asyncio.sleep(1)
+    assert (runner.health().ready, runner.health().restarts) == (True, restarts)

@@ -149,8 +149,8 @@ def test_mistakes_are_reported_before_anything_is_copied(folder: Path, store: Pa
     with pytest.raises(ConfigError, match=r"^model-config\.yaml: step_timeout: "):
         run(folder)
     edit(folder, "responseTimeout: 0", "responseTimeout: 120")
-    edit_json(folder / "ds-config.json", tensor_parallel={"tp_size": 4})
-    with pytest.raises(ConfigError, match="tp_size is 4: they must be equal"):
+    edit_json(folder / "ds-config.json", tensor_parallel={"tp_size": "4"})
+    with pytest.raises(ConfigError, match="tp_size: must be an integer from 1"):
         run(folder)
     edit(folder, "handler:", "handler:\n    trust_remote_code: true")
     with pytest.raises(UnsafeModel, match=r"model-config\.yaml asks for trust_remote_code"):

@@ -70,12 +70,12 @@ def test_the_variable_at_fault_is_named_with_the_reason(folder: Path) -> None:
 
 
 def test_an_engine_that_the_file_does_not_suit_is_named(folder: Path) -> None:
-    setup = {"tensor_parallel": 1, "deepspeed": {"tensor_parallel": {"tp_size": 3}}}
+    setup = {"deepspeed": {"dtype": "int3"}}
     (folder / "setup_config.json").write_text(json.dumps(setup))
     with pytest.raises(ConfigError) as caught:
         model_config(str(folder), Settings(text_engine="deepspeed", num_threads=1))
     assert caught.value.message.startswith("TRIPTYCH_TEXT_ENGINE=deepspeed does not fit")
-    assert "tensor_parallel.tp_size is 3: they must be equal" in caught.value.message
+    assert "dtype: must be one of" in caught.value.message
 
 
 def test_a_fault_of_the_file_is_the_files(folder: Path) -> None:

@@ -16,7 +16,7 @@ from runners.config.files import load_setup_config
 from runners.config.model import validate
 from runners.contracts.errors import ConfigError, EngineUnavailable
 from runners.contracts.tasks import PipelineTask
-from runners.engines.tasks import accelerate_config, max_positions
+from runners.engines.tasks import accelerate_config, label_names, max_positions
 from runners.tasks.question_answering import QuestionAnswering
 from tests.support.model_store import store_at
 from tests.support.task_models import CONFIGS, HEADS, POSITIONS, write_task_model
@@ -125,3 +125,33 @@ def test_positions(family: str, tmp_path: Path) -> None:
     folder = write_task_model("fill-mask", tmp_path / family, family=family)
     model = tf.AutoModelForMaskedLM.from_pretrained(folder)
     assert max_positions(model) == POSITIONS
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ({}, {}),
+        ({"0": "no", "1": "yes"}, {0: "no", 1: "yes"}),
+        ({"1": "yes"}, {1: "yes"}),
+        ({"label_list": "['O', 'B-PER']"}, {0: "O", 1: "B-PER"}),
+        ({"label_list": ["O", "B-PER"]}, {0: "O", 1: "B-PER"}),
+    ],
+)
+def test_labels_of_torchserves_file(
+    content: dict[str, Any], names: dict[int, str], tmp_path: Path
+) -> None:
+    (tmp_path / "index_to_name.json").write_text(json.dumps(content))
+    assert label_names(tmp_path, 2) == names
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"2": "x"}, {"-1": "x"}, {"a": "x"}, {"0": ["n01", "x"]}, {"0": ""}),
+        *({"label_list": "[a"}, {"label_list": 3}, {"label_list": "['a', 'b', 'c']"}),
+    ],
+)
+def test_labels_of_another_form_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "index_to_name.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"index_to_name\.json must have the name of each"):
+        label_names(tmp_path, 2)

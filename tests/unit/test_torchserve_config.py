@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from runners.config.deepspeed import KEYS
+from runners.config.deepspeed import KEYS, without_tp_size
 from runners.config.files import load_setup_config
 from runners.config.model import DeepSpeedTextConfig, MIITextConfig
+from runners.config.torchserve import read_model_config
 from runners.contracts.errors import ConfigError, UnsafeModel
 from tests.support.torchserve import DS_CONFIG, MII_MODEL_CONFIG, edit, published
 
@@ -38,7 +39,7 @@ def test_the_published_files_are_taken_as_they_are(folder: Path) -> None:
     assert config.model_path == folder / "checkpoints"
     assert (config.tensor_parallel, config.step_timeout) == (2, 120)
     assert (config.max_length, config.max_new_tokens) == (80, 50)
-    assert config.deepspeed == DS_CONFIG
+    assert config.deepspeed == without_tp_size(DS_CONFIG)
     assert config.dtype_for(on_cpu=True) == "auto"
     assert config.dtype_for(on_cpu=False) == "float16"
     assert [w.split(" is ignored: ")[0] for w in warnings(folder)] == [
@@ -52,7 +53,7 @@ def test_the_published_files_are_taken_as_they_are(folder: Path) -> None:
 
 def test_what_deepspeed_has_no_use_for_here_is_named_and_dropped(folder: Path) -> None:
     published(folder, base_dir="/data", max_out_tokens=99, tensor_paralel={})
-    assert load(folder).deepspeed == DS_CONFIG
+    assert load(folder).deepspeed == without_tp_size(DS_CONFIG)
     told = [w.removeprefix("ds-config.json: ") for w in warnings(folder) if w.startswith("ds-")]
     assert [w.partition(" is ignored")[0] for w in told] == [
         *("base_dir", "max_out_tokens", "checkpoint", "unknown key tensor_paralel"),
@@ -132,19 +133,12 @@ def change(*pairs: str) -> Any:
         (change(DEEPSPEED, "deepspeed: {}\n"), "deepspeed.config: is missing: the name of"),
         (change(DEEPSPEED, "deepspeed:\n"), "deepspeed.config: is missing: the name of"),
         (change("config: ds-config.json", "config:"), "deepspeed.config: is missing: the name of"),
-        (change(DEEPSPEED, ""), "deepspeed.config: is missing"),
         (change('"tp"', "custom", DEEPSPEED, "deepspeed:\n"), "deepspeed.config: is missing"),
         (change("ds-config.json", "[a]"), "deepspeed.config: must be a file name or an object"),
         (change(DEEPSPEED, "deepspeed:\n    - a\n"), "deepspeed: must be a mapping"),
         (lambda f: (f / "ds-config.json").unlink(), "ds-config.json does not exist"),
         (rewrite("ds-config.json", "{"), "ds-config.json cannot be read as JSON: "),
         (rewrite("ds-config.json", "[]"), "ds-config.json must contain a JSON object, not list"),
-        (
-            ds_config(tensor_parallel={"tp_size": 4}),
-            "tensor_parallel (or torchrun's nproc-per-node) is 2, but ds-config.json's "
-            "tensor_parallel.tp_size is 4: they must be equal",
-        ),
-        (change("nproc-per-node: 2", "nproc-per-node: 3"), "nproc-per-node) is 3, but ds-config"),
         (ds_config(tensor_parallel={"tp_size": "2"}), "tp_size: must be an integer from 1"),
         (ds_config(dtype="int8"), "dtype: must be one of bfloat16, float16, float32"),
         (change('"tp"', '"pp"'), "parallelType: pp is not supported, only tp is"),
@@ -220,3 +214,48 @@ def test_an_error_names_the_file_it_is_in(folder: Path) -> None:
     edit(folder, "responseTimeout: 120", "responseTimeout: 0")
     with pytest.raises(ConfigError, match=r"^model-config.yaml: step_timeout: "):
         load(folder)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"tensor_parallel": 3}])
+def test_torchruns_processes_are_the_ranks_and_an_override_has_the_last_word(
+    folder: Path, overrides: dict[str, int]
+) -> None:
+    change("nproc-per-node: 2", "nproc-per-node: 4")(folder)
+    config, warnings = load_setup_config(folder, name="m", overrides=overrides)
+    assert config.world_size == overrides.get("tensor_parallel", 4)
+    [warning] = [each for each in warnings if "tp_size" in each]
+    assert warning.startswith("ds-config.json: tensor_parallel.tp_size 2 is ignored: ")
+    assert "nproc-per-node) is 4" in warning
+
+
+def test_tensor_parallel_needs_no_config_of_deepspeed(folder: Path) -> None:
+    """As in TorchServe's gpt_fast and tp_llama examples."""
+    change(DEEPSPEED, "")(folder)
+    config: Any
+    config, _ = load_setup_config(folder, name="m")
+    assert (config.engine, config.world_size, config.deepspeed) == ("deepspeed", 2, {})
+
+
+def test_handler_options_with_our_names_have_their_effect() -> None:
+    content = {
+        "startupTimeout": 1800,
+        "handler": {
+            "num_inference_steps": 30,
+            "guidance_scale": 4.0,
+            "max_batch_images": 2,
+            "max_new_tokens": 50,
+            "temperature": 0.6,
+            "engine": "steam",
+            "name": "x",
+        },
+    }
+    values, warnings = read_model_config(content)
+    assert values == {
+        "start_timeout": 1800,
+        "num_inference_steps": 30,
+        "guidance_scale": 4.0,
+        "max_batch_images": 2,
+        "max_new_tokens": 50,
+    }
+    ignored = {warning.split(" is ignored")[0].rpartition(" ")[2] for warning in warnings}
+    assert ignored == {"handler.temperature", "handler.engine", "handler.name"}

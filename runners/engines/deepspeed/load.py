@@ -74,11 +74,19 @@ def load_split(
 
 def _check_heads(model_config: PreTrainedConfig, config: DeepSpeedTextConfig) -> None:
     """Raises: ConfigError if the attention heads cannot be spread evenly over the ranks."""
-    heads = getattr(model_config.get_text_config(), "num_attention_heads", None)
+    text = model_config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int) and heads % config.world_size:
         raise ConfigError(
             f"{config.name} has {heads} attention heads, which tensor_parallel "
             f"{config.world_size} does not divide"
+        )
+    kv_heads = getattr(text, "num_key_value_heads", None)
+    if isinstance(kv_heads, int) and kv_heads < config.world_size:
+        raise ConfigError(
+            f"{config.name} has {kv_heads} key-value heads (num_key_value_heads), fewer than "
+            f"tensor_parallel, which is {config.world_size}: a rank would have none; engine "
+            "accelerate places whole layers on several GPUs"
         )
 
 
@@ -170,7 +178,7 @@ class ModelSplitter:
             failure = error
         if not parity.all_ranks(failure is None, failure):
             return candidate, first_line(failure) if failure else "it failed on another rank"
-        if not parity.for_model(candidate).has_layout():
+        if parity.for_model(candidate).find_layout() is None:
             return candidate, "its logits differ from those of the whole model"
         return candidate, None
 
