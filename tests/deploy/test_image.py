@@ -28,7 +28,7 @@ import pytest
 
 from runners.engines.mii.deployment.ports import free_port
 from tests.support.processes import alive, wait_until
-from tests.support.server import ROOT, bentoml_command, environment
+from tests.support.server import HTTP, ROOT, bentoml_command, environment
 
 TOOLS = ("buildah", "debootstrap", "podman", "runc")
 DEBIAN, PACKAGES = "bookworm", "python3,python3-venv,python3-pip,ca-certificates,curl"
@@ -185,7 +185,7 @@ def test_the_image_serves_text_and_images_and_stops_cleanly(
         )
         assert state == "true", f"{log.stdout}{log.stderr}"[-4000:]
         try:
-            return httpx.get(f"{url}/readyz", timeout=10).status_code == 200
+            return HTTP.get(f"{url}/readyz", timeout=10).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -198,11 +198,11 @@ def test_the_image_serves_text_and_images_and_stops_cleanly(
     assert {process.uids().real for process in family} == {1034}, "a process runs as root"
 
     request = {"prompt": "Where does Fenna live?", "max_new_tokens": 8, "temperature": 0}
-    text = httpx.post(f"{url}/generate", json=request, timeout=120)
+    text = HTTP.post(f"{url}/generate", json=request, timeout=120)
     assert text.status_code == 200, text.text
     assert text.json()["outputs"][0]["generated_text"].strip()
     request = {"prompt": "a red circle", "n": 1, "size": "64x64", "seed": 1}
-    images = httpx.post(f"{url}/v1/images/generations", json=request, timeout=300)
+    images = HTTP.post(f"{url}/v1/images/generations", json=request, timeout=300)
     assert images.status_code == 200, images.text
     assert base64.b64decode(images.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
 

@@ -23,7 +23,7 @@ from runners.engines.mii.deployment.ports import free_port
 from tests.support.models import greedy
 from tests.support.processes import ranks_below, wait_until
 from tests.support.ray_cluster import RayCluster
-from tests.support.server import ROOT, environment
+from tests.support.server import HTTP, ROOT, environment
 
 COUNT, LIMIT, KEY = 24, 4, "sesame"
 
@@ -144,8 +144,8 @@ def test_metrics(ray: Deployed) -> None:
 
 def test_the_api_key_is_that_of_the_environment_of_ray_start(ray: Deployed) -> None:
     url = ray.client.base_url
-    assert httpx.get(f"{url}/v1/models").status_code == 401
-    assert httpx.get(f"{url}/readyz").status_code == 200
+    assert HTTP.get(f"{url}/v1/models").status_code == 401
+    assert HTTP.get(f"{url}/readyz").status_code == 200
     assert ray.client.get("/v1/models").status_code == 200
     assert KEY not in ray.config + ray.cluster.status()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 
 from tests.support.bad_bodies import BAD_BODIES, SECRET, TEXT_ROUTES
-from tests.support.server import Server
+from tests.support.server import HTTP, Server
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(server: Server) -> None:
@@ -29,7 +29,7 @@ def test_a_limit_that_the_rank_checks_is_named(server: Server) -> None:
 def test_two_requests_may_share_a_request_id(server: Server) -> None:
     body = {"prompt": "a", "max_new_tokens": 300, "ignore_eos": True}
     headers = {"X-Request-ID": "shared"}
-    with httpx.stream(
+    with HTTP.stream(
         "POST", server.url + "/generate_stream", json=body, headers=headers, timeout=30
     ) as first:
         assert first.status_code == 200

@@ -9,13 +9,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.support.model_store import pickled
 from tests.support.models import greedy, write_model
 from tests.support.processes import ranks_below, wait_until
-from tests.support.server import ROOT, Server, environment
+from tests.support.server import HTTP, ROOT, Server, environment
 from tests.support.torchserve import published
 
 pytest.importorskip("deepspeed")
@@ -29,7 +28,7 @@ def token_ids(server: Server, prompt: str, *, take: int | None = None, **body: i
     ids: list[int] = []
     request = {"prompt": prompt, "ignore_eos": True, **body}
     url = f"{server.url}/generate_stream"
-    with httpx.stream("POST", url, json=request, timeout=60) as answer:
+    with HTTP.stream("POST", url, json=request, timeout=60) as answer:
         assert answer.status_code == 200, answer.read()
         for line in filter(None, answer.iter_lines()):
             ids += json.loads(line.removeprefix("data: ")).get("token_ids", [])

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.support.images import Pixels, difference, diffusers_image, image_request
 from tests.support.processes import ranks_below, wait_until
-from tests.support.server import Server
+from tests.support.server import HTTP, Server
 
 ASK: dict[str, Any] = {"prompt": "a red circle", "num_inference_steps": 4, "seed": 3}
 
@@ -142,7 +142,7 @@ def test_a_client_that_leaves_frees_its_place_within_a_step(images: Server) -> N
     [rank] = ranks_below(images.pid)
     body = ASK | {"num_inference_steps": 200, "num_images": 6}
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(images.url + "/generate_image", json=body, timeout=0.5)
+        HTTP.post(images.url + "/generate_image", json=body, timeout=0.5)
     wait_until(lambda: images.gauge("admitted_sequences") == 0, 5, "the place is free")
     assert images.post("/generate_image", ASK).status_code == 200
     before = rank.cpu_times().user
@@ -223,12 +223,12 @@ def test_a_picture_as_a_task(images: Server, right: list[Pixels]) -> None:
     task = {"task_id": images.post(f"{route}/submit", ASK).json()["task_id"]}
 
     def status() -> str:
-        answer = httpx.get(f"{images.url}{route}/status", params=task).json()
+        answer = HTTP.get(f"{images.url}{route}/status", params=task).json()
         return str(answer["status"])
 
     wait_until(lambda: status() != "in_progress", 30, "the task is done")
     assert status() == "completed"
-    answer = httpx.get(f"{images.url}{route}/get", params=task)
+    answer = HTTP.get(f"{images.url}{route}/get", params=task)
     assert difference(opened(answer.content), right[0]) <= 1
     assert images.gauge("admitted_sequences") == 0
 
@@ -246,7 +246,7 @@ def test_a_bad_task_is_refused_when_it_is_submitted(
     images: Server, body: Any, status: int, param: str | None
 ) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body)
-    answer = httpx.post(
+    answer = HTTP.post(
         f"{images.url}/generate_image_task/submit",
         content=content,
         headers={"Content-Type": "application/json"},
@@ -255,7 +255,7 @@ def test_a_bad_task_is_refused_when_it_is_submitted(
 
 
 def test_a_task_goes_on_when_it_is_told_to_be_cancelled(images: Server) -> None:
-    answer = httpx.put(f"{images.url}/generate_image_task/cancel", params={"task_id": "x"})
+    answer = HTTP.put(f"{images.url}/generate_image_task/cancel", params={"task_id": "x"})
     assert answer.status_code == 400
     assert "cannot be cancelled" in answer.json()["error"]["message"]
 
@@ -264,7 +264,7 @@ def test_a_dead_rank_fails_its_pictures_and_comes_back(images: Server) -> None:
     [rank] = ranks_below(images.pid)
     body = {"prompt": "a", "stream": True, "num_inference_steps": 200}
     url = images.url + "/v1/images/generations"
-    with httpx.stream("POST", url, json=body, timeout=30) as answer:
+    with HTTP.stream("POST", url, json=body, timeout=30) as answer:
         lines = answer.iter_lines()
         assert next(lines) == "event: image_generation.progress"
         os.kill(rank.pid, signal.SIGKILL)
@@ -293,7 +293,7 @@ def test_beside_a_text_model(
         assert difference(opened(answer.content), right[0]) <= 1
         text = server.post("/generate", {"prompt": "hello", "max_new_tokens": 3}, **key).json()
         assert text["outputs"][0]["generated_length"] == 3
-        models = httpx.get(server.url + "/v1/models", headers=key).json()["data"]
+        models = HTTP.get(server.url + "/v1/models", headers=key).json()["data"]
         assert [model["id"] for model in models] == ["tiny-llama", "tiny-sd"]
         assert (
             server.post("/generate", {"prompt": "a", "model": "tiny-sd"}, **key).status_code == 404

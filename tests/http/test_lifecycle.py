@@ -12,12 +12,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 
 from tests.support.processes import ranks_below, wait_until
-from tests.support.server import ROOT, Server, bentoml_command, environment
+from tests.support.server import HTTP, ROOT, Server, bentoml_command, environment
 
 IMPORT = """
 import bentoml, shutil, sys
@@ -121,7 +120,7 @@ def test_a_dead_rank_ends_its_streams_with_an_error_and_comes_back(starting: Ser
     native = {"prompt": "hello", "max_new_tokens": 8000, "ignore_eos": True}
     [rank] = ranks_below(starting.pid)
     with (
-        httpx.stream("POST", starting.url + "/generate_stream", json=native, timeout=30) as raw,
+        HTTP.stream("POST", starting.url + "/generate_stream", json=native, timeout=30) as raw,
         openai.OpenAI(base_url=f"{starting.url}/v1", api_key="-", max_retries=0) as client,
         client.completions.create(
             model="tiny-llama",
@@ -169,7 +168,7 @@ def test_sigterm_lets_a_stream_finish(starting: Server) -> None:
     starting.wait_ready()
     body = {"prompt": "hello", "max_new_tokens": 1000, "ignore_eos": True}
     url = starting.url + "/generate_stream"
-    with httpx.stream("POST", url, json=body, timeout=30) as answer:
+    with HTTP.stream("POST", url, json=body, timeout=30) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         os.kill(starting.pid, signal.SIGTERM)

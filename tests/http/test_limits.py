@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.support.processes import wait_until
-from tests.support.server import Server
+from tests.support.server import HTTP, Server
 
 KEY = "geheim-0815"
 AUTH = {"Authorization": f"Bearer {KEY}"}
@@ -41,10 +41,10 @@ class LimitedServer(Server):
     """A server with tight limits that asks for a key, which its own requests carry."""
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, headers=AUTH, timeout=30)
+        return HTTP.get(self.url + path, headers=AUTH, timeout=30)
 
     def post(self, path: str, body: object, **headers: str) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, headers=AUTH, timeout=30)
+        return HTTP.post(self.url + path, json=body, headers=AUTH, timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_without_the_key_there_is_nothing(
     limited: LimitedServer, path: str, header: str | None
 ) -> None:
     headers = {} if header is None else {"Authorization": header}
-    answer = httpx.request(
+    answer = HTTP.request(
         "POST" if path == "/generate" else "GET", limited.url + path, headers=headers
     )
     assert answer.status_code == 401
@@ -95,15 +95,15 @@ def test_a_misspelt_variable_is_told_once(limited: LimitedServer) -> None:
 
 def test_probes_and_preflights_need_no_key(limited: LimitedServer) -> None:
     for path in ("/livez", "/readyz", "/healthz", "/ping"):
-        assert httpx.get(limited.url + path).status_code == 200
-    assert httpx.options(limited.url + "/generate").status_code != 401
+        assert HTTP.get(limited.url + path).status_code == 200
+    assert HTTP.options(limited.url + "/generate").status_code != 401
 
 
 def test_with_the_key_everything_works(limited: LimitedServer) -> None:
     assert limited.get("/docs.json").status_code == 200
     assert limited.post("/generate", {"prompt": "a", "max_new_tokens": 1}).status_code == 200
     lower = {"Authorization": f"bearer {KEY}"}
-    assert httpx.get(limited.url + "/v1/models", headers=lower).status_code == 200
+    assert HTTP.get(limited.url + "/v1/models", headers=lower).status_code == 200
 
 
 def test_the_openai_client_sees_authentication_errors(limited: LimitedServer) -> None:
@@ -130,7 +130,7 @@ def test_a_large_body_is_refused(limited: LimitedServer) -> None:
     for size, status in [(MAX_BODY, 404), (MAX_BODY + 1, 413)]:
         body = fits[:-1] + b" " * (size - len(fits)) + b"}"
         headers = {**AUTH, "Content-Type": "application/json"}
-        answer = httpx.post(limited.url + "/generate", content=body, headers=headers)
+        answer = HTTP.post(limited.url + "/generate", content=body, headers=headers)
         assert answer.status_code == status
     assert answer.json()["error"]["code"] == "payload_too_large"
     assert str(MAX_BODY) in answer.json()["error"]["message"]
@@ -167,7 +167,7 @@ def test_torchserves_clients_are_told_in_their_words(
         (AUTH, "x" * (MAX_BODY + 1), 413, "BadRequestException"),
         (AUTH | {"Content-Type": "application/json"}, LONG_PREDICTION, 504, "RequestTimeoutEx"),
     ]:
-        answer = httpx.post(url, content=content, headers=headers, timeout=30)
+        answer = HTTP.post(url, content=content, headers=headers, timeout=30)
         told = answer.json()
         assert (answer.status_code, told["code"]) == (status, status)
         assert told["type"].startswith(kind)

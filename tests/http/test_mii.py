@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.support.models import greedy
 from tests.support.processes import mii_processes, wait_until
 from tests.support.readme import ROOT, guide
-from tests.support.server import Server, environment
+from tests.support.server import HTTP, Server, environment
 
 pytest.importorskip("mii")
 
@@ -81,7 +80,7 @@ def test_openai_streams_and_stops(served: tuple[Server, str]) -> None:
         "stream": True,
     }
     whole = ""
-    with httpx.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as answer:
+    with HTTP.stream("POST", server.url + "/v1/chat/completions", json=body, timeout=60) as answer:
         assert answer.status_code == 200
         for line in answer.iter_lines():
             if line.startswith("data: {"):

@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from tests.support.models import greedy
-from tests.support.server import Server
+from tests.support.server import HTTP, Server
 
 PROMPT = "hello world, the cat"
 
@@ -124,7 +122,7 @@ def test_a_stream_ends_with_its_totals(server: Server) -> None:
 
 def test_a_stream_arrives_piece_by_piece(server: Server) -> None:
     body = {"prompt": PROMPT, "max_new_tokens": 200, "ignore_eos": True}
-    with httpx.stream("POST", server.url + "/generate_stream", json=body, timeout=60) as answer:
+    with HTTP.stream("POST", server.url + "/generate_stream", json=body, timeout=60) as answer:
         chunks = list(answer.iter_raw())
     assert len(chunks) > 20
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -25,7 +24,7 @@ from tests.support.archives import (
 )
 from tests.support.models import greedy, write_model
 from tests.support.readme import Example, guide
-from tests.support.server import ROOT, Server, environment, metric
+from tests.support.server import HTTP, ROOT, Server, environment, metric
 
 PROMPT = "Once upon a time in Porto Lume, Fenna the fox"
 PICTURE = {"data": "a red circle", "num_inference_steps": 2, "seed": 3}
@@ -183,7 +182,7 @@ def test_a_model_split_over_ranks(opt: Server, llama: Path, work: Path) -> None:
 
 def test_a_picture_as_the_examples_client_reads_it(ready: Server, work: Path) -> None:
     """Its `query.py` posts the prompt as it is, and makes an image of the lists that come."""
-    answer = httpx.post(ready.url + "/predictions/stable-diffusion", content="a red circle")
+    answer = HTTP.post(ready.url + "/predictions/stable-diffusion", content="a red circle")
     image = Image.fromarray(np.array(json.loads(answer.text), dtype="uint8"))
     assert (image.size, image.mode) == ((64, 64), "RGB")
     seed = int(answer.headers["x-seed"])
@@ -208,7 +207,7 @@ def test_a_picture_as_the_examples_client_reads_it(ready: Server, work: Path) ->
     ],
 )
 def test_the_kinds_of_picture(accept: str, kind: str, ready: Server) -> None:
-    answer = httpx.post(
+    answer = HTTP.post(
         ready.url + "/predictions/stable-diffusion", json=PICTURE, headers={"Accept": accept}
     )
     assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
@@ -245,8 +244,8 @@ def test_ping_and_models(ready: Server, work: Path) -> None:
     assert ready.get("/models/stable-diffusion").json()[0]["batchSize"] == 8
     for path in ("/ping", "/models", "/models/bloom/1.0"):
         assert ready.get(f"{path}/").text == ready.get(path).text
-    assert httpx.head(ready.url + "/ping").status_code == 200
-    assert httpx.get(ready.url + "/predictions/bloom").headers["allow"] == "POST, PUT"
+    assert HTTP.head(ready.url + "/ping").status_code == 200
+    assert HTTP.get(ready.url + "/predictions/bloom").headers["allow"] == "POST, PUT"
 
 
 JSON = ("-H", "Content-Type: application/json", "-d")
@@ -361,7 +360,7 @@ def test_errors(
 )
 def test_routes_that_are_not_offered(path: str, ready: Server) -> None:
     """Whatever the body's type, that is what is wrong with the request."""
-    answer = httpx.post(ready.url + path, content="a", headers={"Content-Type": "text/plain"})
+    answer = HTTP.post(ready.url + path, content="a", headers={"Content-Type": "text/plain"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
 
@@ -376,7 +375,7 @@ def test_routes_that_are_not_offered(path: str, ready: Server) -> None:
     ],
 )
 def test_management_that_is_not_offered(method: str, path: str, status: int, ready: Server) -> None:
-    assert httpx.request(method, ready.url + path).status_code == status
+    assert HTTP.request(method, ready.url + path).status_code == status
 
 
 @pytest.mark.parametrize("example", CALLS, ids=lambda e: e.code.splitlines()[-1][:40])

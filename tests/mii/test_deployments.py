@@ -113,7 +113,9 @@ def test_a_name_and_a_port_belong_to_one_deployment(
     tmp_path: Path, cache: Path, scripts: Scripts
 ) -> None:
     folder = write_model("llama", tmp_path / "m")
-    scripts.run(f'{PATCHES}import mii\nmii.serve("{folder}", deployment_name="one")')
+    # MII's default port is for the tests of its published code, which may run beside this one.
+    own = f'deployment_name="one", port_number={free_port()}'
+    scripts.run(f'{PATCHES}import mii\nmii.serve("{folder}", {own})')
     before = {p.pid for p in mii_processes(cache)}
     score = (cache / "one" / "score.py").read_text()
     port = read_plan(cache / "one" / PLAN).port

@@ -20,6 +20,7 @@ import transformers as tf
 from tests.mii.conftest import PATCHES, Scripts
 from tests.support.models import greedy, write_model
 from tests.support.processes import mii_processes, wait_until
+from tests.support.server import HTTP
 
 NAME = "mistralai/Mistral-7B-v0.1"
 SHOW = """
@@ -132,19 +133,19 @@ print("PORT", client.mii_config.restful_api_port)
     url = f"http://localhost:{port}/mii/mistral-deployment"
     wait_until(lambda: _answers(port), 20, "the gateway is up")
     body = {"prompts": PROMPTS, "do_sample": False, "ignore_eos": True, "max_new_tokens": 12}
-    answer = httpx.post(url, json=body, timeout=60)
+    answer = HTTP.post(url, json=body, timeout=60)
     assert [row["generated_text"] for row in answer.json()] == expected(model, PROMPTS, 12)
-    stopped = httpx.post(url, json=body | {"stop": [answer.json()[0]["generated_text"][2:5], "q"]})
+    stopped = HTTP.post(url, json=body | {"stop": [answer.json()[0]["generated_text"][2:5], "q"]})
     assert stopped.json()[0]["finish_reason"] == "stop"
-    assert httpx.post(url, json={"prompts": "x", "nope": 1}).status_code == 400
-    assert httpx.post(url, json=[]).status_code == 400
+    assert HTTP.post(url, json={"prompts": "x", "nope": 1}).status_code == 400
+    assert HTTP.post(url, json=[]).status_code == 400
     scripts.run('import mii\nmii.client("mistral-deployment").terminate_server()')
     wait_until(lambda: not mii_processes(scripts.folder), 10, "the gateway is gone too")
 
 
 def _answers(port: str) -> bool:
     try:
-        return httpx.get(f"http://localhost:{port}/healthz").status_code == 200
+        return HTTP.get(f"http://localhost:{port}/healthz").status_code == 200
     except httpx.TransportError:
         return False
 

@@ -15,7 +15,7 @@ import httpx
 
 from runners.engines.mii.deployment.ports import free_port
 from tests.support.processes import alive, descendants, wait_until
-from tests.support.server import ROOT, environment
+from tests.support.server import HTTP, ROOT, environment
 
 LOOPBACK = "127.0.0.1"
 PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
@@ -74,7 +74,7 @@ class RayCluster:
 
     def _applications(self) -> set[str]:
         # What `serve status` asks; the command itself takes seconds of CPU time to start.
-        applications = httpx.get(self._applications_url).json()["applications"]
+        applications = HTTP.get(self._applications_url).json()["applications"]
         states = {each["status"] for each in applications.values()}
         assert not states & {"DEPLOY_FAILED", "UNHEALTHY"}, applications
         return states
@@ -97,7 +97,7 @@ class RayCluster:
         assert self._process is not None
         assert self._process.poll() is None, self._log.read_text()[-3000:]
         try:
-            return httpx.get(self._applications_url).status_code == 200
+            return HTTP.get(self._applications_url).status_code == 200
         except httpx.TransportError:
             return False
 

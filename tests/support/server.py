@@ -20,6 +20,8 @@ from tests.support.processes import alive, descendants, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT = 90.0
+HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
+"""For single requests, each on a connection of its own. A new client takes 26 ms of CPU time."""
 STOP_TIMEOUT = 30.0
 
 
@@ -77,11 +79,11 @@ class Server:
 
     def get(self, path: str) -> httpx.Response:
         """A single GET."""
-        return httpx.get(self.url + path, timeout=30)
+        return HTTP.get(self.url + path, timeout=30)
 
     def post(self, path: str, body: object, **headers: str) -> httpx.Response:
         """A single POST of JSON."""
-        return httpx.post(self.url + path, json=body, headers=headers, timeout=60)
+        return HTTP.post(self.url + path, json=body, headers=headers, timeout=60)
 
     def gauge(self, name: str) -> float:
         """A metric without labels but the model's."""
