@@ -203,10 +203,10 @@ def _refuse_unsupported(source: Source, heads: Collection[str], name: str) -> No
     config = read_json(source.root / "config.json", "config.json")
     refuse_unsupported(config, source=name)
     # transformers takes a second to import; a folder without a model does not have to wait for it.
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING_NAMES:
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
         version = importlib.metadata.version("transformers")
         raise ConfigError(
             f"{name} is a {model_type}, which transformers {version} does not know: it may be newer"

@@ -51,7 +51,8 @@ def load_program(context: RankContext) -> RankProgram:
     tokenizer = load_tokenizer(config.model_path)
     model = load_model(accelerate_config(config), context.work_dir, HEADS[config.task])
     if names := label_names(config.model_path, model.config.num_labels or 0):
-        model.config.id2label = {**(model.config.id2label or {}), **names}
+        labels: dict[Any, str] = dict(model.config.id2label or {})
+        model.config.id2label = labels | names
     max_tokens = min(max_positions(model), tokenizer.model_max_length, config.max_length or 2**31)
     info = ModelInfo(
         architecture=type(model).__name__,

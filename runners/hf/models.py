@@ -160,7 +160,7 @@ def sampling_defaults(generation: GenerationConfig | None) -> SamplingDefaults:
     if generation is None:
         return neutral
 
-    def value(name: str, default: float | None) -> Any:
+    def value(name: str, default: object) -> Any:
         configured = getattr(generation, name, None)
         return default if configured is None else configured
 

@@ -13,6 +13,7 @@ from typing import Any
 import bentoml
 import pytest
 
+from runners.config.deepspeed import without_tp_size
 from tests.support.archives import (
     HANDLER,
     MII_OF_THE_REPOSITORY,
@@ -105,7 +106,7 @@ def test_deepspeeds_archive(how: tuple[str, ...], llama: Path, store: Path, tmp_
         "max_new_tokens": 50,
         "tensor_parallel": 2,
         "step_timeout": 120.0,
-        "deepspeed": DS_CONFIG,
+        "deepspeed": without_tp_size(DS_CONFIG),
     }
     assert (files, weights) == (files_of(llama), (llama / "model.safetensors").read_bytes())
     assert {p: p.stat().st_mtime_ns for p in archive.rglob("*")} == before, "unchanged"

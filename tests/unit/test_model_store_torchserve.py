@@ -11,6 +11,7 @@ import bentoml
 import pytest
 
 from model_store_scripts.importing import ImportedModel, ImportRequest, import_model
+from runners.config.deepspeed import without_tp_size
 from runners.config.files import load_setup_config
 from runners.contracts.errors import ConfigError, UnsafeModel
 from tests.support.model_store import copy, edit_json, is_empty, pickled
@@ -51,7 +52,7 @@ def test_the_stored_model_is_run_as_the_folder_is(folder: Path, llama: Path, sto
         "max_new_tokens": 50,
         "tensor_parallel": 2,
         "step_timeout": 120,
-        "deepspeed": DS_CONFIG,
+        "deepspeed": without_tp_size(DS_CONFIG),
     }
     assert config_of(stored_folder()) == (before, [])
     names = {f.name for f in (stored_folder() / "model").iterdir()}
@@ -152,6 +153,7 @@ def test_mistakes_are_reported_before_anything_is_copied(folder: Path, store: Pa
     edit_json(folder / "ds-config.json", tensor_parallel={"tp_size": "4"})
     with pytest.raises(ConfigError, match="tp_size: must be an integer from 1"):
         run(folder)
+    edit_json(folder / "ds-config.json", tensor_parallel={"tp_size": 2})
     edit(folder, "handler:", "handler:\n    trust_remote_code: true")
     with pytest.raises(UnsafeModel, match=r"model-config\.yaml asks for trust_remote_code"):
         run(folder)

@@ -77,7 +77,7 @@ def test_a_setup_config_has_it_by_name_or_in_itself(folder: Path, section: Any) 
     setup = {"engine": "deepspeed", "deepspeed": section}
     (folder / "setup_config.json").write_text(json.dumps(setup))
     config = load(folder)
-    assert (config.deepspeed, config.tensor_parallel) == (DS_CONFIG, 2)
+    assert (config.deepspeed, config.tensor_parallel) == (without_tp_size(DS_CONFIG), 2)
 
 
 def test_setup_config_wins_over_model_config(folder: Path) -> None:
