@@ -43,19 +43,25 @@ class Detokenizer:
         self._context_text = self._decode(0, self._end)
         self._text = ""
         self._sent = 0
+        self._pending = ""
         self.stopped = False
+        self.token_offset = 0
+        """Where the text of the last token begins in the whole text, in characters. For a piece of
+        a character: where that character begins."""
 
     @property
     def text_length(self) -> int:
         """Characters of the text so far, the withheld ones included."""
-        return len(self._text)
+        return len(self._text) + len(self._pending)
 
     def add(self, token: int, *, may_stop: bool = True) -> str:
         """Add a token; returns the text that is now certain. Sets `stopped` at a stop string."""
         self._ids.append(token)
         text = self._decode(self._start, len(self._ids))
         pending = len(self._ids) - self._end
-        if not text.endswith(_INCOMPLETE) or pending > _MAX_PENDING:
+        complete = not text.endswith(_INCOMPLETE) or pending > _MAX_PENDING
+        self._locate(text[len(self._context_text) :], complete)
+        if complete:
             self._commit(text)
         if may_stop and self._cut_at_stop():
             return self._release(len(self._text))
@@ -67,6 +73,14 @@ class Detokenizer:
             self._commit(self._decode(self._start, len(self._ids)))
             self._cut_at_stop()
         return self._release(len(self._text))
+
+    def _locate(self, delta: str, complete: bool) -> None:
+        """Set `token_offset`; `delta` is the text of the pending tokens, the last one included."""
+        earlier = self._pending
+        if not (complete and delta.startswith(earlier)):
+            earlier = earlier.rstrip(_INCOMPLETE)  # the last token goes on with that character
+        self.token_offset = len(self._text) + len(earlier)
+        self._pending = "" if complete else delta
 
     def _commit(self, text: str) -> None:
         """Accept `text`, the decoded context and pending tokens, and make these the context."""

@@ -244,11 +244,11 @@ class Scheduler:
         """Append a sampled token, and remove the sequence if it ends with it."""
         sequence.output_ids.append(token)
         count = len(sequence.output_ids)
-        text_offset = sequence.detokenizer.text_length
         reason: FinishReason | None = None
         text = ""
         if token in sequence.eos_ids:
             reason = "stop"
+            sequence.detokenizer.token_offset = sequence.detokenizer.text_length
         else:
             may_stop = count >= sequence.sampler.min_new_tokens
             text = sequence.detokenizer.add(token, may_stop=may_stop)
@@ -256,6 +256,7 @@ class Scheduler:
                 reason = "stop"
             elif count >= sequence.max_new_tokens:
                 reason = "length"
+        offset = sequence.detokenizer.token_offset
         if reason is not None:
             text += sequence.detokenizer.finish()
             reason = "stop" if sequence.detokenizer.stopped else reason
@@ -264,14 +265,14 @@ class Scheduler:
             request_id=sequence.request_id,
             text=text,
             token_ids=[token],
-            logprobs=None if ranked is None else [self._logprob(token, ranked, text_offset)],
+            logprobs=None if ranked is None else [self._logprob(token, ranked, offset)],
             finish_reason=reason,
         )
 
-    def _logprob(self, token: int, ranked: RankedToken, text_offset: int) -> TokenLogprob:
+    def _logprob(self, token: int, ranked: RankedToken, offset: int) -> TokenLogprob:
         def entry(token_id: int, logprob: float) -> TokenLogprob:
             text, raw = self._describe(token_id)
             return TokenLogprob(token_id=token_id, token=text, token_bytes=raw, logprob=logprob)
 
         top = [entry(token_id, logprob) for token_id, logprob in ranked.top]
-        return replace(entry(token, ranked.logprob), text_offset=text_offset, top=top)
+        return replace(entry(token, ranked.logprob), text_offset=offset, top=top)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from runners.text.detokenizer import Detokenizer
+from runners.text.tokenization import PromptTokenizer
 from tests.support.models import write_metaspace_tokenizer, write_tokenizer
 
 TEXTS = [
@@ -135,3 +137,29 @@ def test_stop_strings_do_not_count_before_the_minimum(
     text = "".join(detokenizer.add(t, may_stop=i >= 3) for i, t in enumerate(ids))
     assert detokenizer.stopped
     assert (text + detokenizer.finish()).count("a") >= 1
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text])
+def test_each_token_is_located_in_the_text(text: str, tmp_path: Path) -> None:
+    """A piece of a character is where the character begins."""
+    write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    token_bytes = PromptTokenizer(tokenizer, len(tokenizer)).token_bytes
+    detokenizer, before = Detokenizer(tokenizer), b""
+    for token in tokenizer(text).input_ids:
+        detokenizer.add(token)
+        assert detokenizer.token_offset == len(before.decode(errors="ignore"))
+        before += token_bytes(token)
+    assert detokenizer.text_length == len(text)
+
+
+def test_a_token_after_half_a_character_follows_its_replacement(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    half = tokenizer("é").input_ids[0]
+    detokenizer = Detokenizer(tokenizer)
+    offsets = []
+    for token in [half, *tokenizer("ab").input_ids]:
+        detokenizer.add(token)
+        offsets.append(detokenizer.token_offset)
+    assert offsets == [0, 1, 2]
