@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from runners.config.engines import AccelerateConfig
 from runners.contracts.errors import ConfigError, IncompleteModel
 from runners.contracts.runner import RunnerState
-from runners.hf.dtypes import choose_dtype
+from runners.hf.dtypes import choose_dtype, widen
 from runners.hf.models import loading, stored_dtype
 from runners.rank.program import RankContext, RankProgram
 from runners.text.loading import program_for_model
@@ -50,10 +50,11 @@ def load_model(
     with loading(config.name):
         model_config = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
         stored = stored_dtype(model_config, config.model_path)
+        dtype = choose_dtype(config.dtype, stored, on_cpu=on_cpu)
         loaded: Any = head.from_pretrained(
             config.model_path,
             config=model_config,
-            dtype=choose_dtype(config.dtype, stored, on_cpu=on_cpu),
+            dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -62,6 +63,7 @@ def load_model(
     model, report = loaded
     if missing := report["missing_keys"]:
         raise IncompleteModel.missing_weights(config.name, type(model), missing)
+    widen(model, dtype)
     if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
         logger.warning("part of %s is on disk, which slows down every token", config.name)
     return cast(PreTrainedModel, model)

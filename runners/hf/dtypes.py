@@ -36,3 +36,16 @@ def dtype_in(file: Path) -> torch.dtype | None:
     """The type of the first floating-point tensor in a safetensors file; None without one."""
     stored = (tensor.dtype for tensor in read_header(file).tensors.values())
     return next((_STORED[dtype] for dtype in stored if dtype in _STORED), None)
+
+
+def widen(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
+    """Compute a model that was loaded as float32 in float32 throughout.
+
+    Quantized weights that a CPU cannot use are dequantized to bfloat16, whatever dtype is asked
+    for; with float32 activations no product of the two exists.
+    """
+    if dtype != torch.float32:
+        return
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16) and not parameter.is_meta:
+            parameter.data = parameter.data.to(dtype)

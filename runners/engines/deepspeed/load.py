@@ -25,7 +25,7 @@ from runners.contracts.errors import ConfigError, IncompleteModel, first_line
 from runners.contracts.runner import RunnerState
 from runners.engines.deepspeed.layers import replace_split_layers
 from runners.engines.deepspeed.shm import OPERATOR, all_reduce, shared_memory
-from runners.hf.dtypes import choose_dtype
+from runners.hf.dtypes import choose_dtype, widen
 from runners.hf.models import loading, stored_dtype
 from runners.rank.process_group import RankGroups, connect, meet
 from runners.rank.program import RankContext, RankProgram
@@ -119,11 +119,12 @@ class ModelSplitter:
         """
         config, on_cpu = self.config, self._on_cpu
         stored = stored_dtype(self.model_config, config.model_path)
+        dtype = choose_dtype(config.dtype_for(on_cpu=on_cpu), stored, on_cpu=on_cpu)
         with loading(config.name):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.model_path,
                 config=self.model_config,
-                dtype=choose_dtype(config.dtype_for(on_cpu=on_cpu), stored, on_cpu=on_cpu),
+                dtype=dtype,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -132,6 +133,7 @@ class ModelSplitter:
         model, report = loaded
         if missing := report["missing_keys"]:
             raise IncompleteModel.missing_weights(config.name, type(model), missing)
+        widen(model, dtype)
         return cast(PreTrainedModel, model)
 
     def split(self, model: PreTrainedModel, parity: ParityCheck) -> PreTrainedModel:
