@@ -86,7 +86,8 @@ class Settings(BaseSettings):
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads per rank. Default: the machine's cores divided by the ranks."""
     api_key: Annotated[SecretStr, AfterValidator(_stripped)] | None = None
-    """If set, every route except the health probes requires `Authorization: Bearer <key>`."""
+    """If set, every route except the health probes requires `Authorization: Bearer <key>`
+    or `x-api-key: <key>`."""
     port: Annotated[int, Field(ge=1, le=65_535, validation_alias="PORT")] = 3000
     """HTTP port (the variable is `PORT`, without prefix)."""
     log_level: Annotated[

@@ -88,7 +88,7 @@ class RequestContextMiddleware:
 
 
 class ApiKeyMiddleware:
-    """Requires `Authorization: Bearer <key>` everywhere except for the health probes."""
+    """Requires the key, as bearer token or in `x-api-key`, everywhere but for the health probes."""
 
     def __init__(self, app: ASGIApp, *, key: SecretStr) -> None:
         self.app = app
@@ -105,9 +105,10 @@ class ApiKeyMiddleware:
         # OPTIONS: a CORS preflight cannot carry the header, and its response has no content.
         if scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return True
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = header.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self.key)
+        headers = dict(scope["headers"])
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        keys = [key if scheme.lower() == b"bearer" else b"", headers.get(b"x-api-key", b"")]
+        return any(hmac.compare_digest(each.strip(), self.key) for each in keys)
 
 
 class BodyMiddleware:

@@ -77,6 +77,9 @@ class OpenAIRequest(SamplingFields):
     user: Annotated[str, Field(max_length=512)] | None = None
     """Accepted for compatibility."""
     logit_bias: UnsupportedList = None
+    min_p: Annotated[None, unsupported(0)] = None
+    stop_token_ids: UnsupportedList = None
+    use_beam_search: UnsupportedFlag = None
     metadata: Ignored = None
     store: UnsupportedFlag = None
     service_tier: Ignored = None
@@ -213,7 +216,7 @@ class ChatRequest(OpenAIRequest):
     function_call: Annotated[None, unsupported("none")] = None
     audio: Unsupported = None
     prediction: Unsupported = None
-    reasoning_effort: Unsupported = None
+    reasoning_effort: Annotated[None, unsupported("none")] = None
     verbosity: Unsupported = None
     web_search_options: Unsupported = None
 

@@ -244,8 +244,27 @@ async def test_a_fault_after_the_start_of_the_answer_cuts_it(
     ],
 )
 async def test_keys_are_compared_as_bytes(given: bytes | None, passes: bool) -> None:
-    app = RequestContextMiddleware(ApiKeyMiddleware(echo, key=SecretStr("kéy")), timeout=5.0)
     headers = {} if given is None else {b"authorization": given}
+    await assert_passes(headers, passes)
+
+
+@pytest.mark.parametrize(
+    ("headers", "passes"),
+    [
+        ({b"x-api-key": b"k\xc3\xa9y"}, True),
+        ({b"x-api-key": b"k\xc3\xa9y", b"authorization": b"Bearer wrong"}, True),
+        ({b"x-api-key": b"wrong", b"authorization": b"Bearer k\xc3\xa9y"}, True),
+        ({b"x-api-key": b"wrong"}, False),
+        ({b"x-api-key": b""}, False),
+        ({b"x-api-key": b"Bearer k\xc3\xa9y"}, False),
+    ],
+)
+async def test_the_key_may_be_in_either_header(headers: dict[bytes, bytes], passes: bool) -> None:
+    await assert_passes(headers, passes)
+
+
+async def assert_passes(headers: dict[bytes, bytes], passes: bool) -> None:
+    app = RequestContextMiddleware(ApiKeyMiddleware(echo, key=SecretStr("kéy")), timeout=5.0)
     exchange = await Exchange(body(), headers=headers).over(app)
     assert exchange.status == (200 if passes else 401)
 

@@ -100,3 +100,24 @@ def test_each_answer_has_a_request_id(client: TestClient) -> None:
     body = {"prompt": "a", "max_new_tokens": 1}
     answer = client.post("/generate", json=body, headers={"X-Request-ID": "mine"})
     assert answer.json()["request_id"] == answer.headers["x-request-id"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("field", "neutral", "other"),
+    [
+        ("min_p", [None, 0, 0.0], 0.1),
+        ("stop_token_ids", [None, []], [5]),
+        ("use_beam_search", [None, False], True),
+        ("logit_bias", [None, {}], {"5": 1}),
+        ("suffix", [None, ""], "x"),
+    ],
+)
+def test_a_field_that_is_not_supported_may_have_its_neutral_value(
+    client: TestClient, field: str, neutral: list[Any], other: Any
+) -> None:
+    body = {"prompt": "a", "max_tokens": 1}
+    for value in neutral:
+        answer = client.post("/v1/completions", json={**body, field: value})
+        assert answer.status_code == 200, answer.text
+    refused = client.post("/v1/completions", json={**body, field: other})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
