@@ -22,7 +22,7 @@ from runners.contracts.errors import (
 from runners.contracts.text import SamplingParams, TextRunner
 from tests.support.generating import serving, wait_ready
 from tests.support.models import greedy, write_model
-from tests.support.processes import own_ranks
+from tests.support.processes import own_ranks, stop
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("forked_ranks")]
 
@@ -54,7 +54,7 @@ async def request_() -> AsyncIterator[RequestContext]:
 def stopped_rank() -> Iterator[None]:
     """The rank answers nothing meanwhile."""
     [rank] = own_ranks()
-    os.kill(rank.pid, signal.SIGSTOP)
+    stop(rank)
     try:
         yield
     finally:

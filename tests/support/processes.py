@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -58,6 +59,21 @@ def _lives(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:  # it ended meanwhile
         return False
+
+
+def stop(process: psutil.Process) -> None:
+    """SIGSTOP, and wait until every thread has stopped: on a busy machine some run on for a while.
+
+    Raises: AssertionError.
+    """
+    process.send_signal(signal.SIGSTOP)
+    threads = Path("/proc", str(process.pid), "task")
+
+    def has_stopped() -> bool:
+        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in threads.glob("*/stat")]
+        return set(states) == {"T"}
+
+    wait_until(has_stopped, 10, "all threads of the process have stopped")
 
 
 def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:
