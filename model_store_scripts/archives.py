@@ -26,7 +26,7 @@ from model_store_scripts.unpacking import is_archive, unpack
 from runners.config.files import MODEL_FOLDER, MODEL_HEADS, setup_files
 from runners.config.model import SETUP_CONFIG
 from runners.config.reading import read_json
-from runners.config.torchserve import MODEL_CONFIG
+from runners.config.torchserve import INDEX_TO_NAME, MODEL_CONFIG
 from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
 from runners.contracts.validation import problems_of
 from runners.hf.safety import is_code
@@ -34,7 +34,6 @@ from runners.hf.safety import is_code
 MAR_INF = "MAR-INF"
 MANIFEST = f"{MAR_INF}/MANIFEST.json"
 MODEL_ZIP = "model.zip"
-INDEX_TO_NAME = "index_to_name.json"
 
 Name = Annotated[str, Field(pattern=r"^[^\s/\\]{1,128}$")]
 

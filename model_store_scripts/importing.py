@@ -21,7 +21,7 @@ from model_store_scripts.sources import FolderSource, NamedFolder, Source, is_hu
 from runners.config.files import MODEL_FOLDER, MODEL_HEADS, task_of
 from runners.config.model import validate
 from runners.config.reading import read_json
-from runners.config.support import ADAPTER_CONFIG, refuse_adapter, refuse_unsupported
+from runners.config.support import ADAPTER_CONFIG, adapter_alone, refuse_unsupported
 from runners.config.torchserve import MODEL_CONFIG
 from runners.contracts.errors import ConfigError, ModelNotFound
 from runners.hf.weights import count_parameters, main_dtype
@@ -197,7 +197,7 @@ def _refuse_unsupported(source: Source, heads: Collection[str], name: str) -> No
     if ADAPTER_CONFIG in source.names and not heads:
         source.fetch([ADAPTER_CONFIG])
         config = read_json(source.root / ADAPTER_CONFIG, ADAPTER_CONFIG)
-        refuse_adapter(source.names, config, source=name)
+        raise adapter_alone(config, source=name)
     if heads != ["config.json"]:
         return
     config = read_json(source.root / "config.json", "config.json")

@@ -16,7 +16,7 @@ from runners.config.base import BaseRunnerConfig, ImageConfig, Task
 from runners.config.ignored import SETUP_CONFIG_KEYS, drop_ignored
 from runners.config.model import SETUP_CONFIG, config_class, fields_of, owners_of, validate
 from runners.config.reading import read_json, read_object
-from runners.config.support import ADAPTER_CONFIG, refuse_adapter, refuse_unsupported
+from runners.config.support import ADAPTER_CONFIG, adapter_alone, refuse_unsupported
 from runners.config.torchserve import MODEL_CONFIG, read_model_config
 from runners.contracts.errors import ConfigError, IncompleteModel, ModelNotFound, UnsafeModel
 from runners.contracts.tasks import IMAGE_TASK, TEXT_TASKS, PipelineTask
@@ -205,7 +205,7 @@ def find_model(
         adapter = path / ADAPTER_CONFIG
         if adapter.is_file():
             config = read_json(adapter, name_of(adapter))
-            refuse_adapter({ADAPTER_CONFIG}, config, source=name_of(path))
+            raise adapter_alone(config, source=name_of(path))
     raise IncompleteModel(
         f"{name_of(candidates[0])} is not a model folder: it has neither config.json (text) "
         "nor model_index.json (image)"

@@ -36,18 +36,17 @@ NATIVE_QUANTIZERS = frozenset({"fp8", "mxfp4"})
 """Methods that transformers reads itself."""
 
 
-def refuse_adapter(names: Collection[str], config: Mapping[str, Any], *, source: str) -> None:
-    """Refuse a folder that has a PEFT adapter and no model.
+def adapter_alone(config: Mapping[str, Any], *, source: str) -> IncompleteModel:
+    """The error for a folder that has a PEFT adapter and no model.
 
-    `names`: the files of the folder; `config`: its `adapter_config.json`. Raises: IncompleteModel.
+    `config`: its `adapter_config.json`.
     """
-    if ADAPTER_CONFIG in names and "config.json" not in names:
-        kind = "a LoRA adapter" if config.get("peft_type") == "LORA" else "an adapter"
-        base = config.get("base_model_name_or_path") or "a base model"
-        raise IncompleteModel(
-            f"{source} has no model, but {kind} for {base}: merge it into that model first (peft's "
-            "merge_and_unload and save_pretrained)"
-        )
+    kind = "a LoRA adapter" if config.get("peft_type") == "LORA" else "an adapter"
+    base = config.get("base_model_name_or_path") or "a base model"
+    return IncompleteModel(
+        f"{source} has no model, but {kind} for {base}: merge it into that model first (peft's "
+        "merge_and_unload and save_pretrained)"
+    )
 
 
 def refuse_unsupported(config: Mapping[str, Any], *, source: str) -> None:

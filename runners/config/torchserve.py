@@ -15,6 +15,9 @@ from runners.config.model import fields_of
 from runners.contracts.errors import ConfigError
 
 MODEL_CONFIG = "model-config.yaml"
+INDEX_TO_NAME = "index_to_name.json"
+"""TorchServe's file of labels. In its example for transformers: `{"0": "negative", ...}` for
+text-classification, `{"label_list": "['O', 'B-PER', ...]"}` for token-classification."""
 
 TOP = {
     "batchSize": "max_batch_size",
@@ -42,7 +45,7 @@ def read_model_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[
             values[field] = rest.pop(key)
     values |= _pop_parallel(rest, handler)
     # What a handler read under the name of one of our fields means the same.
-    same = {key: key for key in handler if key in fields_of() and key not in NOT_OF_HANDLER}
+    same = {key: key for key in fields_of().keys() & handler.keys() - NOT_OF_HANDLER}
     for key, field in (same | HANDLER).items():
         if key in handler:
             values.setdefault(field, handler.pop(key))

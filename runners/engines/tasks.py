@@ -21,6 +21,7 @@ from transformers import (
 from runners.config.base import TaskConfig
 from runners.config.model import AccelerateTaskConfig
 from runners.config.reading import read_json
+from runners.config.torchserve import INDEX_TO_NAME
 from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
@@ -37,9 +38,6 @@ HEADS = {
     "question-answering": AutoModelForQuestionAnswering,
     "text-classification": AutoModelForSequenceClassification,
 }
-INDEX_TO_NAME = "index_to_name.json"
-"""TorchServe's file of labels. In its example for transformers: `{"0": "negative", ...}` for
-text-classification, `{"label_list": "['O', 'B-PER', ...]"}` for token-classification."""
 
 
 def load_program(context: RankContext) -> RankProgram:

@@ -22,6 +22,9 @@ from runners.hf.dtypes import dtype_in
 
 logger = logging.getLogger("triptych.hf")
 
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""What torch raises about a device, not about a model: another start may not have it."""
+
 
 @dataclass(frozen=True)
 class SamplingDefaults:
@@ -90,8 +93,7 @@ def loading(name: str) -> Iterator[None]:
     Such an error persists at a restart. Running out of memory may not, so that passes.
     """
     _join_log_of_process()
-    passing = (torch.OutOfMemoryError, torch.AcceleratorError)
-    with reraise_as(ConfigError, f"{name} cannot be loaded", passing=passing):
+    with reraise_as(ConfigError, f"{name} cannot be loaded", passing=DEVICE_ERRORS):
         yield
 
 

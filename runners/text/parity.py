@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from runners.contracts.errors import ConfigError, first_line, reraise_as
+from runners.hf.models import DEVICE_ERRORS
 from runners.text.attention import PACKED
 from runners.text.cpu import Kernels, load_kernels, switch_off_kernels
 from runners.text.cpu.decoder import fuse_decoder, unfuse_decoder
@@ -58,8 +59,8 @@ class ParityCheck:
         self._tolerance = EXACT if exact else HALF_PRECISION
         if group is None or group.is_leader:
             # Windows wider than the prompts would not be checked at all.
-            name, passing = type(model).__name__, (torch.OutOfMemoryError, torch.AcceleratorError)
-            failed = reraise_as(ConfigError, f"{name}: its forward fails", passing=passing)
+            name = type(model).__name__
+            failed = reraise_as(ConfigError, f"{name}: its forward fails", passing=DEVICE_ERRORS)
             with _narrow_windows(model), failed:
                 self._reference = _reference_logits(model)
             if self._reference.isnan().any():

@@ -248,15 +248,15 @@ class Scheduler:
         text = ""
         if token in sequence.eos_ids:
             reason = "stop"
-            sequence.detokenizer.token_offset = sequence.detokenizer.text_length
+            offset = sequence.detokenizer.text_length
         else:
             may_stop = count >= sequence.sampler.min_new_tokens
             text = sequence.detokenizer.add(token, may_stop=may_stop)
+            offset = sequence.detokenizer.token_offset
             if sequence.detokenizer.stopped:
                 reason = "stop"
             elif count >= sequence.max_new_tokens:
                 reason = "length"
-        offset = sequence.detokenizer.token_offset
         if reason is not None:
             text += sequence.detokenizer.finish()
             reason = "stop" if sequence.detokenizer.stopped else reason

@@ -18,14 +18,10 @@ from runners.contracts.errors import ContextLengthExceeded, InvalidRequest
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ChatMessage, ChatPrompt
 from tests.support.generating import collect, failed_start, ids_of, serving, text_of
+from tests.support.model_store import edit_json
 from tests.support.models import EOS, greedy, write_model
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
-
-
-def edit_json(file: Path, **changes: object) -> None:
-    content = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps(content | changes))
 
 
 def without_tensor(folder: Path) -> None:

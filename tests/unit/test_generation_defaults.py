@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +43,7 @@ def test_the_end_tokens_are_those_of_both_files(
 
 
 def test_each_key_of_the_generation_config_is_honoured_or_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = tf.GenerationConfig(
         do_sample=True,
