@@ -108,13 +108,20 @@ def context_length(config: PreTrainedConfig) -> int:
     """Longest prompt plus output of a model, in tokens."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings")
-    if rope.get("rope_type") in ("dynamic", "longrope") and original is not None:
+    switches = [
+        int(each["original_max_position_embeddings"])
+        for each in (rope, *rope.values())  # some models have one for each type of layer
+        if isinstance(each, dict)
+        and each.get("rope_type") in ("dynamic", "longrope")
+        and each.get("original_max_position_embeddings") is not None
+    ]
+    if switches:
         # Beyond it, the longest sequence of a batch sets the frequencies of all the others.
+        limit = min(switches)
         logger.warning(
-            "the context is limited to %d tokens: longer ones would depend on the batch", original
+            "the context is limited to %d tokens: longer ones would depend on the batch", limit
         )
-        return int(original)
+        return limit
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         if isinstance(value := getattr(text, name, None), int):
             return value

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Literal, cast
+from collections.abc import Iterator
+from typing import Any, Literal, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -33,6 +34,7 @@ class HFModelRunner(ModelRunner):
         parameters = inspect.signature(model.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self._length_scale: Any = next(scaled_by_length(model), None)
         self._device = input_device(model)
 
     @override
@@ -65,11 +67,8 @@ class HFModelRunner(ModelRunner):
     def _run_padded(self, batch: Batch) -> torch.Tensor:
         """Decoding sequences run as one batch; each chunk of a prompt runs alone, unpadded."""
         counts = [len(tokens) for tokens in batch.tokens]
-        singles = [i for i, count in enumerate(counts) if count == 1]
-        groups = [singles] if singles else []
-        groups += [[i] for i, count in enumerate(counts) if count > 1]
         logits: dict[int, torch.Tensor] = {}
-        for indices in groups:
+        for indices in self._padded_groups(batch):
             group = batch.select(indices)
             context = ForwardContext(self._pool, group)
             cache = PaddedCache(context)
@@ -83,6 +82,19 @@ class HFModelRunner(ModelRunner):
             )
             logits |= zip(indices, out[:, -1], strict=True)
         return torch.stack([logits[i] for i in range(len(counts))])
+
+    def _padded_groups(self, batch: Batch) -> list[list[int]]:
+        """The indices of the sequences that may share a forward.
+
+        A model that scales its queries by the length of the cache takes one length for the whole
+        batch: only sequences of the same scale may share it.
+        """
+        width = self._length_scale.floor_scale if self._length_scale is not None else None
+        groups: dict[object, list[int]] = {}
+        for i, (tokens, past) in enumerate(zip(batch.tokens, batch.past, strict=True)):
+            scale = (past + 1) // width if width else 0
+            groups.setdefault(scale if len(tokens) == 1 else ("chunk", i), []).append(i)
+        return list(groups.values())
 
     def _forward(
         self,
@@ -101,6 +113,13 @@ class HFModelRunner(ModelRunner):
         out = self.model(input_ids=torch.tensor(ids, device=self._device), **kwargs).logits
         logits: torch.Tensor = out if self._takes_logits_to_keep else out[:, kept.to(out.device)]
         return logits
+
+
+def scaled_by_length(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    """The attention modules that scale queries by `floor(length / floor_scale)` (Llama 4)."""
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", False) and hasattr(module, "floor_scale"):
+            yield module
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

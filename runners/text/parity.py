@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -39,7 +40,8 @@ EXACT, HALF_PRECISION, QUANTIZED = 1e-3, 0.1, 0.5
 last bits depend on the shape of a batch, quantized weights are rounded; wrong arithmetic differs by
 more."""
 
-WINDOW_ATTRIBUTES = ("sliding_window", "attention_chunk_size")
+WINDOW_ATTRIBUTES = ("sliding_window", "attention_chunk_size", "floor_scale")
+"""Lengths from which on a token is computed otherwise, in configurations and modules."""
 NARROW_WINDOW = 4
 
 
@@ -235,13 +237,15 @@ def _batched_logits(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
 
 @contextmanager
 def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Narrow all sliding windows and attention chunks, so that short prompts extend beyond them.
+    """Narrow all windows, chunks and scales of attention, so that short prompts extend beyond them.
 
     Architectures that pass the window to the attention function keep it in their modules; those
     that only mask read it from the configuration.
     """
-    owners = [model.config, model.config.get_text_config(), *model.modules()]
-    changed: list[tuple[object, str, int]] = []
+    owners: list[Any] = [model.config, model.config.get_text_config(), *model.modules()]
+    changed: list[tuple[Any, str, int]] = []
+    rope = getattr(owners[1], "rope_parameters", None) or {}
+    original = dict(rope)
     try:
         for owner in owners:
             for name in WINDOW_ATTRIBUTES:
@@ -249,7 +253,10 @@ def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
                 if isinstance(width, int) and not isinstance(width, bool) and width > NARROW_WINDOW:
                     changed.append((owner, name, width))
                     setattr(owner, name, NARROW_WINDOW)
+        if "llama_4_scaling_beta" in rope:  # whose modules read it here in every forward
+            rope["original_max_position_embeddings"] = NARROW_WINDOW
         yield
     finally:
+        rope |= original
         for owner, name, width in reversed(changed):
             setattr(owner, name, width)

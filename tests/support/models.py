@@ -80,6 +80,29 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "gemma3": lambda: tf.Gemma3TextConfig(**_GATED, head_dim=16, sliding_window=16),
     "starcoder2": lambda: tf.Starcoder2Config(**_GATED),
     "mixtral": lambda: tf.MixtralConfig(**_GATED, num_local_experts=4),
+    # Scales the queries of some layers by the length of the cache, for the whole batch alike.
+    "llama4_text": lambda: tf.Llama4TextConfig(
+        **_GATED,
+        intermediate_size_mlp=2 * WIDTH,
+        head_dim=16,
+        num_local_experts=2,
+        attention_chunk_size=64,
+        no_rope_layers=[1, 0, 1],
+        floor_scale=8,
+        attn_scale=2.0,
+    ),
+    # Scales its queries by position.
+    "ministral3": lambda: tf.Ministral3Config(
+        **_GATED,
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        },
+    ),
     "falcon_mq": lambda: tf.FalconConfig(**_COMMON, multi_query=True),
 }
 

@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, MambaConfig, MambaForCausalLM
 
 from runners.contracts.errors import ConfigError, EngineFailure
-from runners.text import attention, parity
+from runners.text import attention, model_runner, parity
 from runners.text.cpu.linear import PackedLinear
 from runners.text.parity import ParityCheck
 from tests.support.models import CONFIGS, greedy, write_model
 from tests.support.scheduling import COUNT, Run, load, runner_of, sequence
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
-PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon", "falcon_mq", "qwen2_moe"}
+PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon", "falcon_mq", "qwen2_moe", "llama4_text"}
 
 
 @pytest.fixture(params=["kernels", "torch"])
@@ -64,6 +64,20 @@ def test_a_model_that_ignores_its_cache_is_refused(tmp_path: Path) -> None:
     model.forward = forgetful
     with pytest.raises(ConfigError, match="cannot be batched continuously"):
         ParityCheck(model).choose_layout()
+
+
+def test_the_check_reaches_what_only_long_sequences_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 4 scales the queries of a whole batch by one length, from 8,192 tokens on."""
+    config = CONFIGS["llama4_text"]()
+    config.floor_scale, config.attn_scale = 8192, 0.1
+    monkeypatch.setitem(CONFIGS, "llama4_text", lambda: config)
+    folder = write_model("llama4_text", tmp_path / "llama4")
+    ParityCheck(AutoModelForCausalLM.from_pretrained(folder)).choose_layout()
+    monkeypatch.setattr(model_runner, "scaled_by_length", lambda _: iter(()))
+    with pytest.raises(ConfigError, match="its logits with a KV cache differ"):
+        ParityCheck(AutoModelForCausalLM.from_pretrained(folder)).choose_layout()
 
 
 def test_a_state_space_model_is_refused_with_a_sentence() -> None:

@@ -11,7 +11,12 @@ import transformers as tf
 from runners.config.mii import GenerateSection
 from runners.contracts.text import SamplingParams
 from runners.engines.mii.defaults import mii_defaults
-from runners.hf.models import end_token_ids, sampling_defaults, warn_about_ignored
+from runners.hf.models import (
+    context_length,
+    end_token_ids,
+    sampling_defaults,
+    warn_about_ignored,
+)
 from runners.text.requests import DEFAULT_NEW_TOKENS, token_limit
 
 
@@ -106,3 +111,28 @@ def test_without_a_limit_a_chat_fills_the_context(
         sampling, 100, max_model_len=1000, min_new_tokens=0, default_new_tokens=default
     )
     assert found == limit
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "longrope", "original_max_position_embeddings": 64}, 64),
+        ({"rope_type": "dynamic", "original_max_position_embeddings": 64}, 64),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 64}, 512),
+        ({"a": {"rope_type": "default"}, "b": {"rope_type": "default"}}, 512),
+        (
+            {
+                "sliding": {"rope_type": "default"},
+                "full": {"rope_type": "longrope", "original_max_position_embeddings": 64},
+            },
+            64,
+        ),
+        (None, 512),
+    ],
+)
+def test_frequencies_that_depend_on_the_batch_limit_the_context(
+    rope: dict[str, Any] | None, expected: int
+) -> None:
+    config = tf.LlamaConfig(max_position_embeddings=512)
+    config.rope_parameters = rope
+    assert context_length(config) == expected
