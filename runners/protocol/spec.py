@@ -11,7 +11,7 @@ from runners.config.base import BaseRunnerConfig
 from runners.config.model import load_runner_config
 from runners.protocol.environment import usable_cores
 
-SPEC, SOCKET, OUTCOME, LOGS, WORK = "spec.json", "channel.sock", "outcome.json", "logs", "work"
+SPEC, SOCKET, OUTCOME, WORK = "spec.json", "channel.sock", "outcome.json", "work"
 
 
 class RankSpec(msgspec.Struct, frozen=True):
