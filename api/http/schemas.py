@@ -210,7 +210,8 @@ class ImageFields(WireModel):
     scheduler: Annotated[str, Field(max_length=64)] | None = None
     """Such as `ddim`, `euler` or `dpm++_2m`; an error lists those that fit the model."""
     seed: Annotated[int, Field(ge=0, lt=SEEDS)] | None = None
-    """The same request with the same seed gives the same pixels; image i has `seed + i`."""
+    """The same request with the same seed gives the same image, up to rounding; image i has
+    `seed + i`."""
 
     def to_requests(
         self, n: int, *, height: int | None, width: int | None, previews: int = 0

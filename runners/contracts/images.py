@@ -31,7 +31,7 @@ class ImageRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     scheduler: str | None = None
     """One of `ImageModelInfo.schedulers`."""
     seed: int = 0
-    """Same seed, same request, same pixels, whatever else is in the batch."""
+    """Same seed, same request, same image: beside others, equal up to rounding (docs/api.md)."""
     previews: int = 0
     """How many previews to send, evenly spread over the steps."""
 
