@@ -12,7 +12,7 @@ export BENTOML_DO_NOT_TRACK ?= True
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PORT
 
-.PHONY: serve test test-fast lint lint-imports setup docs bench bento image-test clean
+.PHONY: serve test test-fast lint lint-imports setup docs bench soak bento image-test clean
 
 serve: setup
 	@$(BIN)/python -m model_store_scripts.make_demo_models
@@ -76,6 +76,11 @@ bench: $(VENV)/.bench-installed
 $(VENV)/.bench-installed: $(VENV)/.installed
 	@$(BIN)/pip install --quiet --editable '.[dev,bench]'
 	@touch $@
+
+# Twenty minutes of mixed load with references, clients that leave and a kill every two minutes:
+# make soak, or make soak SOAK_ARGS="--minutes 4"
+soak: setup
+	@$(BIN)/python -m benchmarks.soak $(SOAK_ARGS)
 
 # A bento with chosen models: make bento TEXT_MODEL=tag IMAGE_MODEL=tag
 bento: setup

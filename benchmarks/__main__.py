@@ -16,6 +16,7 @@ from benchmarks import (
     memory,
     mii_pipeline,
     overhead,
+    overload,
     plot,
     quality,
     report,
@@ -26,7 +27,10 @@ from benchmarks import (
 from benchmarks.cache import Unavailable, cache
 from benchmarks.servers import SERVERS
 
-PARTS = ("table", "limit", "overhead", "gap", "memory", "quality", "split", "mii", "images")
+PARTS = (
+    *("table", "limit", "overhead", "gap", "memory", "quality", "split", "mii", "images"),
+    "overload",
+)
 OVERHEAD_CONCURRENCIES = (1, 16, 64)
 MII_CONCURRENCIES = (1, 16)
 LIMIT_CONCURRENCIES = (1, 4, 8, 16, 32)
@@ -78,6 +82,9 @@ def _measure(
             MII_CONCURRENCIES,
             1 if args.quick else args.rounds,
             batches=1 if args.quick else mii_pipeline.BATCHES,
+        ),
+        "overload": lambda: overload.measure(
+            args.threads, seconds=10 if args.quick else overload.SECONDS
         ),
         "memory": lambda: memory.measure(
             args.threads, requests=32 if args.quick else memory.REQUESTS
