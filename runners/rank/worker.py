@@ -77,7 +77,7 @@ def main() -> None:
             logger.exception("the model cannot be loaded")
             channel.send(Fatal(type(error).__name__, f"the model cannot be loaded: {cause}"))
             sys.exit(2)
-        channel.send(Broken(rank, f"rank {rank} failed while it loaded the model: {cause}"))
+        channel.send(_broken(rank, f"failed while it loaded the model: {cause}", error))
         raise
     clock = _StepClock()
     _start_thread(_read, channel, program)
@@ -89,9 +89,24 @@ def main() -> None:
             with clock:
                 program.step()
     except Exception as error:
-        reason = f"rank {rank} failed: {type(error).__name__}: {first_line(error)}"
-        channel.send(Broken(rank, reason))
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        channel.send(_broken(rank, f"failed: {cause}", error))
         raise
+
+
+def _broken(rank: int, what: str, error: Exception) -> Broken:
+    """What a rank reports when it ends because of an error."""
+    if _is_of_transport(error):  # its message has addresses and source files of the transport
+        return Broken(rank, f"rank {rank} lost the connection to another rank", lost_another=True)
+    return Broken(rank, f"rank {rank} {what}")
+
+
+def _is_of_transport(error: Exception) -> bool:
+    """Whether an error comes from gloo or NCCL, as when another rank is lost."""
+    if (torch := sys.modules.get("torch")) is None:
+        return False
+    # gloo raises RuntimeErrors.
+    return isinstance(error, torch.distributed.DistError) or "gloo" in first_line(error)
 
 
 def _may_pass(error: Exception) -> bool:
