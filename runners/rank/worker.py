@@ -33,27 +33,9 @@ from runners.protocol.messages import (
 )
 from runners.protocol.process import die_with_parent, ignore_signals
 from runners.protocol.spec import SOCKET, WORK, RankSpec, read_spec
-from runners.rank.program import HEARTBEAT_S, LoadProgram, RankContext, RankProgram
+from runners.rank.program import HEARTBEAT_S, LoadProgram, RankContext, RankProgram, StepClock
 
 logger = logging.getLogger("triptych.rank")
-
-
-class _StepClock:
-    """Start of the current step; read by the heartbeat thread."""
-
-    def __init__(self) -> None:
-        self._start: float | None = None
-
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._start = None
-
-    @property
-    def age(self) -> float:
-        start = self._start
-        return 0.0 if start is None else time.monotonic() - start
 
 
 def main() -> None:
@@ -79,7 +61,7 @@ def main() -> None:
             sys.exit(2)
         channel.send(_broken(rank, f"failed while it loaded the model: {cause}", error))
         raise
-    clock = _StepClock()
+    clock = StepClock()
     _start_thread(_read, channel, program)
     _start_thread(_send_heartbeats, channel, program, clock, rank)
     if int(os.environ["LOCAL_RANK"]) == 0:
@@ -165,7 +147,7 @@ def _read(channel: RankChannel, program: RankProgram) -> None:
 
 
 def _send_heartbeats(
-    channel: RankChannel, program: RankProgram, clock: _StepClock, rank: int
+    channel: RankChannel, program: RankProgram, clock: StepClock, rank: int
 ) -> None:
     try:
         while True:
