@@ -48,6 +48,7 @@ from api.native.schemas import (
 from model_choice import Runners, chosen_configs, chosen_runners, frozen_tag, is_folder
 from runners.contracts.errors import ConfigError, ModelNotFound
 from runners.contracts.runner import Runner, RunnerHealth, RunnerState
+from runners.protocol.folders import remove_process_folder
 from runners.protocol.logs import configure_logging
 from settings import Settings, get_settings, unknown_variables
 
@@ -188,6 +189,7 @@ class Triptych:
     async def stop(self) -> None:
         """End the ranks."""
         await asyncio.gather(*(runner.stop() for runner, _ in self.runners))
+        remove_process_folder()  # uvicorn ends this process by a signal
 
     async def __is_alive__(self) -> bool:
         """503 on `/livez` once a runner has failed for good: only a new process can help."""

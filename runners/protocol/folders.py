@@ -15,6 +15,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import psutil
+
 from runners.contracts.errors import ConfigError
 
 _PREFIX = "triptych-"
@@ -42,7 +44,7 @@ def process_folder() -> Path:
 
 
 def remove_process_folder() -> None:
-    """Remove it now; for a process that does not end by an ordinary exit."""
+    """Remove it now; for a process that does not end by an ordinary exit, but by a signal."""
     while _folders:
         shutil.rmtree(_folders.pop(), ignore_errors=True)
 
@@ -62,7 +64,7 @@ def check_room() -> None:
 def _remove_stale(parent: Path) -> None:
     for old in parent.glob(f"{_PREFIX}*-*"):
         owner = old.name.removeprefix(_PREFIX).partition("-")[0]
-        if not owner.isdigit() or _exists(int(owner)):
+        if not owner.isdigit() or _lives(int(owner)):
             continue
         with contextlib.suppress(OSError):  # it was removed meanwhile
             if old.lstat().st_uid == os.getuid() and (lock := _lock(old)) is not None:
@@ -86,11 +88,9 @@ def _remove_if_own(folder: Path, pid: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _exists(pid: int) -> bool:
+def _lives(pid: int) -> bool:
+    """Whether a process runs; one that was killed may stay as a zombie."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True

@@ -236,8 +236,8 @@ async def test_a_silent_replica_gets_no_request_while_another_is_not(
     async def beat() -> None:
         while True:
             await asyncio.sleep(0.02)
-            for place, count in enumerate(counts):
-                heartbeats.write(place, count)
+            for slot, count in enumerate(counts):
+                heartbeats.write(slot, count)
             counts[1] += 1
 
     def answer(number: int) -> grpc.GenericRpcHandler:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,11 @@ def no_folder_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def dead_pid() -> int:
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    return ended.pid
+def dead_pid() -> Iterator[int]:
+    """Of a process that has ended and whose parent has not asked how: a zombie."""
+    with subprocess.Popen(["true"]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        yield ended.pid
 
 
 def test_it_is_private_and_there_is_one(tmp_path: Path) -> None:

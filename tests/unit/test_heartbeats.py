@@ -9,8 +9,8 @@ pytest.importorskip("grpc")
 from runners.engines.mii.deployment.heartbeats import (
     Heartbeats,
     Watch,
-    gateway_place,
-    replica_places,
+    gateway_slot,
+    replica_slots,
 )
 from runners.engines.mii.deployment.plan import DeploymentPlan, ReplicaPlan
 
@@ -47,5 +47,5 @@ def test_every_process_has_a_place_of_its_own() -> None:
         for gpus in ([0, 1], [2], [3, 4, 5])
     ]
     plan = DeploymentPlan(name="d", port=4, model_config={}, replicas=replicas)
-    assert replica_places(plan) == [range(1, 3), range(3, 4), range(4, 7)]
-    assert gateway_place(plan) == 7
+    assert replica_slots(plan) == [range(1, 3), range(3, 4), range(4, 7)]
+    assert gateway_slot(plan) == 7

@@ -1,7 +1,7 @@
-"""`python -m runners.engines.mii.launch PLAN PARENT_PID HEARTBEATS PLACE ROLE ...`.
+"""`python -m runners.engines.mii.launch PLAN PARENT_PID HEARTBEATS SLOT ROLE ...`.
 
 One process of a deployment, started by its supervisor. HEARTBEATS is a file descriptor (see
-`deployment.heartbeats`), PLACE the place of this process. Roles: `replica N RANK` (rank 0 is MII's
+`deployment.heartbeats`), SLOT the slot of this process. Roles: `replica N RANK` (rank 0 is MII's
 gRPC server and scheduler, the other ranks follow it), `balancer`, `gateway`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from runners.contracts.errors import ConfigError
 from runners.engines.mii.deployment.balancer import balance
-from runners.engines.mii.deployment.heartbeats import Heartbeats, Watch, replica_places
+from runners.engines.mii.deployment.heartbeats import Heartbeats, Watch, replica_slots
 from runners.engines.mii.deployment.plan import (
     FAILURE,
     FATAL,
@@ -29,12 +29,12 @@ from runners.protocol.process import die_with_parent, ignore_signals
 
 def main() -> None:
     """Run the role until the deployment ends."""
-    path, parent, descriptor, place, role, *arguments = sys.argv[1:]
+    path, parent, descriptor, slot, role, *arguments = sys.argv[1:]
     die_with_parent(int(parent))
     ignore_signals()
     heartbeats = Heartbeats(int(descriptor))
     try:
-        _run(read_plan(Path(path)), heartbeats, int(place), role, *map(int, arguments))
+        _run(read_plan(Path(path)), heartbeats, int(slot), role, *map(int, arguments))
     except ConfigError as error:
         Path(path).with_name(FAILURE).write_text(error.message)
         print(error.message, file=sys.stderr, flush=True)
@@ -45,20 +45,20 @@ def main() -> None:
 
 
 def _run(
-    plan: DeploymentPlan, heartbeats: Heartbeats, place: int, role: str, *arguments: int
+    plan: DeploymentPlan, heartbeats: Heartbeats, slot: int, role: str, *arguments: int
 ) -> None:
     if role == "replica":
         number, rank = arguments
         pipeline = _load(plan, plan.replicas[number])
-        heartbeats.start(place, lambda: pipeline.step_clock.age)
+        heartbeats.start(slot, lambda: pipeline.step_clock.age)
         _serve(pipeline, plan.replicas[number], rank)
         return
-    heartbeats.start(place)
+    heartbeats.start(slot)
     if role == "balancer":
         ports = [replica.port for replica in plan.replicas]
-        places = replica_places(plan)
-        watch = Watch(heartbeats, itertools.chain(*places))
-        asyncio.run(balance(plan.port, ports, watch, places))
+        slots = replica_slots(plan)
+        watch = Watch(heartbeats, itertools.chain(*slots))
+        asyncio.run(balance(plan.port, ports, watch, slots))
     else:
         # FastAPI would delay the start of the other roles.
         from runners.engines.mii.deployment.gateway import serve_gateway

@@ -145,16 +145,16 @@ async def balance(
     port: int,
     replicas: Sequence[int],
     watch: Watch | None = None,
-    places: Sequence[range] = (),
+    slots: Sequence[range] = (),
 ) -> None:
     """Serve on a loopback port, once all replicas are up, until a client calls Terminate.
 
-    `replicas`: the port of each. `watch`: on their heartbeats, which are at `places`. Raises:
+    `replicas`: the port of each. `watch`: on their heartbeats, which are at `slots`. Raises:
     ConfigError if `port` is taken.
     """
 
     def is_silent(replica: int) -> bool:
-        return watch is not None and watch.silence(places[replica]) > SILENT_S
+        return watch is not None and watch.silence(slots[replica]) > SILENT_S
 
     async def poll() -> None:
         while watch is not None:

@@ -29,8 +29,8 @@ from runners.engines.mii.deployment.heartbeats import (
     BALANCER,
     Heartbeats,
     Watch,
-    gateway_place,
-    replica_places,
+    gateway_slot,
+    replica_slots,
 )
 from runners.engines.mii.deployment.plan import (
     FATAL,
@@ -71,8 +71,8 @@ class ProcessGroup:
     """Where it listens once it serves."""
     commands: list[tuple[list[str], dict[str, str]]]
     """Arguments and additional environment variables of each process."""
-    first_place: int
-    """The place of its first process in the heartbeats; those of the others follow."""
+    first_slot: int
+    """The slot of its first process in the heartbeats; those of the others follow."""
     timeouts: Timeouts
     processes: list[asyncio.subprocess.Process] = field(default_factory=list)
 
@@ -97,10 +97,10 @@ class ProcessGroup:
     async def run(self, program: list[str], heartbeats: Heartbeats) -> GroupEnd:
         """Start all processes, wait until the first ends or hangs, and kill the others."""
         waits: list[asyncio.Task[int]] = []
-        places = range(self.first_place, self.first_place + len(self.commands))
+        slots = range(self.first_slot, self.first_slot + len(self.commands))
         try:
-            for place, (arguments, env) in zip(places, self.commands, strict=True):
-                heartbeats.write(place, 0)
+            for slot, (arguments, env) in zip(slots, self.commands, strict=True):
+                heartbeats.write(slot, 0)
                 process = await asyncio.create_subprocess_exec(
                     *program,
                     *arguments,
@@ -110,7 +110,7 @@ class ProcessGroup:
                 )
                 self.processes.append(process)
                 waits.append(asyncio.create_task(process.wait()))
-            served, polls, watch = False, 0, Watch(heartbeats, places)
+            served, polls, watch = False, 0, Watch(heartbeats, slots)
             while True:
                 served = served or listens(self.port)
                 done, _ = await asyncio.wait(
@@ -157,25 +157,25 @@ def process_groups(
             replica.port,
             [
                 (
-                    [str(place), "replica", str(i), str(rank)],
+                    [str(slot), "replica", str(i), str(rank)],
                     rank_environment(replica, rank, threads),
                 )
-                for rank, place in enumerate(places)
+                for rank, slot in enumerate(slots)
             ],
-            places.start,
+            slots.start,
             plan.timeouts,
         )
-        for i, (replica, places) in enumerate(zip(plan.replicas, replica_places(plan), strict=True))
+        for i, (replica, slots) in enumerate(zip(plan.replicas, replica_slots(plan), strict=True))
     ]
     # The balancer waits for the replicas.
     timeouts = msgspec.structs.replace(plan.timeouts, start_timeout=math.inf)
 
-    def single(role: str, port: int, place: int) -> ProcessGroup:
-        return ProcessGroup(role, port, [([str(place), role], {})], place, timeouts)
+    def single(role: str, port: int, slot: int) -> ProcessGroup:
+        return ProcessGroup(role, port, [([str(slot), role], {})], slot, timeouts)
 
     balancer, gateway = single("balancer", plan.port, BALANCER), None
     if plan.rest_port is not None:
-        gateway = single("gateway", plan.rest_port, gateway_place(plan))
+        gateway = single("gateway", plan.rest_port, gateway_slot(plan))
     return balancer, replicas, gateway
 
 
@@ -199,7 +199,7 @@ def rank_environment(replica: ReplicaPlan, rank: int, threads: int) -> dict[str,
 async def supervise(path: Path) -> None:
     """Run the deployment of a plan until a client terminates it or a replica cannot be run."""
     plan = read_plan(path)
-    heartbeats = Heartbeats.create(gateway_place(plan) + 1)
+    heartbeats = Heartbeats.create(gateway_slot(plan) + 1)
     program = [sys.executable, "-m", "runners.engines.mii.launch", str(path), str(os.getpid())]
     program.append(str(heartbeats.descriptor))
     balancer, replicas, gateway = process_groups(plan)
