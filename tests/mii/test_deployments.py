@@ -24,7 +24,7 @@ from runners.contracts.errors import ConfigError, RunnerUnavailable
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import TextRunner
 from runners.engines.mii import persistent as mii_persistent
-from runners.engines.mii.deployment import balancer, supervisor
+from runners.engines.mii.deployment import balancer, registry, supervisor
 from runners.engines.mii.deployment.balancer import balance
 from runners.engines.mii.deployment.heartbeats import Heartbeats, Watch
 from runners.engines.mii.deployment.plan import (
@@ -166,6 +166,16 @@ async def test_a_start_ends_with_its_supervisor(tmp_path: Path, cache: Path) -> 
         section = KEPT | {"keep_alive": False}
         async with serving(folder, engine="mii", mii=section) as runner:
             assert runner.health().ready
+
+
+def test_plans_of_killed_supervisors_are_removed(tmp_path: Path, cache: Path) -> None:
+    names = ("killed", "nested/killed", "running")
+    files = [plan_of(tmp_path).write(registry.deployment_folder(name)) for name in names]
+    running = registry.lock(files[-1].parent)
+    assert running is not None
+    registry.remove_plans_of_killed()
+    assert [file.exists() for file in files] == [False, False, True]
+    os.close(running)
 
 
 def plan_of(folder: Path) -> DeploymentPlan:

@@ -115,7 +115,7 @@ async def served(
     assert list(process_folder().iterdir()) == []
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
 async def test_what_is_in_flight_is_told_and_the_model_comes_back(
     served: Served, fault: signal.Signals
 ) -> None:
