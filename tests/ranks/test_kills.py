@@ -1,6 +1,7 @@
-"""A rank that is killed or stops, with every kind of model: requests are told, and it comes back.
+"""A rank that is killed or stops: requests are told, the model comes back, and nothing is left.
 
-Other files have the same for the launcher, for several ranks, and for deployments of MII.
+Other files have the same for text on Accelerate and DeepSpeed (`test_supervision`,
+`test_split_faults`), for the launcher, for deployments of MII and for the HTTP worker.
 """
 
 from __future__ import annotations
@@ -48,10 +49,6 @@ def mask_filling() -> TaskRequest:
     return TaskRequest(request_id=f"task-{next(_ids)}", text="the cat sat on a [MASK]")
 
 
-def tiny_llama(folder: Path) -> Path:
-    return write_model("llama", folder)
-
-
 def a_word() -> Any:
     return request("hello", max_new_tokens=4, ignore_eos=True, temperature=0.0)
 
@@ -61,8 +58,9 @@ def a_long_prompt() -> Any:
 
 
 KINDS = {
-    "text": Kind(tiny_llama, a_word, a_long_prompt, {}),
-    "mii": Kind(tiny_llama, a_word, a_long_prompt, {"engine": "mii"}),
+    "mii": Kind(
+        lambda folder: write_model("llama", folder), a_word, a_long_prompt, {"engine": "mii"}
+    ),
     "task": Kind(
         lambda folder: write_task_model("fill-mask", folder), mask_filling, mask_filling, {}
     ),
