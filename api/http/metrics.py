@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from bentoml._internal.container import BentoMLContainer
+from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.server.metrics.prometheus import PrometheusClient
 from prometheus_client import (
     CollectorRegistry,
@@ -68,7 +68,7 @@ def keep_in_memory() -> None:
     """
     values.ValueClass = values.MutexValue
     BentoMLContainer.metrics_client.set(PrometheusClient(multiproc=False))
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class RouteLabels:

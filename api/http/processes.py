@@ -10,7 +10,7 @@ from typing import Any
 
 import bentoml
 import click
-from bentoml._internal.container import BentoMLContainer
+from bentoml._internal.configuration.containers import BentoMLContainer
 
 from runners.contracts.errors import ConfigError
 from runners.protocol.folders import check_room, process_folder

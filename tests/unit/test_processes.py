@@ -12,7 +12,7 @@ from typing import Any
 import bentoml
 import click
 import pytest
-from bentoml._internal.container import BentoMLContainer
+from bentoml._internal.configuration.containers import BentoMLContainer
 
 from api.http import processes
 from api.http.processes import prepare_server, prepare_worker
