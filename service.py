@@ -20,15 +20,16 @@ from starlette.exceptions import HTTPException
 
 from api.app import create_app, serve_models
 from api.http.admission import Admission
-from api.http.async_tasks import JobMiddleware, choose_result_store, make_result_folder
+from api.http.async_tasks import JobMiddleware, choose_result_store
 from api.http.context import current_request, current_request_id
-from api.http.metrics import RunnerMetrics, remove_private_folder, use_private_folder
+from api.http.metrics import RunnerMetrics, keep_in_memory
 from api.http.middleware import (
     ApiKeyMiddleware,
     BodyMiddleware,
     RequestContextMiddleware,
     UnknownRouteMiddleware,
 )
+from api.http.processes import prepare_server, prepare_worker
 from api.models.images import ImageModel
 from api.models.served import ServedModels
 from api.models.tasks import TaskModel
@@ -47,6 +48,7 @@ from api.native.schemas import (
 from model_choice import Runners, chosen_configs, chosen_runners, frozen_tag, is_folder
 from runners.contracts.errors import ConfigError, ModelNotFound
 from runners.contracts.runner import Runner, RunnerHealth, RunnerState
+from runners.protocol.folders import remove_process_folder
 from runners.protocol.logs import configure_logging
 from settings import Settings, get_settings, unknown_variables
 
@@ -72,12 +74,15 @@ def _settings() -> Settings:
 
 
 def _prepare_process() -> None:
-    """Set the variables that are read before BentoML calls any hook of the service."""
-    # BentoML's metrics middleware opens the files before the service is created.
-    use_private_folder()
+    """Set what is read before BentoML calls any hook of the service."""
+    # BentoML's metrics middleware makes its metrics before the service is created.
+    keep_in_memory()
     # Ranks choose their GPUs themselves; BentoML would hide some and number missing ones.
     os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
-    choose_result_store()
+    try:
+        choose_result_store()
+    except OSError as error:
+        raise SystemExit(f"triptych: the temporary folder cannot be used: {error}") from None
 
 
 def _tracing() -> dict[str, Any]:
@@ -140,6 +145,7 @@ class Triptych:
         image_model_in_bento = bentoml.models.BentoModel(arguments.image_model)
 
     def __init__(self) -> None:
+        prepare_worker()
         configure_logging(request_id=current_request_id)
         runners = _create_runners()
         self.runners: list[tuple[Runner[Any, Any], Admission]] = []
@@ -169,9 +175,9 @@ class Triptych:
             logger.warning("%s", warning)
         try:
             _create_runners()
+            prepare_server(_service().name)
         except ConfigError as error:
             raise SystemExit(f"triptych: {error}") from None
-        make_result_folder()
 
     @bentoml.on_startup
     async def start(self) -> None:
@@ -183,7 +189,7 @@ class Triptych:
     async def stop(self) -> None:
         """End the ranks."""
         await asyncio.gather(*(runner.stop() for runner, _ in self.runners))
-        remove_private_folder()
+        remove_process_folder()  # uvicorn ends this process by a signal
 
     async def __is_alive__(self) -> bool:
         """503 on `/livez` once a runner has failed for good: only a new process can help."""

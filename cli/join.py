@@ -15,8 +15,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
-from pathlib import Path
 
 from model_choice import model_config
 from runners import rank_program
@@ -25,6 +23,7 @@ from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.host.group import RankGroup
 from runners.protocol.environment import rank_variables
+from runners.protocol.folders import process_folder
 from runners.protocol.logs import configure_logging
 from runners.protocol.spec import make_spec
 from settings import get_settings
@@ -122,11 +121,10 @@ def _run_as_rank(config: BaseRunnerConfig, program: str) -> None:
     # Not at the top: this imports torch, which reads these variables when it is imported.
     from runners.rank.worker import load
 
-    with tempfile.TemporaryDirectory(prefix=f"triptych-{os.getpid()}-") as folder:
-        loaded = load(spec, rank, Path(folder), lambda _: None)
-        logger.info("rank %d is ready", rank)
-        while True:
-            loaded.step()
+    loaded = load(spec, rank, process_folder(), lambda _: None)
+    logger.info("rank %d is ready", rank)
+    while True:
+        loaded.step()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from filelock import FileLock
 from ray import serve
 
 from deploy.ray_serve import TASK_RESULTS
+from runners.protocol.folders import remove_process_folder
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,20 +30,14 @@ def service_app() -> ASGIApp:
 
     Raises: RuntimeError, one sentence for the operator, if there is nothing to serve.
     """
-    # /metrics needs the variable, which BentoML sets in its workers only. `api.http.metrics` makes
-    # a private folder in it.
-    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.gettempdir())
-    shared = TASK_RESULTS in os.environ
-    # Imported in the replica only: the imports read the variable above and the replica's settings.
-    from api.http.metrics import remove_private_folder
-
     try:
+        # Imported in the replica only: the import reads the replica's settings.
         import service
 
         triptych: Any = service.Triptych  # the decorator is untyped
         triptych.inner.check_model()
     except SystemExit as stop:
-        remove_private_folder()
+        remove_process_folder()
         raise RuntimeError(str(stop)) from None
     results = Path(os.environ[TASK_RESULTS])
     _make_table(results)
@@ -58,9 +51,7 @@ def service_app() -> ASGIApp:
                     message = {"type": "lifespan.startup.failed", "message": failure}
             if message["type"] != "lifespan.startup.complete":
                 # Here, since Ray does not wait for the process to exit.
-                remove_private_folder()
-                if not shared:
-                    shutil.rmtree(results.parent, ignore_errors=True)
+                remove_process_folder()
             await send(message)
 
         await inner(scope, receive, send_when_ready if scope["type"] == "lifespan" else send)

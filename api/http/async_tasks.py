@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import secrets
-import shutil
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http.errors import error_response
 from runners.contracts.errors import InvalidRequest
+from runners.protocol.folders import process_folder
 
 RESULT_STORE = "BENTOML_RESULT_STORE"
 """The environment variable that names the database of results."""
-_PREFIX = "triptych-tasks-"
 
 
 def choose_result_store() -> None:
-    """Name a database in a private folder, unless the operator named one.
+    """Name a database in this process's private folder, unless the operator named one.
 
     BentoML's default is one database in its home, which each server deletes when it starts: of two
-    servers with one home, the older would lose its jobs. The workers of a server inherit the
-    variable, so they use the same database.
+    servers with one home, the older would lose its jobs. The worker of a server inherits the
+    variable, so it uses the same database. Raises: OSError.
     """
-    name = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
-    os.environ.setdefault(RESULT_STORE, str(Path(tempfile.gettempdir(), name, "results.db")))
-
-
-def make_result_folder() -> None:
-    """Make the database's folder if this process chose it; it is removed when the process exits."""
-    folder = Path(os.environ[RESULT_STORE]).parent
-    if folder.name.startswith(f"{_PREFIX}{os.getpid()}-"):
-        folder.mkdir(mode=0o700)
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if RESULT_STORE not in os.environ:
+        os.environ[RESULT_STORE] = str(process_folder() / "results.db")
 
 
 class JobMiddleware:

@@ -1,29 +1,29 @@
 """Prometheus metrics of the HTTP worker, on BentoML's `/metrics`.
 
-Counters and histograms go through prometheus_client's multiprocess files, which BentoML's endpoint
-reads. The state of the runners is read at each scrape instead and appended as text: a gauge in
-those files would be as old as its last update, and would outlive its worker.
+The state of the runners is read at each scrape and appended as text.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.server.metrics.prometheus import PrometheusClient
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    values,
+)
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from starlette.routing import BaseRoute, Mount, Route
 
 from api.http.admission import Admission
 from runners.contracts.runner import Runner
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The environment variable that names the folder of the multiprocess files."""
-_PREFIX = "triptych-metrics-"
 NO_ROUTE = "other"
 """The label `route` of paths that no route matches."""
 
@@ -60,21 +60,15 @@ IMAGES = Counter("triptych_pictures", "Requested images by outcome", ["route", "
 DENOISING_STEPS = Counter("triptych_denoising_steps", "Completed denoising steps", ["route"])
 
 
-def use_private_folder() -> None:
-    """Keep the metrics of this process in a new folder; to be called before any value exists.
+def keep_in_memory() -> None:
+    """Keep all metrics in this process; to be called before any of them has a value.
 
-    BentoML sets the variable in its workers, to a folder in its home that each `bentoml serve`
-    empties: of two servers with one home, the older would lose its metrics.
+    BentoML has its workers write into mapped files, to sum them up: there is one worker only, a
+    full disk would kill it (SIGBUS), and two servers with one home would share the files.
     """
-    if FOLDER in os.environ:
-        os.environ[FOLDER] = tempfile.mkdtemp(prefix=_PREFIX)
-
-
-def remove_private_folder() -> None:
-    """Remove that folder, if there is one; the process is about to end."""
-    folder = Path(os.environ.get(FOLDER, ""))
-    if folder.name.startswith(_PREFIX):
-        shutil.rmtree(folder, ignore_errors=True)
+    values.ValueClass = values.MutexValue
+    BentoMLContainer.metrics_client.set(PrometheusClient(multiproc=False))
+    disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class RouteLabels:

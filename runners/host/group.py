@@ -1,8 +1,9 @@
 """RankGroup: keeps one model's rank processes alive, from the HTTP worker.
 
 Whatever ends first (a connection, the launcher, a deadline, a heartbeat) ends the session: requests
-in flight fail at once, all processes are ended, and after a pause the next session starts. A group
-that failed to start several times in a row, or whose start can never succeed, stays down.
+in flight fail at once, all processes are ended, and the next session starts. The pause before it
+grows with each session that was not healthy for long. A group that failed to start several times in
+a row, or whose start can never succeed, stays down.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
+import time
 from collections.abc import Callable
 
 from runners.config.base import BaseRunnerConfig
@@ -26,6 +29,9 @@ logger = logging.getLogger("triptych.host")
 
 MAX_FAILED_STARTS = 5
 MAX_PAUSE_S = 30.0
+HEALTHY_S = 60.0
+"""A group that goes down sooner after it was ready may do so again and again."""
+FOLDER_POLL_S = 1.0
 
 
 class RankGroup:
@@ -52,7 +58,7 @@ class RankGroup:
         self._state = RunnerState.STARTING
         self._detail = "not started yet"
         self._restarts = 0
-        self._was_ready = False
+        self._ready_at: float | None = None
         self._restart_reason: str | None = None
         self.info: ModelInfo | ImageModelInfo | None = None
 
@@ -91,22 +97,40 @@ class RankGroup:
         self._session.send(message, rank)
 
     async def _supervise(self) -> None:
-        failed_starts = 0
+        failed_starts = short_sessions = 0
         while True:
-            self._was_ready = False
+            await self._wait_for_folder()
+            self._ready_at = None
             end = await self._run_session()
             if self._state is RunnerState.READY:  # the supervision itself failed
                 self._on_down(end.reason)
-            failed_starts = 0 if self._was_ready else failed_starts + 1
+            was_ready = self._ready_at is not None
+            failed_starts = 0 if was_ready else failed_starts + 1
+            short_sessions = 0 if self._was_healthy() else short_sessions + 1
             # Another node may join, or come back, at any time.
             max_starts = MAX_FAILED_STARTS if self._config.rendezvous is None else math.inf
             if end.final or failed_starts >= max_starts:
                 self._enter(RunnerState.FAILED, end.reason)
                 return
+            pause = min(MAX_PAUSE_S, 2.0 ** min(short_sessions, 10) - 1)
+            reason = end.reason
+            if was_ready and short_sessions > 1:
+                reason += f" ({short_sessions} times in a row; the next start is in {pause:g} s)"
             self._restart_reason = end.reason
             self._restarts += 1
-            self._enter(RunnerState.RESTARTING, end.reason)
-            await asyncio.sleep(min(MAX_PAUSE_S, 2.0 ** min(failed_starts, 10) - 1))
+            self._enter(RunnerState.RESTARTING, reason)
+            await asyncio.sleep(pause)
+
+    def _was_healthy(self) -> bool:
+        """Whether the last session was ready for so long that its end is no repetition."""
+        return self._ready_at is not None and time.monotonic() - self._ready_at > HEALTHY_S
+
+    async def _wait_for_folder(self) -> None:
+        """Wait while the model's folder is missing; it may be on a volume that comes back."""
+        while not await asyncio.to_thread(os.path.isdir, self._config.model_path):
+            self._restart_reason = "the folder of the model is missing"
+            self._enter(RunnerState.RESTARTING, self._restart_reason)
+            await asyncio.sleep(FOLDER_POLL_S)
 
     async def _run_session(self) -> SessionEnd:
         if self._restart_reason is None:
@@ -135,13 +159,13 @@ class RankGroup:
                 self._enter(state, f"{detail}; restarting because {reason}" if reason else detail)
             case Ready(info):
                 self.info = info
-                self._was_ready = True
+                self._ready_at = time.monotonic()
                 self._restart_reason = None
                 self._enter(RunnerState.READY, f"{info.architecture} on {', '.join(info.devices)}")
             case Fatal(_, reason) if self._session is not None:
                 self._session.end(reason, final=True)
-            case Broken(rank, reason) if self._session is not None:
-                self._session.end(reason, reported_by=rank)
+            case Broken() if self._session is not None:
+                self._session.report(message)
             case _:
                 self._on_message(message)
 

@@ -16,14 +16,23 @@ from pathlib import Path
 
 from runners.config.base import BaseRunnerConfig
 from runners.protocol.channel import encode_frame, read_rank_message
-from runners.protocol.messages import Heartbeat, Hello, HostMessage, RankMessage, Shutdown
+from runners.protocol.folders import process_folder
+from runners.protocol.messages import (
+    Broken,
+    Heartbeat,
+    Hello,
+    HostMessage,
+    RankMessage,
+    Shutdown,
+)
 from runners.protocol.process import child_environment
 from runners.protocol.spec import SOCKET, SPEC, RankSpec, read_outcome, write_private
 
 WATCH_PERIOD_S = 0.25
 RANK_EXIT_S = 3.0
 LAUNCHER_EXIT_S = 6.0
-RUN_DIR_PREFIX = "triptych-"
+LOST_RANK_S = 0.5
+"""How long a report of a lost rank may precede the end of that rank's own connection."""
 MAX_SOCKET_PATH = 100
 """Unix socket paths are short: 108 bytes on Linux, 104 on macOS."""
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
@@ -60,6 +69,7 @@ class RankSession:
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._readers: set[asyncio.Task[None]] = set()
         self._rank_exited = False
+        self._lost_another: set[int] = set()
         self.heartbeats: dict[int, Heartbeat] = {}
         """The last heartbeat of each rank."""
 
@@ -117,6 +127,18 @@ class RankSession:
         """Declare this session over; only the first reason counts."""
         if not self._end.done():
             self._end.set_result(SessionEnd(reason, final, reported_by))
+
+    def report(self, broken: Broken) -> None:
+        """End this session for what a rank reports.
+
+        If it lost another rank, that one's connection ends too, and says which it was.
+        """
+        if broken.lost_another:
+            self._lost_another.add(broken.rank)
+            loop = asyncio.get_running_loop()
+            loop.call_later(LOST_RANK_S, lambda: self.end(broken.reason))
+        else:
+            self.end(broken.reason, reported_by=broken.rank)
 
     async def watch(self, ready: Callable[[], bool]) -> SessionEnd:
         """Wait until this session is over; ends it when a deadline passes."""
@@ -183,7 +205,8 @@ class RankSession:
                 else:
                     self._handle(message)
             self._rank_exited = True
-            self.end(f"rank {hello.rank} ended")
+            if hello.rank not in self._lost_another:
+                self.end(f"rank {hello.rank} ended")
         except ValueError as error:
             self.end(f"a rank sent a message outside the schema: {error}")
         finally:
@@ -200,27 +223,12 @@ class RankSession:
 
 
 def _new_run_dir() -> Path:
-    """A private folder named after this process. Removes the folders of killed processes.
-
-    Raises: OSError.
-    """
-    parent = Path(tempfile.gettempdir())
-    for old in parent.glob(f"{RUN_DIR_PREFIX}*-*"):
-        owner = old.name.removeprefix(RUN_DIR_PREFIX).partition("-")[0]
-        if owner.isdigit() and not _exists(int(owner)):
-            shutil.rmtree(old, ignore_errors=True)
-    run_dir = Path(tempfile.mkdtemp(prefix=f"{RUN_DIR_PREFIX}{os.getpid()}-", dir=parent))
+    """A private folder for one session. Raises: OSError."""
+    parent = process_folder()
+    run_dir = Path(tempfile.mkdtemp(prefix="", dir=parent))  # a short path, for the socket
     if len(str(run_dir / SOCKET)) > MAX_SOCKET_PATH:
         run_dir.rmdir()
-        raise OSError(f"{parent} is too long a path for a socket; set TMPDIR to a shorter one")
+        raise OSError(
+            f"{parent.parent} is too long a path for a socket; set TMPDIR to a shorter one"
+        )
     return run_dir
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

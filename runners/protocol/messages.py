@@ -80,6 +80,8 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
 
     rank: int
     reason: str
+    lost_another: bool = False
+    """Whether the cause is the loss of another rank."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

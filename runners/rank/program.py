@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,25 @@ class RankProgram(Protocol):
     def occupancy(self) -> Occupancy:
         """The current load; called by the heartbeat thread."""
         ...
+
+
+class StepClock:
+    """Start of the current step; read by the heartbeat thread."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._start = None
+
+    @property
+    def age(self) -> float:
+        """Its duration in seconds; 0 between steps."""
+        start = self._start
+        return 0.0 if start is None else time.monotonic() - start
 
 
 @dataclass(frozen=True)

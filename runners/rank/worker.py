@@ -33,27 +33,9 @@ from runners.protocol.messages import (
 )
 from runners.protocol.process import die_with_parent, ignore_signals
 from runners.protocol.spec import SOCKET, WORK, RankSpec, read_spec
-from runners.rank.program import HEARTBEAT_S, LoadProgram, RankContext, RankProgram
+from runners.rank.program import HEARTBEAT_S, LoadProgram, RankContext, RankProgram, StepClock
 
 logger = logging.getLogger("triptych.rank")
-
-
-class _StepClock:
-    """Start of the current step; read by the heartbeat thread."""
-
-    def __init__(self) -> None:
-        self._start: float | None = None
-
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._start = None
-
-    @property
-    def age(self) -> float:
-        start = self._start
-        return 0.0 if start is None else time.monotonic() - start
 
 
 def main() -> None:
@@ -77,9 +59,9 @@ def main() -> None:
             logger.exception("the model cannot be loaded")
             channel.send(Fatal(type(error).__name__, f"the model cannot be loaded: {cause}"))
             sys.exit(2)
-        channel.send(Broken(rank, f"rank {rank} failed while it loaded the model: {cause}"))
+        channel.send(_broken(rank, f"failed while it loaded the model: {cause}", error))
         raise
-    clock = _StepClock()
+    clock = StepClock()
     _start_thread(_read, channel, program)
     _start_thread(_send_heartbeats, channel, program, clock, rank)
     if int(os.environ["LOCAL_RANK"]) == 0:
@@ -89,9 +71,24 @@ def main() -> None:
             with clock:
                 program.step()
     except Exception as error:
-        reason = f"rank {rank} failed: {type(error).__name__}: {first_line(error)}"
-        channel.send(Broken(rank, reason))
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        channel.send(_broken(rank, f"failed: {cause}", error))
         raise
+
+
+def _broken(rank: int, what: str, error: Exception) -> Broken:
+    """What a rank reports when it ends because of an error."""
+    if _is_of_transport(error):  # its message has addresses and source files of the transport
+        return Broken(rank, f"rank {rank} lost the connection to another rank", lost_another=True)
+    return Broken(rank, f"rank {rank} {what}")
+
+
+def _is_of_transport(error: Exception) -> bool:
+    """Whether an error comes from gloo or NCCL, as when another rank is lost."""
+    if (torch := sys.modules.get("torch")) is None:
+        return False
+    # gloo raises RuntimeErrors.
+    return isinstance(error, torch.distributed.DistError) or "gloo" in first_line(error)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -150,7 +147,7 @@ def _read(channel: RankChannel, program: RankProgram) -> None:
 
 
 def _send_heartbeats(
-    channel: RankChannel, program: RankProgram, clock: _StepClock, rank: int
+    channel: RankChannel, program: RankProgram, clock: StepClock, rank: int
 ) -> None:
     try:
         while True:

@@ -9,13 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
-from tests.support.processes import ranks_below, wait_until
+from tests.support.processes import alive, descendants, ranks_below, wait_until
 from tests.support.server import HTTP, ROOT, Server, bentoml_command, environment
 
 IMPORT = """
@@ -84,6 +86,12 @@ def test_a_start_with_a_wrong_config_names_the_field(text_model: Path, tmp_path:
     folder = shutil.copytree(text_model, tmp_path / "wrong")
     (folder / "setup_config.json").write_text('{"engine": "steam"}')
     assert "engine: must be one of" in refused(tmp_path, TRIPTYCH_TEXT_MODEL=str(folder))
+
+
+def test_a_start_with_two_workers_is_refused(store: Path) -> None:
+    options = "services.triptych.workers=2"
+    sentence = refused(store, TRIPTYCH_TEXT_MODEL="small", BENTOML_CONFIG_OPTIONS=options)
+    assert sentence.startswith("triptych: services.triptych.workers is 2")
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +196,38 @@ def test_ctrl_c_leaves_no_process(text_model: Path, bentoml_home: Path, state: s
     finally:
         server.stop(interrupt=True)
     server.assert_clean_log()
+
+
+def test_what_is_killed_leaves_no_process_and_no_folder(
+    text_model: Path, bentoml_home: Path
+) -> None:
+    """First the HTTP worker, whose place another one takes, then `bentoml serve`."""
+    with tempfile.TemporaryDirectory(prefix="kills-") as folder:  # a short path, for sockets
+        variables = {"TRIPTYCH_TEXT_MODEL": str(text_model), "TMPDIR": folder}
+        server = Server(bentoml_home, variables).start()
+
+        def workers() -> list[psutil.Process]:
+            return [p for p in descendants(server.pid) if p.ppid() == server.pid]
+
+        def owners() -> set[int]:
+            return {int(path.name.split("-")[1]) for path in Path(folder).glob("triptych-*")}
+
+        try:
+            wait_until(lambda: bool(ranks_below(server.pid)), 60, "the rank process is there")
+            [first], below = workers(), ranks_below(server.pid)
+            first.kill()
+            wait_until(lambda: alive([first, *below]) == [], 10, "the ranks end with their worker")
+            wait_until(lambda: bool(ranks_below(server.pid)), 60, "another worker starts")
+            [second] = workers()
+            assert owners() == {server.pid, second.pid}
+            family = [psutil.Process(server.pid), *descendants(server.pid)]
+            family[0].kill()
+            wait_until(lambda: alive(family) == [], 10, "all end with the server")
+        finally:
+            server.stop()
+        script = "from runners.protocol.folders import process_folder; process_folder()"
+        run(bentoml_home, sys.executable, "-c", script, TMPDIR=folder).check_returncode()
+        assert owners() == set()
 
 
 def test_a_runner_that_gave_up_is_not_alive(

@@ -20,19 +20,26 @@ import pytest
 
 from runners import create_runner
 from runners.config.files import load_setup_config
-from runners.contracts.errors import ConfigError
+from runners.contracts.errors import ConfigError, RunnerUnavailable
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import TextRunner
 from runners.engines.mii import persistent as mii_persistent
-from runners.engines.mii.deployment import supervisor
+from runners.engines.mii.deployment import balancer, registry, supervisor
 from runners.engines.mii.deployment.balancer import balance
-from runners.engines.mii.deployment.plan import PLAN, DeploymentPlan, ReplicaPlan, read_plan
+from runners.engines.mii.deployment.heartbeats import Heartbeats, Watch
+from runners.engines.mii.deployment.plan import (
+    PLAN,
+    DeploymentPlan,
+    ReplicaPlan,
+    Timeouts,
+    read_plan,
+)
 from runners.engines.mii.deployment.ports import free_port
 from runners.engines.mii.deployment.starting import start, wait_until_serving
 from tests.mii.conftest import PATCHES, Scripts
-from tests.support.generating import collect, ids_of, serving, wait_ready
+from tests.support.generating import collect, ids_of, request, serving, wait_ready
 from tests.support.models import greedy, write_model
-from tests.support.processes import mii_processes, wait_until
+from tests.support.processes import alive, mii_processes, stop, wait_until
 
 pytestmark = pytest.mark.usefixtures("forked_ranks")
 KEPT = {"mode": "persistent", "keep_alive": True, "deployment_name": "kept"}
@@ -88,22 +95,30 @@ def end(name: str, cache: Path, scripts: Scripts) -> None:
 async def test_only_the_same_deployment_is_reused(
     tmp_path: Path, cache: Path, scripts: Scripts
 ) -> None:
-    """And the runner is ready only while one of its replicas is up."""
+    """And the runner is ready only while one of its replicas is up and does not hang."""
     folder = write_model("llama", tmp_path / "v1")
     other = write_model("mistral", tmp_path / "v2")
     want = greedy(folder, ["hello"], 8)
-    async with serving(folder, engine="mii", mii=KEPT) as runner:
+    async with serving(folder, engine="mii", mii=KEPT, heartbeat_timeout=3) as runner:
         assert "another model_name_or_path, weights: terminate it" in await failure(other, KEPT)
         assert "another replica_num:" in await failure(folder, KEPT | {"replica_num": 2})
         assert "another port_number:" in await failure(folder, KEPT | {"port_number": free_port()})
-        (lost,) = role_processes(cache, "replica")
-        lost.kill()
-        async with asyncio.timeout(20):
-            while runner.health().ready:
-                await asyncio.sleep(0.05)
-        await wait_ready(runner)
-        answer = await collect(runner, "hello", max_new_tokens=8, ignore_eos=True)
-        assert [ids_of(answer)] == want
+        for fault in (psutil.Process.kill, stop):
+            (lost,) = role_processes(cache, "replica")
+            stream = await runner.submit(request("hello", max_new_tokens=500, ignore_eos=True))
+            await anext(aiter(stream))
+            fault(lost)
+            with pytest.raises(RunnerUnavailable, match="replica 0 went down"):
+                async with asyncio.timeout(15):
+                    async for _ in stream:
+                        pass
+            async with asyncio.timeout(20):
+                while runner.health().ready:
+                    await asyncio.sleep(0.05)
+            await wait_ready(runner)
+            assert alive([lost]) == []
+            answer = await collect(runner, "hello", max_new_tokens=8, ignore_eos=True)
+            assert [ids_of(answer)] == want
     os.utime(folder / "model.safetensors", (1, 1))
     assert "runs with another weights:" in await failure(folder, KEPT)
     end("kept", cache, scripts)
@@ -153,6 +168,16 @@ async def test_a_start_ends_with_its_supervisor(tmp_path: Path, cache: Path) -> 
             assert runner.health().ready
 
 
+def test_plans_of_killed_supervisors_are_removed(tmp_path: Path, cache: Path) -> None:
+    names = ("killed", "nested/killed", "running")
+    files = [plan_of(tmp_path).write(registry.deployment_folder(name)) for name in names]
+    running = registry.lock(files[-1].parent)
+    assert running is not None
+    registry.remove_plans_of_killed()
+    assert [file.exists() for file in files] == [False, False, True]
+    os.close(running)
+
+
 def plan_of(folder: Path) -> DeploymentPlan:
     ports = [free_port() for _ in range(4)]
     replica = ReplicaPlan(
@@ -171,8 +196,8 @@ async def test_a_group_that_never_listens_is_not_restarted_for_ever(
     monkeypatch.setattr(supervisor, "MAX_PAUSE_S", 0.0)
     monkeypatch.setattr(supervisor, "listens", lambda _: serves)
     command = ["-c", "import time; time.sleep(0.3); exit(1)"]
-    group = supervisor.ProcessGroup("replica 0", 1, [(command, {})])
-    supervising = asyncio.create_task(group.supervise([sys.executable]))
+    group = supervisor.ProcessGroup("replica 0", 1, [(command, {})], 0, Timeouts())
+    supervising = asyncio.create_task(group.supervise([sys.executable], Heartbeats.create(1)))
     try:
         done, _ = await asyncio.wait({supervising}, timeout=8)
         assert bool(done) is not serves
@@ -180,6 +205,88 @@ async def test_a_group_that_never_listens_is_not_restarted_for_ever(
     finally:
         supervising.cancel()
         await asyncio.gather(supervising, return_exceptions=True)
+
+
+BEATING = """
+import os, signal, sys, time
+from runners.engines.mii.deployment.heartbeats import Heartbeats
+Heartbeats(int(sys.argv[1])).start(0, lambda: {step_age})
+time.sleep({lives})
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "process", "reason"),
+    [
+        (Timeouts(heartbeat_timeout=1), {"lives": 1, "step_age": 0}, "no heartbeat for 1 s"),
+        (Timeouts(step_timeout=5), {"lives": 60, "step_age": 6}, "one step takes longer than 5 s"),
+        (Timeouts(start_timeout=0.1), {"lives": 60, "step_age": 0}, "did not listen"),
+    ],
+)
+async def test_a_process_that_hangs_is_killed(
+    timeouts: Timeouts, process: dict[str, int], reason: str
+) -> None:
+    heartbeats = Heartbeats.create(1)
+    command = ["-c", BEATING.format(**process), str(heartbeats.descriptor)]
+    group = supervisor.ProcessGroup("replica 0", 1, [(command, {})], 0, timeouts)
+    async with asyncio.timeout(30):
+        end = await group.run([sys.executable], heartbeats)
+    assert reason in end.reason
+    assert (end.status, group.processes) == (None, [])
+
+
+async def test_a_silent_replica_gets_no_request_while_another_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(balancer, "HEARTBEAT_S", 0.05)
+    heartbeats, port, ports = Heartbeats.create(2), free_port(), [free_port(), free_port()]
+    counts = [1, 1]
+
+    async def beat() -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            for slot, count in enumerate(counts):
+                heartbeats.write(slot, count)
+            counts[1] += 1
+
+    def answer(number: int) -> grpc.GenericRpcHandler:
+        async def reply(_: bytes, __: object) -> bytes:
+            return bytes([number])
+
+        method = grpc.unary_unary_rpc_method_handler(reply)
+        service, name = balancer.UNARY.strip("/").split("/")
+        return grpc.method_handlers_generic_handler(service, {name: method})
+
+    async with contextlib.AsyncExitStack() as stack:
+        for number, replica_port in enumerate(ports):
+            replica = grpc.aio.server()
+            replica.add_generic_rpc_handlers((answer(number),))
+            replica.add_insecure_port(f"127.0.0.1:{replica_port}")
+            await replica.start()
+            stack.push_async_callback(replica.stop, 0)
+        watch = Watch(heartbeats, (0, 1))
+        tasks = [
+            asyncio.create_task(balance(port, ports, watch, [range(1), range(1, 2)])),
+            asyncio.create_task(beat()),
+        ]
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+        await asyncio.wait_for(channel.channel_ready(), 20)
+
+        async def answered_by() -> set[int]:
+            return {(await channel.unary_unary(balancer.UNARY)(b""))[0] for _ in range(4)}
+
+        assert await answered_by() == {0, 1}
+        monkeypatch.setattr(balancer, "SILENT_S", 0.2)
+        async with asyncio.timeout(20):
+            while await answered_by() != {1}:
+                await asyncio.sleep(0.05)
+        tasks[1].cancel()  # now both are silent
+        async with asyncio.timeout(20):
+            while await answered_by() != {0, 1}:
+                await asyncio.sleep(0.05)
+        tasks[0].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_two_balancers_do_not_share_a_port() -> None:

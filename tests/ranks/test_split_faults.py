@@ -49,7 +49,7 @@ async def test_a_lost_rank_fails_what_is_in_flight_and_the_group_comes_back(
     second = next(p for p in own_ranks() if p.environ()["RANK"] == "1")
     lost_at = time.monotonic()
     os.kill(second.pid, fault)
-    with pytest.raises(RunnerUnavailable, match="went down with the request in flight"):
+    with pytest.raises(RunnerUnavailable, match="went down with the request in flight: rank 1 "):
         while True:
             await anext(iterator)
     assert time.monotonic() - lost_at < (2 if fault == signal.SIGKILL else 6)

@@ -9,10 +9,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from runners import create_runner
 from runners.config.files import load_setup_config
 from runners.contracts.runner import Runner, RunnerHealth, RunnerState
 from runners.contracts.text import GenerationRequest, Prompt, SamplingParams, TextDelta, TextRunner
+from runners.host import group
 
 _ids = itertools.count()
 
@@ -79,10 +82,15 @@ async def serving(
 
 @asynccontextmanager
 async def started(runner: TextRunner, *, patience: float = 120) -> AsyncIterator[TextRunner]:
-    """The runner, started, ready within `patience` seconds, and stopped at the end."""
-    await runner.start()
-    try:
-        await wait_ready(runner, patience)
-        yield runner
-    finally:
-        await runner.stop()
+    """The runner, started, ready within `patience` seconds, and stopped at the end.
+
+    If it goes down, it is restarted without a pause.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group, "HEALTHY_S", 0.0)
+        await runner.start()
+        try:
+            await wait_ready(runner, patience)
+            yield runner
+        finally:
+            await runner.stop()

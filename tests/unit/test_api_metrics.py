@@ -1,9 +1,6 @@
-"""The metrics' labels of routes, and the folder of their files."""
+"""The metrics' labels of routes."""
 
 from __future__ import annotations
-
-import os
-from pathlib import Path
 
 import pytest
 from starlette.applications import Starlette
@@ -12,13 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 
 from api.app import create_app
-from api.http.metrics import (
-    FOLDER,
-    NO_ROUTE,
-    RouteLabels,
-    remove_private_folder,
-    use_private_folder,
-)
+from api.http.metrics import NO_ROUTE, RouteLabels
 
 
 async def endpoint(request: Request) -> Response:
@@ -70,22 +61,3 @@ def test_every_route_of_the_app_has_a_label() -> None:
     assert "/tasks/fill-mask" in paths
     for path in paths:
         assert labels.label(path.replace("{", "").replace("}", "")) != NO_ROUTE, path
-
-
-def test_only_a_private_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FOLDER, str(tmp_path))
-    remove_private_folder()
-    assert tmp_path.is_dir()
-    use_private_folder()
-    folder = Path(os.environ[FOLDER])
-    assert folder != tmp_path
-    assert folder.is_dir()
-    remove_private_folder()
-    assert not folder.exists()
-
-
-def test_a_process_without_metrics_makes_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(FOLDER, raising=False)
-    use_private_folder()
-    remove_private_folder()
-    assert FOLDER not in os.environ

@@ -1,12 +1,14 @@
-"""`python -m runners.engines.mii.launch PLAN PARENT_PID ROLE ...`: one process of a deployment.
+"""`python -m runners.engines.mii.launch PLAN PARENT_PID HEARTBEATS SLOT ROLE ...`.
 
-Its supervisor starts it. Roles: `replica N RANK` (rank 0 is MII's gRPC server and scheduler, the
-other ranks follow it), `balancer`, `gateway`.
+One process of a deployment, started by its supervisor. HEARTBEATS is a file descriptor (see
+`deployment.heartbeats`), SLOT the slot of this process. Roles: `replica N RANK` (rank 0 is MII's
+gRPC server and scheduler, the other ranks follow it), `balancer`, `gateway`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from runners.contracts.errors import ConfigError
 from runners.engines.mii.deployment.balancer import balance
+from runners.engines.mii.deployment.heartbeats import Heartbeats, Watch, replica_slots
 from runners.engines.mii.deployment.plan import (
     FAILURE,
     FATAL,
@@ -26,11 +29,12 @@ from runners.protocol.process import die_with_parent, ignore_signals
 
 def main() -> None:
     """Run the role until the deployment ends."""
-    path, parent, role, *arguments = sys.argv[1:]
+    path, parent, descriptor, slot, role, *arguments = sys.argv[1:]
     die_with_parent(int(parent))
     ignore_signals()
+    heartbeats = Heartbeats(int(descriptor))
     try:
-        _run(read_plan(Path(path)), role, *map(int, arguments))
+        _run(read_plan(Path(path)), heartbeats, int(slot), role, *map(int, arguments))
     except ConfigError as error:
         Path(path).with_name(FAILURE).write_text(error.message)
         print(error.message, file=sys.stderr, flush=True)
@@ -40,12 +44,21 @@ def main() -> None:
     os._exit(0)
 
 
-def _run(plan: DeploymentPlan, role: str, *arguments: int) -> None:
+def _run(
+    plan: DeploymentPlan, heartbeats: Heartbeats, slot: int, role: str, *arguments: int
+) -> None:
     if role == "replica":
         number, rank = arguments
-        _replica(plan, plan.replicas[number], rank)
-    elif role == "balancer":
-        asyncio.run(balance(plan.port, [replica.port for replica in plan.replicas]))
+        pipeline = _load(plan, plan.replicas[number])
+        heartbeats.start(slot, lambda: pipeline.step_clock.age)
+        _serve(pipeline, plan.replicas[number], rank)
+        return
+    heartbeats.start(slot)
+    if role == "balancer":
+        ports = [replica.port for replica in plan.replicas]
+        slots = replica_slots(plan)
+        watch = Watch(heartbeats, itertools.chain(*slots))
+        asyncio.run(balance(plan.port, ports, watch, slots))
     else:
         # FastAPI would delay the start of the other roles.
         from runners.engines.mii.deployment.gateway import serve_gateway
@@ -53,11 +66,11 @@ def _run(plan: DeploymentPlan, role: str, *arguments: int) -> None:
         asyncio.run(serve_gateway(plan))
 
 
-def _replica(plan: DeploymentPlan, replica: ReplicaPlan, rank: int) -> None:
+def _load(plan: DeploymentPlan, replica: ReplicaPlan) -> Any:
+    """MII's pipeline of a replica's rank."""
     # MII takes seconds and half a gigabyte, which only replicas need.
     import mii.api
     from mii.config import ModelConfig
-    from mii.grpc_related import modelresponse_server
 
     from runners.engines.mii.patches import loading
 
@@ -65,7 +78,12 @@ def _replica(plan: DeploymentPlan, replica: ReplicaPlan, rank: int) -> None:
     config: Any = ModelConfig(**plan.model_config)
     config.zmq_port_number = replica.zmq_port
     config.torch_dist_port = replica.torch_dist_port
-    pipeline: Any = mii.api.async_pipeline(config)
+    return mii.api.async_pipeline(config)
+
+
+def _serve(pipeline: Any, replica: ReplicaPlan, rank: int) -> None:
+    from mii.grpc_related import modelresponse_server
+
     if rank == 0:
         modelresponse_server.serve_inference(pipeline, replica.port)
     else:

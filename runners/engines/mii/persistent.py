@@ -34,6 +34,7 @@ from runners.engines.mii.deployment.client import Deployment
 from runners.engines.mii.deployment.plan import (
     ENGINE_FIELDS,
     DeploymentPlan,
+    Timeouts,
     plan_deployment,
     weights_digest,
 )
@@ -184,6 +185,7 @@ def plan_for(config: MIITextConfig, name: str, num_threads: int) -> DeploymentPl
         model_config=model_values(config),
         settings=settings | {"num_threads": threads_per_rank},
         weights=weights_digest(config.model_path),
+        timeouts=Timeouts(config.start_timeout, config.heartbeat_timeout, config.step_timeout),
     )
 
 

@@ -1,9 +1,9 @@
 """The load balancer of a deployment: MII's gRPC service in front of all replicas, which take turns.
 
 A process that the supervisor starts. It forwards messages unread. A replica that is down is skipped
-until it is back. A request that was on it fails with UNAVAILABLE, and a request whose client leaves
-is cancelled on its replica. (In MII's own balancer the stream of a lost replica waits for ten
-minutes, and nothing is cancelled.)
+until it is back, and so is one that sends no heartbeats while another does. A request that was on a
+lost replica fails with UNAVAILABLE, and a request whose client leaves is cancelled on its replica.
+(In MII's own balancer the stream of a lost replica waits ten minutes, and nothing is cancelled.)
 
 gRPC's own `round_robin` policy over one channel was tried in place of `Replica`. It takes turns and
 skips lost replicas as well, but it tells neither which replica a failed request was on nor whether
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 from typing_extensions import override
 
+from runners.engines.mii.deployment.heartbeats import HEARTBEAT_S, Watch
 from runners.engines.mii.deployment.ports import LOOPBACK
 from runners.engines.mii.deployment.proto import OPTIONS, SERVER_OPTIONS, SERVICE, bind
 
@@ -29,6 +30,8 @@ UNARY, STREAM, TERMINATE = (
 )
 PATIENCE_S = 3.0
 """How long a request waits while no replica is up."""
+SILENT_S = 3.0
+"""A replica without a heartbeat for so long gets no request while another one has them."""
 GRACE_S = 1.0
 """How long running calls may take to end after a Terminate."""
 
@@ -68,7 +71,8 @@ class Replica:
 class Balancer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     """Forwards every call to the next replica that is up."""
 
-    def __init__(self, ports: Sequence[int]) -> None:
+    def __init__(self, ports: Sequence[int], is_silent: Callable[[int], bool]) -> None:
+        self._is_silent = is_silent
         self._replicas = [Replica(i, port) for i, port in enumerate(ports)]
         self._turns = itertools.cycle(self._replicas)
         self.terminated = asyncio.Event()
@@ -118,9 +122,10 @@ class Balancer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
 
     async def _next(self, context: Any) -> Replica:
         for _ in range(2):
-            for replica in itertools.islice(self._turns, len(self._replicas)):
-                if replica.is_up():
-                    return replica
+            for may_be_silent in (False, True):
+                for replica in itertools.islice(self._turns, len(self._replicas)):
+                    if replica.is_up() and (may_be_silent or not self._is_silent(replica.number)):
+                        return replica
             # A replica that has just come up may not be connected yet.
             waits = [asyncio.create_task(replica.wait_until_up()) for replica in self._replicas]
             await asyncio.wait(waits, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
@@ -136,15 +141,30 @@ def _status(error: grpc.aio.AioRpcError, replica: Replica) -> tuple[grpc.StatusC
     return error.code(), str(error.details())
 
 
-async def balance(port: int, replicas: Sequence[int]) -> None:
+async def balance(
+    port: int,
+    replicas: Sequence[int],
+    watch: Watch | None = None,
+    slots: Sequence[range] = (),
+) -> None:
     """Serve on a loopback port, once all replicas are up, until a client calls Terminate.
 
-    `replicas`: the port of each. Raises: ConfigError if `port` is taken.
+    `replicas`: the port of each. `watch`: on their heartbeats, which are at `slots`. Raises:
+    ConfigError if `port` is taken.
     """
+
+    def is_silent(replica: int) -> bool:
+        return watch is not None and watch.silence(slots[replica]) > SILENT_S
+
+    async def poll() -> None:
+        while watch is not None:
+            watch.poll(HEARTBEAT_S)
+            await asyncio.sleep(HEARTBEAT_S)
+
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    balancer = Balancer(replicas)
+    balancer = Balancer(replicas, is_silent)
     server.add_generic_rpc_handlers((balancer,))
-    connecting = asyncio.create_task(balancer.stay_connected())
+    tasks = [asyncio.create_task(work) for work in (balancer.stay_connected(), poll())]
     try:
         bind(server, port)
         await balancer.wait_until_up()
@@ -152,4 +172,5 @@ async def balance(port: int, replicas: Sequence[int]) -> None:
         await balancer.terminated.wait()
     finally:
         await server.stop(GRACE_S)
-        connecting.cancel()
+        for task in tasks:
+            task.cancel()

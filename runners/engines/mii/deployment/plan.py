@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from runners.config.base import BaseRunnerConfig
 from runners.config.mii import MIISection
 from runners.contracts.errors import ConfigError
 from runners.engines.mii.deployment.ports import free_port
@@ -25,6 +26,10 @@ ENGINE_FIELDS = ("dtype", "cpu_kernels", "weight_quantization", "prefix_caching"
 _LOCAL_HOSTS = frozenset({"", "localhost", "127.0.0.1"})
 
 
+def _default(field: str) -> float:
+    return float(BaseRunnerConfig.model_fields[field].default)
+
+
 class ReplicaPlan(msgspec.Struct, frozen=True):
     """One copy of the model."""
 
@@ -34,6 +39,14 @@ class ReplicaPlan(msgspec.Struct, frozen=True):
     zmq_port: int
     gpu_indices: list[int]
     """One for each rank."""
+
+
+class Timeouts(msgspec.Struct, frozen=True):
+    """Seconds after which a process is taken for hung; the fields of Triptych's config."""
+
+    start_timeout: float = _default("start_timeout")
+    heartbeat_timeout: float = _default("heartbeat_timeout")
+    step_timeout: float = _default("step_timeout")
 
 
 class DeploymentPlan(msgspec.Struct, frozen=True):
@@ -54,11 +67,12 @@ class DeploymentPlan(msgspec.Struct, frozen=True):
     """Requests that the REST gateway serves at once."""
     weights: str = ""
     """A digest of the files of the model; see `weights_digest`."""
+    timeouts: Timeouts = Timeouts()
 
     def differences(self, other: DeploymentPlan) -> list[str]:
         """The fields in which another deployment would answer differently, in order of name.
 
-        Ports and numbers of threads do not count.
+        Ports, numbers of threads and timeouts do not count.
         """
         first, second = self._served_values(), other._served_values()
         return [key for key in sorted(first | second) if first.get(key) != second.get(key)]
@@ -120,12 +134,13 @@ def plan_deployment(
     model_config: dict[str, Any],
     settings: Mapping[str, Any] | None = None,
     weights: str = "",
+    timeouts: Timeouts = Timeouts(),  # noqa: B008 - it is immutable
 ) -> DeploymentPlan:
     """The plan of a deployment whose replicas have `ranks` ranks each.
 
     `deployment` and `model` have the fields of MII's MIIConfig and ModelConfig, which are the same
     section of Triptych's config. Ports that they leave out are free ones. `model_config`,
-    `settings` and `weights` go into the plan as they are. Raises: ConfigError.
+    `settings`, `weights` and `timeouts` go into the plan as they are. Raises: ConfigError.
     """
     rest_port = None
     if deployment.enable_restful_api:
@@ -147,6 +162,7 @@ def plan_deployment(
         rest_port=rest_port,
         rest_limit=deployment.restful_processes,
         weights=weights,
+        timeouts=timeouts,
     )
 
 

@@ -89,6 +89,15 @@ def find_plan(folder: Path) -> DeploymentPlan | None:
         return None
 
 
+def remove_plans_of_killed() -> None:
+    """Remove the plans whose supervisors were killed, which could not do so."""
+    for plan in private_cache().glob(f"**/{PLAN}"):
+        descriptor = lock(plan.parent)
+        if descriptor is not None:
+            plan.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
 def already_running(name: str, folder: Path) -> ConfigError:
     """The error for a second deployment of the same name."""
     plan = find_plan(folder)

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 from runners.contracts.errors import ConfigError
-from runners.engines.mii.deployment.plan import FAILURE, PLAN, DeploymentPlan
+from runners.engines.mii.deployment.plan import FAILURE, DeploymentPlan
 from runners.engines.mii.deployment.ports import listens, refuse_taken
 from runners.engines.mii.deployment.registry import (
     SHUTDOWN_S,
     failure_reason,
     is_running,
     lock,
+    remove_plans_of_killed,
     write_score_file,
 )
 from runners.protocol.process import child_environment
@@ -33,11 +34,11 @@ def start(plan: DeploymentPlan, folder: Path, *, detached: bool) -> subprocess.P
     exits at once. Any other deployment ends with this process, with the thread that called this,
     and with the pipe to its stdin. Raises: ConfigError for a port that is taken.
     """
+    remove_plans_of_killed()
     descriptor = lock(folder)
     if descriptor is None:
         return None
     try:
-        (folder / PLAN).unlink(missing_ok=True)  # of a supervisor that was killed
         refuse_taken(plan.ports, patience_s=SHUTDOWN_S)
         write_score_file(plan, folder)
         path = plan.write(folder)

@@ -27,6 +27,7 @@ from runners.contracts.text import SamplingParams
 from runners.engines.mii.defaults import load_generation_config
 from runners.engines.mii.patches.requests import LENGTH, RequestState, TrackedRequest
 from runners.hf.models import SamplingDefaults, end_token_ids
+from runners.rank.program import StepClock
 from runners.text.detokenizer import Detokenizer
 from runners.text.sampling import SamplerState, sample
 
@@ -199,6 +200,7 @@ class PatchedAsyncPipeline(PatchedBatching, MIIAsyncPipeline):  # type: ignore[m
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._cancelled: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.step_clock = StepClock()
 
     @override
     def __call__(self) -> None:
@@ -212,7 +214,8 @@ class PatchedAsyncPipeline(PatchedBatching, MIIAsyncPipeline):  # type: ignore[m
             try:
                 self._drop_cancelled()
                 self._wait_for_work()
-                self.generate()
+                with self.step_clock:
+                    self.generate()
             except Exception as error:  # whatever it is, no client may be left waiting
                 self._fail_all(error)
         self._fail_all(EngineFailure("the deployment is shutting down"))
