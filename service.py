@@ -145,7 +145,11 @@ class Triptych:
         self.runners: list[tuple[Runner[Any, Any], Admission]] = []
         text = task = image = None
         if runners.text is not None:
-            text = TextModel(runners.text, self._admission(runners.text, settings.max_queue))
+            text = TextModel(
+                runners.text,
+                self._admission(runners.text, settings.max_queue),
+                max_logprobs=settings.max_logprobs,
+            )
         if runners.task is not None:
             task = TaskModel(runners.task, self._admission(runners.task, settings.max_queue))
         if runners.image is not None:

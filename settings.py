@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     """Size of the KV cache in tokens. Default: from the free memory."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
     """Maximum request body in bytes; a larger one gets 413."""
+    max_logprobs: Annotated[int, Field(ge=1, le=100_000_000)] = 1_000_000
+    """Maximum log-probabilities that a request may ask for: its sequences, times the tokens of
+    each, times one more than the alternatives; more are 400. Each takes about 100 bytes."""
     request_timeout: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Seconds a request may take in total, queue included, before it is aborted with 504."""
     task_timeout: Annotated[float, Field(gt=0, le=604_800)] = 3600.0

@@ -39,9 +39,7 @@ class MergedStream(Generic[EventT]):
     def __init__(self, streams: Sequence[Stream[EventT]]) -> None:
         self._streams = streams
         self._only = aiter(streams[0]) if len(streams) == 1 else None
-        self._queue: asyncio.Queue[tuple[int, EventT] | Exception] = asyncio.Queue(
-            FAIR_EVENTS
-        )
+        self._queue: asyncio.Queue[tuple[int, EventT] | Exception] = asyncio.Queue(FAIR_EVENTS)
         self._pumps: list[asyncio.Task[None]] = []
         self._taken = 0
 
