@@ -283,6 +283,7 @@ _service().add_asgi_middleware(BodyMiddleware, max_bytes=settings.max_body_bytes
 _service().add_asgi_middleware(
     JobMiddleware,
     route=TASK_ROUTE,
-    check=lambda body: images.check_image_request(mounted_app.state.served, body),
+    admit=lambda body: images.admit_image_request(mounted_app.state.served, body),
+    max_result_bytes=settings.max_result_bytes,
 )
 _service().add_asgi_middleware(UnknownRouteMiddleware)

@@ -82,6 +82,9 @@ class Settings(BaseSettings):
     """Seconds a request may take in total, queue included, before it is aborted with 504."""
     task_timeout: Annotated[float, Field(gt=0, le=604_800)] = 3600.0
     """Seconds a submitted job (`/generate_image_task/submit`) may take in total."""
+    max_result_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+    """Maximum bytes of the results of jobs, which are kept on disk for 24 hours; beyond it those
+    of the oldest jobs are deleted, and the last one is kept."""
     start_timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """Seconds a model may take from start to ready; overrides the model's own."""
     cpu_kernels: bool | None = None

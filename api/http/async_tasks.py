@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import base64
+import json
 import os
 import secrets
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
+from starlette.datastructures import QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http.errors import error_response
@@ -39,17 +45,59 @@ def make_result_folder() -> None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
+class JobResults:
+    """BentoML's database of jobs: their inputs, and the results of those that have ended."""
+
+    def __init__(self, database: str) -> None:
+        self._database = database
+
+    def input_of(self, job_id: str) -> bytes | None:
+        """The body that a job was submitted with; None for an unknown job."""
+        with self._connect() as connection:
+            row = connection.execute("SELECT input FROM result WHERE task_id = ?", [job_id])
+            found = row.fetchone()
+        return None if found is None else base64.b64decode(json.loads(found[0])["content"])
+
+    def prune(self, max_bytes: int) -> None:
+        """Delete the jobs that ended first, until what the others have is less than `max_bytes`.
+
+        The job that ended last is kept. The file does not shrink, but its space is used again.
+        """
+        with self._connect() as connection:
+            connection.execute(_PRUNE, [max_bytes])
+            connection.commit()
+
+    def _connect(self) -> AbstractContextManager[sqlite3.Connection]:
+        return closing(sqlite3.connect(self._database, timeout=30))
+
+
+_PRUNE = """
+DELETE FROM result WHERE task_id IN (
+    SELECT task_id FROM (
+        SELECT task_id, SUM(LENGTH(input) + LENGTH(result)) OVER (
+            ORDER BY completed_at DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ) AS newer_bytes FROM result WHERE completed_at IS NOT NULL
+    ) WHERE newer_bytes >= ?
+)
+"""
+
+
 class JobMiddleware:
-    """Refuses invalid jobs when they are submitted, and refuses to cancel one.
+    """Admits jobs when they are submitted, refuses to cancel one, and bounds their results.
 
     BentoML accepts any job and reports its error with the result. It marks a job as cancelled, but
-    does not stop it.
+    does not stop it. It runs a job after it has answered, in the same call of the app: the job's
+    place in the queue is one of the resources of the request that submits it.
     """
 
-    def __init__(self, app: ASGIApp, *, route: str, check: Callable[[bytes], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, route: str, admit: Callable[[bytes], None], max_result_bytes: int
+    ) -> None:
         self.app = app
         self.route = route
-        self.check = check
+        self.admit = admit
+        self.max_result_bytes = max_result_bytes
+        self._results = JobResults(os.environ[RESULT_STORE])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; `BodyMiddleware` has read its body."""
@@ -57,15 +105,26 @@ class JobMiddleware:
         if path == f"{self.route}/cancel":
             error = InvalidRequest("a submitted job cannot be cancelled")
             return await error_response(error)(scope, receive, send)
-        if path != f"{self.route}/submit" or scope["method"] != "POST":
-            return await self.app(scope, receive, send)
+        if path in (f"{self.route}/submit", f"{self.route}/retry") and scope["method"] == "POST":
+            return await self._start(scope, receive, send, is_retry=path.endswith("/retry"))
+        return await self.app(scope, receive, send)
+
+    async def _start(self, scope: Scope, receive: Receive, send: Send, *, is_retry: bool) -> None:
+        """Answer a submission or a retry, and wait until its job has ended."""
         pending: list[Message] = [await receive()]
-        try:
-            self.check(pending[0].get("body", b""))
-        except Exception as error:
-            return await error_response(error)(scope, receive, send)
 
         async def replay() -> Message:
             return pending.pop() if pending else await receive()
 
-        return await self.app(scope, replay, send)
+        try:
+            body: bytes | None = pending[0].get("body", b"")
+            if is_retry:
+                job_id = QueryParams(scope["query_string"]).get("task_id", "")
+                body = await asyncio.to_thread(self._results.input_of, job_id)
+            if body is not None:
+                self.admit(body)
+        except Exception as error:
+            await error_response(error)(scope, receive, send)
+        else:
+            await self.app(scope, replay, send)
+            await asyncio.to_thread(self._results.prune, self.max_result_bytes)

@@ -33,8 +33,8 @@ class ImageModel(ServedModel[ImageRunner]):
         """What the ranks loaded; None before they were ready once."""
         return self.runner.info
 
-    def check(self, requests: Sequence[ImageRequest]) -> None:
-        """Check whether images would be generated now, as far as that is known beforehand.
+    def admit(self, requests: Sequence[ImageRequest]) -> None:
+        """Admit images that the current request generates later, if they can be generated now.
 
         `requests`: one for each image, which differ in the seed only. Raises: Overloaded,
         InvalidRequest, RunnerUnavailable.
@@ -43,8 +43,9 @@ class ImageModel(ServedModel[ImageRunner]):
         if self.info is None or not health.ready:
             raise RunnerUnavailable(f"model {self.name} is not ready: {health.detail}")
         self.info.checked(requests[0])
-        with self.admission.admit(len(requests)):
-            pass
+        context = current_request()
+        context.resources.enter_context(self.admission.admit(len(requests)))
+        context.is_admitted = True
 
     async def generate(self, requests: Sequence[ImageRequest]) -> ImageGeneration:
         """Start to generate images.
@@ -52,7 +53,8 @@ class ImageModel(ServedModel[ImageRunner]):
         Raises: Overloaded, DeadlineExceeded and what `ImageRunner.submit` does.
         """
         context = current_request()
-        context.resources.enter_context(self.admission.admit(len(requests)))
+        if not context.is_admitted:
+            context.resources.enter_context(self.admission.admit(len(requests)))
         async with context.within_deadline():
             streams = await open_all([self.runner.submit(request) for request in requests])
         generation = ImageGeneration(context, requests, MergedStream(streams))

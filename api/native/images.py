@@ -81,8 +81,8 @@ class GenerateImageResponse(NativeResponse):
     """With `numpy`."""
 
 
-def check_image_request(served: ServedModels, body: bytes) -> None:
-    """Check a job when it is submitted, because its result is read much later.
+def admit_image_request(served: ServedModels, body: bytes) -> None:
+    """Check and admit a job when it is submitted, because its result is read much later.
 
     Raises: as `generate_image`, but only what is known before an image is generated.
     """
@@ -90,7 +90,7 @@ def check_image_request(served: ServedModels, body: bytes) -> None:
     model = served.image
     model.require(request.model)
     _ = request.encoding
-    model.check(request.requests())
+    model.admit(request.requests())
 
 
 async def generate_image(
