@@ -26,6 +26,7 @@ from api.http.metrics import RunnerMetrics, remove_private_folder, use_private_f
 from api.http.middleware import (
     ApiKeyMiddleware,
     BodyMiddleware,
+    DocumentMiddleware,
     RequestContextMiddleware,
     UnknownRouteMiddleware,
 )
@@ -286,4 +287,5 @@ _service().add_asgi_middleware(
     admit=lambda body: images.admit_image_request(mounted_app.state.served, body),
     max_result_bytes=settings.max_result_bytes,
 )
+_service().add_asgi_middleware(DocumentMiddleware)
 _service().add_asgi_middleware(UnknownRouteMiddleware)
