@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from pydantic import BaseModel, GetPydanticSchema
+from pydantic import BaseModel, GetPydanticSchema, WithJsonSchema
 from starlette.responses import Response, StreamingResponse
 
 PIECE_BYTES = 64 * 1024
@@ -20,6 +20,9 @@ BATCH = 128
 """Items of a list that are encoded at once."""
 _BASE64_BYTES = PIECE_BYTES // 4 * 3
 _MEDIA_TYPE = "application/json"
+
+Base64 = Annotated[bytes, WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
+"""Bytes that are in base64 on the wire."""
 
 
 def json_of(item: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import pytest
 from _bentoml_impl.tasks import (  # type: ignore[import-untyped]
     ResultStatus,
@@ -25,7 +26,14 @@ from api.http.middleware import BodyMiddleware, RequestContextMiddleware
 from api.models.images import ImageModel
 from api.models.served import ServedModels
 from api.native.images import GenerateImageRequest, admit_image_request, generate_image
-from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, RawImage
+from runners.contracts.images import (
+    MAX_PIXELS,
+    ImageEvent,
+    ImageModelInfo,
+    ImageRequest,
+    ImageRunner,
+    RawImage,
+)
 from runners.contracts.runner import RunnerHealth, RunnerState
 
 ROUTE = "/generate_image_task"
@@ -52,9 +60,9 @@ class FakeImageRunner:
     """Finishes every image once `finish` is set."""
 
     name = "fake"
-    info = INFO
 
-    def __init__(self) -> None:
+    def __init__(self, info: ImageModelInfo = INFO) -> None:
+        self.info = info
         self.finish = asyncio.Event()
 
     def health(self) -> RunnerHealth:
@@ -207,3 +215,16 @@ async def test_results_are_pruned_when_a_job_ends(database: Path) -> None:
     await Call(Jobs(runner, Admission(1)).app(database), f"{ROUTE}/submit", {"prompt": "a"}).task
     results = JobResults(str(database))
     assert [results.input_of(job_id) is not None for job_id in old] == [False, False, True]
+
+
+async def test_the_pixels_of_all_images_together_are_bounded(database: Path) -> None:
+    runner = FakeImageRunner(msgspec.structs.replace(INFO, max_pixels=MAX_PIXELS))
+    runner.finish.set()
+    app = Jobs(runner, Admission(10)).app(database)
+    body = {"prompt": "a", "width": 4096, "height": 8192, "response_format": "numpy"}
+    assert await Call(app, f"{ROUTE}/submit", body | {"num_images": 2}).status() == 200
+    refused = Call(app, f"{ROUTE}/submit", body | {"num_images": 3})
+    assert await refused.status() == 400
+    error = json.loads(refused.sent[1]["body"])["error"]
+    assert error["param"] == "height"
+    assert "3 images of 4096x8192 have more than 67108864 pixels" in error["message"]
