@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Maximum sequences in one step; overrides the model's own."""
     max_kv_tokens: Annotated[int, Field(ge=32)] | None = None
-    """Size of the KV cache in tokens. Default: from the free memory."""
+    """Size of the KV cache in tokens; overrides the model's own. Default: from the free memory."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
     """Maximum request body in bytes; a larger one gets 413."""
     max_logprobs: Annotated[int, Field(ge=1, le=100_000_000)] = 1_000_000
