@@ -1,7 +1,7 @@
 """JSON of any length, encoded and sent in pieces, between which other requests are served.
 
-An answer of a hundred megabytes takes a second to encode: in one piece, nobody would be served
-meanwhile. In a thread it would hold the interpreter's lock just as long.
+An answer of a hundred megabytes takes a second to encode: in one piece, all other requests would
+wait for it. In a thread it would hold the interpreter's lock just as long.
 """
 
 from __future__ import annotations

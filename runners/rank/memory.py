@@ -9,7 +9,7 @@ from typing import NamedTuple
 import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
+PROCESS_CGROUPS = Path("/proc/self/cgroup")
 GIB = 2**30
 
 
@@ -21,13 +21,13 @@ class Memory(NamedTuple):
     """Includes what the kernel can reclaim, such as the page cache of weight files."""
 
 
-def machine_memory(cgroups: Path = CGROUPS, own: Path = OWN_CGROUPS) -> Memory:
+def machine_memory(cgroups: Path = CGROUPS, process_groups: Path = PROCESS_CGROUPS) -> Memory:
     """The least of the machine and of the control groups of this process, versions 1 and 2.
 
-    `cgroups` is where these are mounted, `own` the file that names those of this process.
+    `cgroups` is where these are mounted, `process_groups` the file that names those of the process.
     """
     machine = psutil.virtual_memory()
-    limits = [Memory(machine.total, machine.available), *_group_memories(cgroups, own)]
+    limits = [Memory(machine.total, machine.available), *_group_memories(cgroups, process_groups)]
     return Memory(min(m.total for m in limits), max(0, min(m.free for m in limits)))
 
 
@@ -36,9 +36,9 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def _group_memories(cgroups: Path, own: Path) -> Iterator[Memory]:
+def _group_memories(cgroups: Path, process_groups: Path) -> Iterator[Memory]:
     try:
-        lines = own.read_text(encoding="utf-8").splitlines()
+        lines = process_groups.read_text(encoding="utf-8").splitlines()
     except OSError:  # no Linux
         return
     for line in lines:

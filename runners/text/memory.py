@@ -33,7 +33,7 @@ def kv_tokens(
     """
     runner = HFModelRunner(model, layout, blocks=1)
     runner.run(Batch([[0]], [0], [[0]]))
-    # Ranks share the memory of their machine, and each has a GPU of its own.
+    # Ranks share the memory of their machine, but no GPU.
     sizes = {
         device: size * (config.local_world_size if device.type == "cpu" else 1)
         for device, size in runner.bytes_per_token().items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import sqlite3
 from collections.abc import AsyncIterator
@@ -14,14 +15,23 @@ import pytest
 from _bentoml_impl.tasks import (  # type: ignore[import-untyped]
     ResultStatus,
     Sqlite3Store,
+    result,
 )
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http.admission import Admission
-from api.http.async_tasks import RESULT_STORE, JobMiddleware, JobResults
+from api.http.async_tasks import (
+    RESULT_STORE,
+    JobMiddleware,
+    JobResults,
+    ResultSerde,
+    choose_result_store,
+)
 from api.http.context import current_request
+from api.http.json_pieces import Base64, json_response
 from api.http.middleware import BodyMiddleware, RequestContextMiddleware
 from api.models.images import ImageModel
 from api.models.served import ServedModels
@@ -178,12 +188,17 @@ async def test_a_retry_needs_a_place_too(database: Path) -> None:
     await running.task
 
 
-async def store(database: Path, body: bytes, result: str | None) -> str:
-    """Add a job as BentoML does; None: it still runs."""
+def request_of(body: bytes) -> Request:
+    """A request as BentoML stores it."""
     request = Request({"type": "http", "headers": []})
     request._body = body
+    return request
+
+
+async def store(database: Path, body: bytes, result: str | None) -> str:
+    """Add a job as BentoML does; None: it still runs."""
     async with Sqlite3Store(str(database)) as jobs:
-        job_id: str = await jobs.new_entry("generate_image_task", request)
+        job_id: str = await jobs.new_entry("generate_image_task", request_of(body))
         if result is not None:
             await jobs.set_result(job_id, Response(result), ResultStatus.COMPLETED)
     return job_id
@@ -228,3 +243,27 @@ async def test_the_pixels_of_all_images_together_are_bounded(database: Path) -> 
     error = json.loads(refused.sent[1]["body"])["error"]
     assert error["param"] == "height"
     assert "3 images of 4096x8192 have more than 67108864 pixels" in error["message"]
+
+
+@pytest.mark.parametrize("size", [5, 300_000])
+async def test_a_result_is_stored_as_it_is(database: Path, size: int) -> None:
+    class File(BaseModel):
+        content: Base64
+
+    answer = json_response(File(content=b"x" * size))
+    answer.headers["X-Seed"] = "\xe9"
+    async with Sqlite3Store(str(database), ResultSerde()) as jobs:
+        job_id = await jobs.new_entry("generate_image_task", request_of(b""))
+        await jobs.set_result(job_id, answer, ResultStatus.COMPLETED)
+        row = await jobs.get(job_id)
+    assert row.result.status_code == 200
+    assert row.result.headers.items() == answer.headers.items()
+    assert json.loads(row.result.body) == {"content": base64.b64encode(b"x" * size).decode()}
+    assert row.result.body.count(b"\n") == 0
+
+
+async def test_bentoml_stores_results_so(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(result, "JSONSerde", None)
+    choose_result_store()
+    async with Sqlite3Store(str(database)) as jobs:
+        assert isinstance(jobs.serializer, ResultSerde)
