@@ -1,16 +1,20 @@
-"""The memory of this machine, or of the container that the rank is in."""
+"""The memory of this machine, or of the container that the rank is in, and what must fit it."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
+from runners.contracts.errors import ConfigError
+
+logger = logging.getLogger("triptych.rank")
+
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
-GIB = 2**30
 
 
 class Memory(NamedTuple):
@@ -31,9 +35,21 @@ def machine_memory(cgroups: Path = CGROUPS, process_groups: Path = PROCESS_CGROU
     return Memory(min(m.total for m in limits), max(0, min(m.free for m in limits)))
 
 
-def gib(size: float) -> str:
-    """A size in bytes as text."""
-    return f"{size / GIB:.1f} GiB"
+def check_fits(field: str, count: int, size: int, memory: Memory, device: str = "cpu") -> None:
+    """Check that memory holds what a field of the config allows: `count` times `size` bytes.
+
+    Warns if that is more than what is free. Raises: ConfigError if it is more than there is.
+    """
+    needed = count * size
+    reason = f"{count} need {_gib(needed)} of memory on {device}, which has {_gib(memory.total)}"
+    if needed > memory.total:
+        raise ConfigError(reason, field=field)
+    if needed > memory.free:
+        logger.warning("%s: %s, of which %s are free", field, reason, _gib(memory.free))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _group_memories(cgroups: Path, process_groups: Path) -> Iterator[Memory]:

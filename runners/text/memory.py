@@ -5,19 +5,15 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from transformers import PreTrainedModel
 
 from runners.config.base import TextConfig
 from runners.contracts.errors import ConfigError
-from runners.rank.memory import Memory, gib, machine_memory
+from runners.rank.memory import Memory, check_fits, machine_memory
 from runners.text.model_runner import HFModelRunner, Layout
 from runners.text.paging.batch import Batch
 from runners.text.paging.blocks import BLOCK_SIZE
-
-logger = logging.getLogger("triptych.text")
 
 KV_SHARE = 0.6
 """Share of the free memory that KV may take by default; activations need some of the rest."""
@@ -42,24 +38,14 @@ def kv_tokens(
     fitting = [int(KV_SHARE * _memory(device).free / size) for device, size in sizes.items()]
     tokens = min([config.max_batch_size * max_context, *fitting])
     logits = 4 * runner.vocab_size  # as float32, in rank 0
-    _check("max_batch_size", config.max_batch_size, logits, torch.device("cpu"))
+    check_fits("max_batch_size", config.max_batch_size, logits, machine_memory())
     if config.max_kv_tokens is None:
         if tokens < BLOCK_SIZE:
             raise ConfigError("no memory is left for the KV cache; choose a smaller model or dtype")
         return tokens
     for device, size in sizes.items():
-        _check("max_kv_tokens", config.max_kv_tokens, size, device)
+        check_fits("max_kv_tokens", config.max_kv_tokens, size, _memory(device), str(device))
     return config.max_kv_tokens
-
-
-def _check(field: str, count: int, size: int, device: torch.device) -> None:
-    """Check that memory holds `count` times `size` bytes. Raises: ConfigError."""
-    memory, needed = _memory(device), count * size
-    reason = f"{count} need {gib(needed)} of memory on {device}, which has {gib(memory.total)}"
-    if needed > memory.total:
-        raise ConfigError(reason, field=field)
-    if needed > memory.free:
-        logger.warning("%s: %s, of which %s are free", field, reason, gib(memory.free))
 
 
 def _memory(device: torch.device) -> Memory:

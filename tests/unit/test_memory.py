@@ -134,7 +134,7 @@ def test_more_kv_than_the_machine_holds_is_refused(rank: Rank) -> None:
 
 
 def test_more_kv_than_is_free_is_warned_of(rank: Rank, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "triptych.text"):
+    with caplog.at_level(logging.WARNING, "triptych.rank"):
         assert rank.kv_tokens(total=9000, free=5000, max_kv_tokens=5000) == 5000
         assert not caplog.messages
         assert rank.kv_tokens(total=9000, free=5000, max_kv_tokens=5001) == 5001
