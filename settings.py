@@ -72,13 +72,19 @@ class Settings(BaseSettings):
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Maximum sequences in one step; overrides the model's own."""
     max_kv_tokens: Annotated[int, Field(ge=32)] | None = None
-    """Size of the KV cache in tokens. Default: from the free memory."""
+    """Size of the KV cache in tokens; overrides the model's own. Default: from the free memory."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 * 1024 * 1024
     """Maximum request body in bytes; a larger one gets 413."""
+    max_logprobs: Annotated[int, Field(ge=1, le=100_000_000)] = 1_000_000
+    """Maximum log-probabilities that a request may ask for: its sequences, times the tokens of
+    each, times one more than the alternatives; more are 400. Each takes about 100 bytes."""
     request_timeout: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Seconds a request may take in total, queue included, before it is aborted with 504."""
     task_timeout: Annotated[float, Field(gt=0, le=604_800)] = 3600.0
     """Seconds a submitted job (`/generate_image_task/submit`) may take in total."""
+    max_result_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+    """Maximum bytes of the results of jobs, which are kept on disk for 24 hours; beyond it those
+    of the oldest jobs are deleted, and the last one is kept."""
     start_timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """Seconds a model may take from start to ready; overrides the model's own."""
     cpu_kernels: bool | None = None

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from api.http.errors import as_response
+from api.http.json_pieces import json_response
 from api.models.served import ServedModels
 from api.openai.chat import create_chat_completion
 from api.openai.completions import create_completion
@@ -64,7 +65,7 @@ def create_app() -> FastAPI:
     @as_response
     async def list_models(request: Request) -> Response:
         """The served models."""
-        return _json(ModelList(data=_cards(_served(request))))
+        return json_response(ModelList(data=_cards(_served(request))))
 
     @app.get("/v1/models/{model_id:path}", response_model=Model)
     @as_response
@@ -72,7 +73,7 @@ def create_app() -> FastAPI:
         """One of the served models."""
         for card in _cards(_served(request)):
             if card.id == model_id:
-                return _json(card)
+                return json_response(card)
         raise ModelNotServed("is not served here", field="model")
 
     for task, route in ROUTES.items():
@@ -84,7 +85,7 @@ def create_app() -> FastAPI:
 def _add_task(app: FastAPI, task: str, route: TaskRoute) -> None:
     @as_response
     async def run_task(request: Request) -> Response:
-        return _json(await route.handle(_served(request), await request.body()))
+        return json_response(await route.handle(_served(request), await request.body()))
 
     documented = _documented(route.body, route.response) | {"description": route.body.__doc__}
     app.post(f"/tasks/{task}", name=task, **documented)(run_task)
@@ -104,10 +105,6 @@ def _cards(served: ServedModels) -> list[Model]:
     if (image := served.image_model) is not None:
         cards.append(Model(id=image.name, created=STARTED))
     return cards
-
-
-def _json(content: BaseModel) -> Response:
-    return Response(content.model_dump_json(), media_type="application/json")
 
 
 def _documented(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:

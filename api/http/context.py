@@ -30,6 +30,8 @@ class RequestContext:
     timeout: float
     """Seconds from arrival to deadline."""
     error_format: ErrorFormat = OPENAI
+    is_admitted: bool = False
+    """Whether it has its place in the queue before its handler runs, as a submitted job has."""
     arrived: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     """Time of the event loop at its arrival, in seconds."""
     resources: AsyncExitStack = field(default_factory=AsyncExitStack)

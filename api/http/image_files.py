@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import io
 import json
 from typing import Literal
@@ -23,11 +22,6 @@ _OPTIONS: dict[Format, dict[str, int]] = {
 async def as_file(image: RawImage, file_format: Format) -> bytes:
     """The content of the image's file."""
     return await asyncio.to_thread(_encode, image, file_format)
-
-
-async def as_base64(image: RawImage, file_format: Format) -> str:
-    """The content of the image's file, in base64."""
-    return base64.b64encode(await as_file(image, file_format)).decode("ascii")
 
 
 async def as_nested_lists(image: RawImage) -> bytes:

@@ -31,6 +31,8 @@ MAX_IMAGES = 10
 MAX_SIDE = 16_383
 """In pixels: the limit of WebP."""
 MAX_STEPS = 1000
+MAX_NODES = 50_000
+"""Lists, objects and fields in a body: making Python objects of many takes long."""
 SEEDS = 2**63
 """Seeds are below this number."""
 
@@ -69,12 +71,27 @@ def read_json(body: str | bytes | bytearray) -> Any:
     Unlike `json.loads`, pydantic's parser refuses lone surrogates, takes integers of any length and
     does not reach the recursion limit. It makes Python objects, which are validated afterwards:
     `model_validate_json` takes twice the time and five times the memory for a body of many small
-    lists, and it blocks the event loop meanwhile.
+    lists, and it blocks the event loop meanwhile. Neither can be interrupted, so the number of
+    lists and objects is bounded.
     """
+    content = body.encode(errors="surrogatepass") if isinstance(body, str) else body
+    if _nodes(content) > MAX_NODES and _nodes(_outside_strings(content)) > MAX_NODES:
+        raise InvalidRequest(f"the body has more than {MAX_NODES} lists, objects and fields")
     try:
         return from_json(body)
     except ValueError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
+
+
+def _nodes(content: bytes | bytearray) -> int:
+    """The lists, objects and fields of JSON without strings."""
+    return sum(content.count(mark) for mark in (b"[", b"{", b":"))
+
+
+def _outside_strings(content: bytes | bytearray) -> bytes:
+    """JSON without the content of its strings."""
+    unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    return b"".join(unescaped.split(b'"')[::2])
 
 
 def nth_seed(seed: int, index: int) -> int:

@@ -1,4 +1,4 @@
-"""Responses of server-sent events, made of frames (`fastapi.sse.format_sse_event`)."""
+"""Responses of server-sent events, made of frames."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from starlette.responses import Response
 
 from api.http.errors import error_body
+from api.http.json_pieces import encode
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """Proxies must neither store nor buffer a stream."""
 MEDIA_TYPE = EventSourceResponse.media_type
+
+
+def frame(value: object, *, event: str | None = None, omit_null: bool = False) -> bytes:
+    """A frame with the JSON of `value`, as `json_pieces.encode`."""
+    data = encode(value, omit_null=omit_null).decode()
+    return format_sse_event(data_str=data, event=event)
 
 
 async def stream_response(frames: AsyncIterator[bytes], *, error_event: str | None) -> Response:

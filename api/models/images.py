@@ -13,8 +13,15 @@ from api.http import metrics
 from api.http.context import RequestContext, current_request
 from api.models.base import ServedModel
 from api.models.streams import MergedStream, open_all
-from runners.contracts.errors import RunnerUnavailable, TriptychError
-from runners.contracts.images import ImageEvent, ImageModelInfo, ImageRequest, ImageRunner, RawImage
+from runners.contracts.errors import InvalidRequest, RunnerUnavailable, TriptychError
+from runners.contracts.images import (
+    MAX_PIXELS,
+    ImageEvent,
+    ImageModelInfo,
+    ImageRequest,
+    ImageRunner,
+    RawImage,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +40,8 @@ class ImageModel(ServedModel[ImageRunner]):
         """What the ranks loaded; None before they were ready once."""
         return self.runner.info
 
-    def check(self, requests: Sequence[ImageRequest]) -> None:
-        """Check whether images would be generated now, as far as that is known beforehand.
+    def admit(self, requests: Sequence[ImageRequest]) -> None:
+        """Admit images that the current request generates later, if they can be generated now.
 
         `requests`: one for each image, which differ in the seed only. Raises: Overloaded,
         InvalidRequest, RunnerUnavailable.
@@ -42,22 +49,37 @@ class ImageModel(ServedModel[ImageRunner]):
         health = self.runner.health()
         if self.info is None or not health.ready:
             raise RunnerUnavailable(f"model {self.name} is not ready: {health.detail}")
-        self.info.checked(requests[0])
-        with self.admission.admit(len(requests)):
-            pass
+        self._check(requests, self.info)
+        context = current_request()
+        context.resources.enter_context(self.admission.admit(len(requests)))
+        context.is_admitted = True
 
     async def generate(self, requests: Sequence[ImageRequest]) -> ImageGeneration:
         """Start to generate images.
 
-        Raises: Overloaded, DeadlineExceeded and what `ImageRunner.submit` does.
+        Raises: Overloaded, DeadlineExceeded, InvalidRequest and what `ImageRunner.submit` does.
         """
+        if self.info is not None:
+            self._check(requests, self.info)
         context = current_request()
-        context.resources.enter_context(self.admission.admit(len(requests)))
+        if not context.is_admitted:
+            context.resources.enter_context(self.admission.admit(len(requests)))
         async with context.within_deadline():
             streams = await open_all([self.runner.submit(request) for request in requests])
         generation = ImageGeneration(context, requests, MergedStream(streams))
         context.resources.push_async_callback(generation.aclose)
         return generation
+
+    def _check(self, requests: Sequence[ImageRequest], info: ImageModelInfo) -> None:
+        """Check the size of each image, and of all together. Raises: InvalidRequest."""
+        first = info.checked(requests[0])
+        height, width = first.height or info.height, first.width or info.width
+        if len(requests) * height * width > MAX_PIXELS:
+            raise InvalidRequest(
+                f"{len(requests)} images of {width}x{height} have more than {MAX_PIXELS} pixels, "
+                "which all images of a request may have",
+                field="height",
+            )
 
 
 class ImageGeneration:

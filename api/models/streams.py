@@ -29,14 +29,19 @@ async def open_all(openings: Sequence[Awaitable[StreamT]]) -> list[StreamT]:
         raise
 
 
+FAIR_EVENTS = 16
+"""Events that are taken in a row, if there are as many, before other requests get their turn."""
+
+
 class MergedStream(Generic[EventT]):
     """The events of several streams, each with the index of its stream."""
 
     def __init__(self, streams: Sequence[Stream[EventT]]) -> None:
         self._streams = streams
         self._only = aiter(streams[0]) if len(streams) == 1 else None
-        self._queue: asyncio.Queue[tuple[int, EventT] | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, EventT] | Exception] = asyncio.Queue(FAIR_EVENTS)
         self._pumps: list[asyncio.Task[None]] = []
+        self._taken = 0
 
     async def next(self) -> tuple[int, EventT]:
         """The next event, with the index of its stream; not to be called after the last.
@@ -44,6 +49,9 @@ class MergedStream(Generic[EventT]):
         Raises: what a stream raises, EngineFailure if one ends without its last event.
         """
         if self._only is not None:  # the common case needs no task and no queue
+            self._taken += 1
+            if self._taken % FAIR_EVENTS == 0:
+                await asyncio.sleep(0)
             event = await anext(self._only, None)
             if event is None:
                 raise truncated()
@@ -69,12 +77,12 @@ class MergedStream(Generic[EventT]):
     async def _pump(self, index: int, stream: Stream[EventT]) -> None:
         try:
             async for event in stream:
-                self._queue.put_nowait((index, event))
+                await self._queue.put((index, event))
                 if event.finished:
                     return
             raise truncated()
         except Exception as error:
-            self._queue.put_nowait(error)
+            await self._queue.put(error)
 
 
 def truncated() -> EngineFailure:

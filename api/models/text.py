@@ -7,14 +7,17 @@ request starts is closed with it (`RequestContext.resources`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar, overload
 
 from api.http import metrics
+from api.http.admission import Admission
 from api.http.context import RequestContext, current_request
 from api.http.schemas import nth_seed
 from api.models.base import ServedModel
 from api.models.streams import MergedStream, open_all
+from runners.contracts.errors import InvalidRequest
 from runners.contracts.runner import Stream
 from runners.contracts.text import (
     FinishReason,
@@ -30,19 +33,30 @@ from runners.contracts.text import (
 MAX_SEQUENCES = 128
 """Sequences per request: prompts times `n`."""
 
+LogprobT = TypeVar("LogprobT")
+
 
 @dataclass(slots=True)
-class Output:
-    """A finished sequence."""
+class Output(Generic[LogprobT]):
+    """A finished sequence; `logprobs` has an item for each token, if the request asks for it."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: list[LogprobT] | None = None
     finish_reason: FinishReason = "stop"
 
 
 class TextModel(ServedModel[TextRunner]):
-    """A text model as the routes see it."""
+    """A text model as the routes see it.
+
+    `max_logprobs`: the log-probabilities that one request may ask for.
+    """
+
+    def __init__(
+        self, runner: TextRunner, admission: Admission, *, max_logprobs: int = 1_000_000
+    ) -> None:
+        super().__init__(runner, admission)
+        self.max_logprobs = max_logprobs
 
     @property
     def info(self) -> ModelInfo | None:
@@ -59,7 +73,8 @@ class TextModel(ServedModel[TextRunner]):
     ) -> TextGeneration:
         """Start `n` sequences for each prompt; those of prompt i are i*n ... i*n + n-1.
 
-        Raises: Overloaded, DeadlineExceeded and what `TextRunner.submit` does.
+        Raises: Overloaded, DeadlineExceeded, InvalidRequest for more than `max_logprobs`, and what
+        `TextRunner.submit` does.
         """
         context = current_request()
         context.resources.enter_context(self.admission.admit(len(prompts) * n))
@@ -74,7 +89,19 @@ class TextModel(ServedModel[TextRunner]):
             streams = await open_all([self.runner.submit(request) for request in requests])
         generation = TextGeneration(context, streams, n)
         context.resources.push_async_callback(generation.aclose)
+        if sampling.logprobs is not None:
+            self._check_logprobs([stream.max_new_tokens for stream in streams], sampling.logprobs)
         return generation
+
+    def _check_logprobs(self, token_limits: list[int], alternatives: int) -> None:
+        count = sum(token_limits) * (alternatives + 1)
+        if count > self.max_logprobs:
+            raise InvalidRequest(
+                f"{len(token_limits)} sequences of up to {max(token_limits)} tokens, with the "
+                f"log-probabilities of each token and of {alternatives} alternatives, may have "
+                f"{count}; a request may ask for {self.max_logprobs}",
+                field="max_new_tokens",
+            )
 
     async def tokenize(self, prompt: Prompt, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text or a conversation."""
@@ -129,16 +156,29 @@ class TextGeneration:
         self._unfinished -= delta.finished
         return index, delta
 
-    async def collect(self) -> list[Output]:
-        """Wait for all sequences. Raises: as iteration."""
-        outputs = [Output() for _ in self._timers]
+    @overload
+    async def collect(self) -> list[Output[TokenLogprob]]: ...
+
+    @overload
+    async def collect(self, item: Callable[[TokenLogprob], LogprobT]) -> list[Output[LogprobT]]: ...
+
+    async def collect(
+        self, item: Callable[[TokenLogprob], object] = lambda token: token
+    ) -> list[Output[Any]]:
+        """Wait for all sequences. Raises: as iteration.
+
+        `item` makes what is kept of a token's log-probabilities, as soon as it is there: a million
+        of them take less room in JSON than as objects, and less time than all at the end.
+        """
+        outputs: list[Output[Any]] = [Output() for _ in self._timers]
         texts: list[list[str]] = [[] for _ in outputs]
         async for index, delta in self:
             output = outputs[index]
             texts[index].append(delta.text)
             output.token_ids += delta.token_ids
             if delta.logprobs is not None:
-                output.logprobs = [*(output.logprobs or []), *delta.logprobs]
+                output.logprobs = [] if output.logprobs is None else output.logprobs
+                output.logprobs += map(item, delta.logprobs)
             output.finish_reason = delta.finish_reason or output.finish_reason
         for output, parts in zip(outputs, texts, strict=True):
             output.text = "".join(parts)

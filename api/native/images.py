@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +9,8 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from api.http.context import current_request
-from api.http.image_files import Format, as_base64, as_file, media_type
+from api.http.image_files import Format, as_file, media_type
+from api.http.json_pieces import Base64
 from api.http.schemas import ImageCount, ImageFields, Side
 from api.models.images import ImageModel, ImageResult
 from api.models.served import ServedModels
@@ -54,7 +54,7 @@ class GenerateImageRequest(NativeBody, ImageFields):
 class ImageFile(BaseModel):
     """One of several images."""
 
-    b64_json: str
+    b64_json: Base64
     """The file's content in base64."""
     seed: int
 
@@ -65,7 +65,7 @@ class ImageArray(BaseModel):
     shape: tuple[int, int, int, int]
     """Images, height, width, and 3 colours: red, green, blue."""
     dtype: Literal["uint8"] = "uint8"
-    data: str
+    data: Base64
     """The bytes in base64, in row-major order."""
 
 
@@ -81,8 +81,8 @@ class GenerateImageResponse(NativeResponse):
     """With `numpy`."""
 
 
-def check_image_request(served: ServedModels, body: bytes) -> None:
-    """Check a job when it is submitted, because its result is read much later.
+def admit_image_request(served: ServedModels, body: bytes) -> None:
+    """Check and admit a job when it is submitted, because its result is read much later.
 
     Raises: as `generate_image`, but only what is known before an image is generated.
     """
@@ -90,7 +90,7 @@ def check_image_request(served: ServedModels, body: bytes) -> None:
     model = served.image
     model.require(request.model)
     _ = request.encoding
-    model.check(request.requests())
+    model.admit(request.requests())
 
 
 async def generate_image(
@@ -117,7 +117,7 @@ async def _json_response(
         array = _array(results)
     else:
         images = [
-            ImageFile(b64_json=await as_base64(result.image, file_format), seed=result.seed)
+            ImageFile(b64_json=await as_file(result.image, file_format), seed=result.seed)
             for result in results
         ]
     return GenerateImageResponse(
@@ -131,8 +131,7 @@ async def _json_response(
 
 def _array(results: Sequence[ImageResult]) -> ImageArray:
     first = results[0].image
-    data = b"".join(result.image.data for result in results)
     return ImageArray(
         shape=(len(results), first.height, first.width, 3),
-        data=base64.b64encode(data).decode("ascii"),
+        data=b"".join(result.image.data for result in results),
     )

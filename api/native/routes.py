@@ -10,12 +10,13 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar, cast
 
-from fastapi.sse import format_sse_event
+import msgspec
 from starlette.responses import Response
 
 from api.http import sse
 from api.http.context import current_request
 from api.http.errors import as_response
+from api.http.json_pieces import encode, json_response
 from api.http.schemas import chat_prompt
 from api.models.text import Output, TextGeneration, TextModel
 from api.native.schemas import (
@@ -56,7 +57,7 @@ def handler(
         content = await method(self, body)
         if isinstance(content, Response):
             return content
-        return Response(content.model_dump_json(exclude_none=True), media_type="application/json")
+        return json_response(content, omit_null=True)
 
     return respond
 
@@ -76,7 +77,7 @@ async def generate(model: TextModel, body: GenerateRequest) -> GenerateResponse:
     """Continue all prompts of a request."""
     model.require(body.model)
     generation = await model.generate(body.texts(), body.for_runner())
-    outputs = await generation.collect()
+    outputs = await generation.collect(_logprob)
     return GenerateResponse(
         request_id=current_request().request_id,
         model=model.name,
@@ -112,8 +113,7 @@ async def detokenize(model: TextModel, body: DetokenizeRequest) -> DetokenizeRes
 async def _frames(model: TextModel, generation: TextGeneration) -> AsyncIterator[bytes]:
     request_id = current_request().request_id
     async for index, delta in generation:
-        piece = _piece(request_id, index, delta).model_dump_json(exclude_none=True)
-        yield format_sse_event(data_str=piece)
+        yield sse.frame(_piece(request_id, index, delta), omit_null=True)
     totals = StreamTotals(
         request_id=request_id,
         model=model.name,
@@ -121,7 +121,7 @@ async def _frames(model: TextModel, generation: TextGeneration) -> AsyncIterator
         generated_length=generation.generated_tokens,
         finish_reason=cast(FinishReason, delta.finish_reason),
     )
-    yield format_sse_event(data_str=totals.model_dump_json())
+    yield sse.frame(totals)
 
 
 def _piece(request_id: str, index: int, delta: TextDelta) -> StreamFrame:
@@ -130,35 +130,31 @@ def _piece(request_id: str, index: int, delta: TextDelta) -> StreamFrame:
         index=index,
         text=delta.text,
         token_ids=delta.token_ids,
-        logprobs=_logprobs(delta.logprobs),
+        logprobs=None if delta.logprobs is None else [_logprob(each) for each in delta.logprobs],
         finish_reason=delta.finish_reason,
     )
 
 
-def _text(index: int, output: Output, generation: TextGeneration) -> GeneratedText:
+def _text(index: int, output: Output[msgspec.Raw], generation: TextGeneration) -> GeneratedText:
     return GeneratedText(
         index=index,
         generated_text=output.text,
         prompt_length=generation.prompt_tokens[index],
         generated_length=len(output.token_ids),
         finish_reason=output.finish_reason,
-        logprobs=_logprobs(output.logprobs),
+        logprobs=output.logprobs,
     )
 
 
-def _logprobs(tokens: list[TokenLogprob] | None) -> list[Logprob] | None:
-    if tokens is None:
-        return None
-    return [
-        Logprob(**_fields(token), top=[Alternative(**_fields(top)) for top in token.top])
-        for token in tokens
-    ]
+def _logprob(token: TokenLogprob) -> msgspec.Raw:
+    top = [_fields(alternative) for alternative in token.top]
+    return msgspec.Raw(encode(Logprob(**_fields(token), top=top)))
 
 
-def _fields(token: TokenLogprob) -> dict[str, Any]:
-    return {
-        "token": token.token,
-        "token_id": token.token_id,
-        "logprob": token.logprob,
-        "bytes": list(token.token_bytes),
-    }
+def _fields(token: TokenLogprob) -> Alternative:
+    return Alternative(
+        token=token.token,
+        token_id=token.token_id,
+        logprob=token.logprob,
+        bytes=list(token.token_bytes),
+    )

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 import bentoml
-from pydantic import BaseModel, Field
+import msgspec
+from pydantic import BaseModel, Field, SkipValidation
 from starlette.requests import Request
-from typing_extensions import override
+from typing_extensions import TypedDict, override
 
+from api.http.json_pieces import json_of
 from api.http.schemas import (
     LogprobCount,
     Message,
@@ -109,7 +111,7 @@ class NativeResponse(bentoml.IODescriptor):  # type: ignore[misc]  # as above
     """Base of the responses; without it the docs show BentoML's name for each."""
 
 
-class Alternative(BaseModel):
+class Alternative(TypedDict):
     """A token with its natural-log probability."""
 
     token: str
@@ -126,6 +128,9 @@ class Logprob(Alternative):
     """The most likely tokens at this position, best first."""
 
 
+Logprobs = SkipValidation[list[Annotated[msgspec.Raw, json_of(Logprob)]]]
+
+
 class GeneratedText(BaseModel):
     """One continuation."""
 
@@ -138,7 +143,7 @@ class GeneratedText(BaseModel):
     """In tokens."""
     finish_reason: FinishReason
     """`stop`: an end token or stop string; `length`: the token limit."""
-    logprobs: list[Logprob] | None = None
+    logprobs: Logprobs | None = None
     """Per token, if requested."""
 
 
@@ -157,7 +162,7 @@ class StreamFrame(BaseModel):
     index: int
     text: str
     token_ids: list[int]
-    logprobs: list[Logprob] | None = None
+    logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
     """On the last piece only."""
 
@@ -175,7 +180,7 @@ class StreamTotals(BaseModel):
 class TokenizeResponse(NativeResponse):
     """Token ids."""
 
-    tokens: list[int]
+    tokens: SkipValidation[list[int]]
     count: int
     max_model_len: int
     """Maximum tokens of prompt and output together; 0 before the model was ready once."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 from starlette.responses import Response
 
+from api.http.json_pieces import encode
 from api.http.schemas import chat_prompt
 from api.models.text import Output, TextModel
 from api.openai.requests import ChatRequest
@@ -39,12 +41,19 @@ async def create_chat_completion(model: TextModel, body: ChatRequest) -> Respons
 class _ChatFormat:
     id_prefix = "chatcmpl"
 
-    def whole(self, meta: ResponseMeta, outputs: list[Output], usage: Usage) -> ChatCompletion:
+    def logprob(self, token: TokenLogprob) -> msgspec.Raw:
+        fields = _fields(token)
+        top = [_fields(alternative) for alternative in token.top]
+        return msgspec.Raw(encode(ChatLogprob(**fields, top_logprobs=top)))
+
+    def whole(
+        self, meta: ResponseMeta, outputs: list[Output[msgspec.Raw]], usage: Usage
+    ) -> ChatCompletion:
         choices = [
             ChatChoice(
                 index=index,
                 message=ChatMessage(content=output.text),
-                logprobs=_logprobs(output.logprobs),
+                logprobs=None if output.logprobs is None else ChatLogprobs(content=output.logprobs),
                 finish_reason=output.finish_reason,
             )
             for index, output in enumerate(outputs)
@@ -58,7 +67,10 @@ class _ChatFormat:
     def chunks(self, meta: ResponseMeta, index: int, delta: TextDelta) -> list[ChatCompletionChunk]:
         choices = []
         if delta.text or delta.logprobs:
-            content, logprobs = ChatDelta(content=delta.text), _logprobs(delta.logprobs)
+            logprobs = None
+            if delta.logprobs is not None:
+                logprobs = ChatLogprobs(content=[self.logprob(token) for token in delta.logprobs])
+            content = ChatDelta(content=delta.text)
             choices.append(ChatChunkChoice(index=index, delta=content, logprobs=logprobs))
         if delta.finish_reason is not None:
             last = ChatDelta()
@@ -75,21 +87,5 @@ def _chunk(meta: ResponseMeta, choice: ChatChunkChoice) -> ChatCompletionChunk:
     return ChatCompletionChunk(**meta._asdict(), choices=[choice])
 
 
-def _logprobs(tokens: list[TokenLogprob] | None) -> ChatLogprobs | None:
-    if tokens is None:
-        return None
-    return ChatLogprobs(
-        content=[
-            ChatLogprob(
-                token=token.token,
-                logprob=token.logprob,
-                bytes=list(token.token_bytes),
-                top_logprobs=[_alternative(top) for top in token.top],
-            )
-            for token in tokens
-        ]
-    )
-
-
-def _alternative(token: TokenLogprob) -> TopLogprob:
+def _fields(token: TokenLogprob) -> TopLogprob:
     return TopLogprob(token=token.token, logprob=token.logprob, bytes=list(token.token_bytes))

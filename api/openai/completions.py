@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import msgspec
 from starlette.responses import Response
 
+from api.http.json_pieces import encode
 from api.models.text import Output, TextModel
 from api.openai.requests import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from api.openai.respond import ResponseMeta, rename_fields, respond
@@ -40,13 +44,28 @@ async def _prefixes(model: TextModel, body: CompletionRequest) -> list[str]:
     return [text for text in texts for _ in range(n)]
 
 
+class _Logprob(NamedTuple):
+    """A token's items of the parallel lists."""
+
+    token: str
+    logprob: float
+    top: msgspec.Raw
+    text_offset: int
+
+
 class _CompletionFormat:
     id_prefix = "cmpl"
 
     def __init__(self, prefixes: list[str]) -> None:
         self._prefixes = prefixes
 
-    def whole(self, meta: ResponseMeta, outputs: list[Output], usage: Usage) -> Completion:
+    def logprob(self, token: TokenLogprob) -> _Logprob:
+        top = msgspec.Raw(encode(alternatives(token)))
+        return _Logprob(name_of(token), token.logprob, top, token.text_offset)
+
+    def whole(
+        self, meta: ResponseMeta, outputs: list[Output[_Logprob]], usage: Usage
+    ) -> Completion:
         choices = [
             self._choice(
                 index,
@@ -66,7 +85,10 @@ class _CompletionFormat:
     def chunks(self, meta: ResponseMeta, index: int, delta: TextDelta) -> list[Completion]:
         if not (delta.text or delta.logprobs or delta.finish_reason):
             return []
-        choice = self._choice(index, delta.text, delta.logprobs, delta.finish_reason)
+        logprobs = None
+        if delta.logprobs is not None:
+            logprobs = [self.logprob(token) for token in delta.logprobs]
+        choice = self._choice(index, delta.text, logprobs, delta.finish_reason)
         return [self._chunk(meta, choice)]
 
     def usage_chunk(self, meta: ResponseMeta, usage: Usage) -> Completion:
@@ -79,7 +101,7 @@ class _CompletionFormat:
         self,
         index: int,
         text: str,
-        logprobs: list[TokenLogprob] | None,
+        logprobs: list[_Logprob] | None,
         finish_reason: FinishReason | None,
     ) -> CompletionChoice:
         return CompletionChoice(
@@ -90,11 +112,11 @@ class _CompletionFormat:
         )
 
 
-def _logprobs(tokens: list[TokenLogprob]) -> CompletionLogprobs:
+def _logprobs(tokens: list[_Logprob]) -> CompletionLogprobs:
     return CompletionLogprobs(
-        tokens=[name_of(token) for token in tokens],
+        tokens=[token.token for token in tokens],
         token_logprobs=[token.logprob for token in tokens],
-        top_logprobs=[alternatives(token) for token in tokens],
+        top_logprobs=[token.top for token in tokens],
         text_offset=[token.text_offset for token in tokens],
     )
 

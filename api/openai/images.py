@@ -7,12 +7,12 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Final, Literal
 
-from fastapi.sse import format_sse_event
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from api.http import sse
-from api.http.image_files import Format, as_base64
+from api.http.image_files import Format, as_file
+from api.http.json_pieces import Base64, json_response
 from api.http.schemas import MAX_SIDE, ImageCount, ImageFields, ModelName
 from api.models.images import ImageGeneration, ImageModel
 from api.openai.requests import Ignored, Unsupported, unsupported
@@ -85,7 +85,7 @@ class ImageGenerationRequest(ImageFields):
 class ImageData(BaseModel):
     """One image."""
 
-    b64_json: str
+    b64_json: Base64
     seed: int
     """The seed that generates it again; not part of the OpenAI API."""
 
@@ -116,7 +116,7 @@ class ImageEvent(BaseModel):
     type: Literal["image_generation.partial_image", "image_generation.completed"]
     index: int
     """Index of the image; not part of the OpenAI API."""
-    b64_json: str
+    b64_json: Base64
     created_at: int
     output_format: Format
     size: str
@@ -139,12 +139,12 @@ async def create_images(model: ImageModel, body: ImageGenerationRequest) -> Resp
         return await sse.stream_response(frames, error_event="error")
     results = await generation.collect()
     data = [
-        ImageData(b64_json=await as_base64(result.image, file_format), seed=result.seed)
+        ImageData(b64_json=await as_file(result.image, file_format), seed=result.seed)
         for result in results
     ]
     size = _size(results[0].image)
     response = ImagesResponse(created=created, data=data, output_format=file_format, size=size)
-    return Response(response.model_dump_json(), media_type="application/json")
+    return json_response(response)
 
 
 async def _frames(
@@ -154,21 +154,21 @@ async def _frames(
     async for index, event in generation:
         if event.image is None:
             step = StepEvent(index=index, step=event.step, steps=event.steps)
-            yield format_sse_event(data_str=step.model_dump_json(), event=step.type)
+            yield sse.frame(step, event=step.type)
         if (image := event.image or event.preview) is not None:
             partial_count = partial_counts.get(index, 0)
             image_event = ImageEvent(
                 type=COMPLETED if event.image else PARTIAL,
                 partial_image_index=None if event.image else partial_count,
                 index=index,
-                b64_json=await as_base64(image, file_format),
+                b64_json=await as_file(image, file_format),
                 created_at=created,
                 output_format=file_format,
                 size=_size(image),
                 seed=generation.seed_of(index),
             )
             partial_counts[index] = partial_count + 1
-            yield format_sse_event(data_str=image_event.model_dump_json(), event=image_event.type)
+            yield sse.frame(image_event, event=image_event.type)
 
 
 def _size(image: RawImage) -> str:

@@ -136,7 +136,7 @@ def _as_prompts(value: object) -> object:
     """One text or one list of token ids as a list of one."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list) and value and all(type(item) is int for item in value):
+    if isinstance(value, list) and set(map(type, value)) == {int}:
         return [value]
     return value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from fastapi.sse import format_sse_event
@@ -13,11 +13,14 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from api.http import sse
+from api.http.json_pieces import json_response
 from api.models.text import Output, TextGeneration, TextModel
 from api.openai.requests import OpenAIRequest
 from api.openai.responses import Usage
 from runners.contracts.errors import RequestError
-from runners.contracts.text import Prompt, SamplingParams, TextDelta
+from runners.contracts.text import Prompt, SamplingParams, TextDelta, TokenLogprob
+
+LogprobT = TypeVar("LogprobT")
 
 
 class ResponseMeta(NamedTuple):
@@ -29,12 +32,16 @@ class ResponseMeta(NamedTuple):
     model: str
 
 
-class ResponseFormat(Protocol):
+class ResponseFormat(Protocol[LogprobT]):
     """The response bodies and chunks of a route."""
 
     id_prefix: str
 
-    def whole(self, meta: ResponseMeta, outputs: list[Output], usage: Usage) -> BaseModel:
+    def logprob(self, token: TokenLogprob) -> LogprobT:
+        """What a response has of a token's log-probabilities, encoded if possible."""
+        ...
+
+    def whole(self, meta: ResponseMeta, outputs: list[Output[LogprobT]], usage: Usage) -> BaseModel:
         """The body of a response that is not streamed."""
         ...
 
@@ -64,7 +71,7 @@ def rename_fields(names: Mapping[str, str]) -> Iterator[None]:
 async def respond(
     model: TextModel,
     body: OpenAIRequest,
-    response_format: ResponseFormat,
+    response_format: ResponseFormat[LogprobT],
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
 ) -> Response:
@@ -76,31 +83,30 @@ async def respond(
     if body.stream:
         frames = _frames(generation, response_format, meta, with_usage=body.wants_usage_chunk)
         return await sse.stream_response(frames, error_event=None)
-    outputs = await generation.collect()
-    whole = response_format.whole(meta, outputs, _usage(generation))
-    return Response(whole.model_dump_json(), media_type="application/json")
+    outputs = await generation.collect(response_format.logprob)
+    return json_response(response_format.whole(meta, outputs, _usage(generation)))
 
 
 async def _frames(
     generation: TextGeneration,
-    response_format: ResponseFormat,
+    response_format: ResponseFormat[LogprobT],
     meta: ResponseMeta,
     *,
     with_usage: bool,
 ) -> AsyncIterator[bytes]:
-    # With include_usage every chunk has the field, null in all but the last.
-    exclude = None if with_usage else {"usage"}
     chunks: list[BaseModel] = []
     for index in range(len(generation)):
         chunks += response_format.first_chunks(meta, index)
     async for index, delta in generation:
         chunks += response_format.chunks(meta, index, delta)
         for chunk in chunks:
-            yield format_sse_event(data_str=chunk.model_dump_json(exclude=exclude))
+            fields = dict(chunk)
+            if not with_usage:  # with it every chunk has the field, null in all but the last
+                del fields["usage"]
+            yield sse.frame(fields)
         chunks = []
     if with_usage:
-        chunk = response_format.usage_chunk(meta, _usage(generation))
-        yield format_sse_event(data_str=chunk.model_dump_json())
+        yield sse.frame(response_format.usage_chunk(meta, _usage(generation)))
     yield format_sse_event(data_str="[DONE]")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel
+import msgspec
+from pydantic import BaseModel, SkipValidation
 from typing_extensions import TypedDict
 
+from api.http.json_pieces import json_of
 from runners.contracts.text import FinishReason
 
 
@@ -21,10 +23,10 @@ class Usage(BaseModel):
 class CompletionLogprobs(BaseModel):
     """Logprobs of `/v1/completions`: parallel lists over the tokens."""
 
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
+    tokens: SkipValidation[list[str]]
+    token_logprobs: SkipValidation[list[float]]
+    top_logprobs: SkipValidation[list[Annotated[msgspec.Raw, json_of(dict[str, float])]]]
+    text_offset: SkipValidation[list[int]]
 
 
 class CompletionChoice(BaseModel):
@@ -36,12 +38,12 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None = None
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(TypedDict):
     """A token with its natural-log probability."""
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class ChatLogprob(TopLogprob):
@@ -53,7 +55,7 @@ class ChatLogprob(TopLogprob):
 class ChatLogprobs(BaseModel):
     """Logprobs of `/v1/chat/completions`."""
 
-    content: list[ChatLogprob]
+    content: SkipValidation[list[Annotated[msgspec.Raw, json_of(ChatLogprob)]]]
     refusal: None = None
 
 

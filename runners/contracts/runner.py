@@ -76,6 +76,11 @@ class Stream(Protocol[EventT_co]):
         """Tokens of the prompt; 0 where the task has none."""
         ...
 
+    @property
+    def max_new_tokens(self) -> int:
+        """The tokens it generates at most; 0 where the task generates none."""
+        ...
+
     def __aiter__(self) -> AsyncIterator[EventT_co]:
         """Yield events up to the last.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import msgspec
@@ -77,9 +77,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sampling: SamplingParams = msgspec.field(default_factory=SamplingParams)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprob:
-    """A token with its natural-log probability under the unmodified model distribution."""
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
+    """A token with its natural-log probability under the unmodified model distribution.
+
+    A request may ask for a million of them: they are invisible to the garbage collector, whose
+    passes would take longer with each, and arrays in a message.
+    """
 
     token_id: int
     token: str
@@ -90,7 +93,7 @@ class TokenLogprob:
     text_offset: int = 0
     """Where its text begins in the whole text, in characters. For a piece of a character: where
     that character begins."""
-    top: list[TokenLogprob] = field(default_factory=list)
+    top: tuple[TokenLogprob, ...] = ()
     """The most likely tokens, best first, each with an empty `top`."""
 
 

@@ -43,8 +43,8 @@ class RankStream(Stream[EventT]):
         self._request_id = request_id
         self._abort = abort
         self._queue: asyncio.Queue[EventT | TriptychError] = asyncio.Queue()
-        self.accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        """The number of prompt tokens, once the rank accepted the request."""
+        self.accepted: asyncio.Future[Accepted] = asyncio.get_running_loop().create_future()
+        """The rank's message that accepts the request."""
 
     @property
     @override
@@ -54,7 +54,12 @@ class RankStream(Stream[EventT]):
     @property
     @override
     def prompt_tokens(self) -> int:
-        return self.accepted.result()
+        return self.accepted.result().prompt_tokens
+
+    @property
+    @override
+    def max_new_tokens(self) -> int:
+        return self.accepted.result().max_new_tokens
 
     @override
     async def __aiter__(self) -> AsyncIterator[EventT]:
@@ -192,10 +197,10 @@ class RankClient(Runner[RequestT, EventT], Generic[RequestT, EventT, InfoT]):
             case Events(events):
                 for event in events:
                     self._deliver(cast(EventT, event))
-            case Accepted(request_id, prompt_tokens):
+            case Accepted(request_id):
                 stream = self._streams.get(request_id)
                 if stream is not None and not stream.accepted.done():
-                    stream.accepted.set_result(prompt_tokens)
+                    stream.accepted.set_result(message)
             case Failed(request_id, error, reason, field):
                 stream = self._remove(request_id)
                 if stream is not None:

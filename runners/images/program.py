@@ -42,6 +42,7 @@ from runners.protocol.messages import (
     request_failed,
 )
 from runners.rank.inbox import Inbox
+from runners.rank.memory import check_fits, machine_memory
 from runners.rank.program import Occupancy, RankContext, RankProgram
 
 logger = logging.getLogger("triptych.images")
@@ -151,6 +152,9 @@ def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
         vae.enable_tiling()
     schedulers = Schedulers(pipeline.scheduler)
     info = _model_info(config, pipeline, schedulers)
+    # The decoded images alone, of 3 colours in float32; ranks share the memory of their machine.
+    image_bytes = 12 * info.max_pixels * config.local_world_size
+    check_fits("max_batch_images", config.max_batch_images, image_bytes, machine_memory())
     _batch_model_calls(pipeline)
     context.progress(RunnerState.WARMUP, "generating a first image")
     generator = ImageGenerator(pipeline, schedulers, _defaults(config))

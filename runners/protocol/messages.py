@@ -100,6 +100,8 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     prompt_tokens: int = 0
+    max_new_tokens: int = 0
+    """The tokens it generates at most; 0 where the task generates none."""
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):

@@ -26,7 +26,7 @@ from runners.rank.program import RankContext
 from runners.text.cpu import switch_off_kernels
 from runners.text.engine import Engine, PagedEngine
 from runners.text.lockstep import Follower, Leader, TPGroup
-from runners.text.memory import default_kv_tokens
+from runners.text.memory import kv_tokens
 from runners.text.model_runner import HFModelRunner
 from runners.text.paging.blocks import BLOCK_SIZE
 from runners.text.parity import ParityCheck, check_and_pack
@@ -109,12 +109,10 @@ def prepare_model(
         switch_off_kernels()
     layout = check_and_pack(model, config.weight_quantization, parity)
     max_context = context_length(model.config)
-    kv_tokens = config.max_kv_tokens or default_kv_tokens(
-        model, layout, config.max_batch_size * max_context, ranks=config.local_world_size
-    )
+    tokens = kv_tokens(model, layout, config, max_context=max_context)
     if group is not None:
-        kv_tokens = group.all_reduce_min(kv_tokens)
-    blocks = max(1, kv_tokens // BLOCK_SIZE)
+        tokens = group.all_reduce_min(tokens)
+    blocks = max(1, tokens // BLOCK_SIZE)
     runner = HFModelRunner(model, layout, blocks=blocks)
     return BatchedModel(runner, blocks, max_context, config.prefix_caching)
 

@@ -138,7 +138,9 @@ class TextProgram(RankProgram):
                 self._emit(outcome)
                 return
             # Under the lock, so that an abort is queued behind the request that it aborts.
-            self._emit(Accepted(request.request_id, len(outcome.prompt_ids)))
+            self._emit(
+                Accepted(request.request_id, len(outcome.prompt_ids), outcome.max_new_tokens)
+            )
             self._inbox.put(outcome)
 
     def _sequence(self, request: GenerationRequest) -> Sequence:

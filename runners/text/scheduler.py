@@ -14,7 +14,8 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -270,9 +271,11 @@ class Scheduler:
         )
 
     def _logprob(self, token: int, ranked: RankedToken, offset: int) -> TokenLogprob:
-        def entry(token_id: int, logprob: float) -> TokenLogprob:
+        def entry(token_id: int, logprob: float, **more: Any) -> TokenLogprob:
             text, raw = self._describe(token_id)
-            return TokenLogprob(token_id=token_id, token=text, token_bytes=raw, logprob=logprob)
+            return TokenLogprob(
+                token_id=token_id, token=text, token_bytes=raw, logprob=logprob, **more
+            )
 
-        top = [entry(token_id, logprob) for token_id, logprob in ranked.top]
-        return replace(entry(token, ranked.logprob), text_offset=offset, top=top)
+        top = tuple(entry(token_id, logprob) for token_id, logprob in ranked.top)
+        return entry(token, ranked.logprob, text_offset=offset, top=top)

@@ -233,6 +233,29 @@ def test_a_picture_as_a_task(images: Server, right: list[Pixels]) -> None:
     assert images.gauge("admitted_sequences") == 0
 
 
+def test_a_task_is_refused_or_done_and_never_lost(images: Server) -> None:
+    route = "/generate_image_task"
+    body = ASK | {"num_images": 3, "num_inference_steps": 100}
+    answers = [images.post(f"{route}/submit", body) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
+    assert int(answers[3].headers["retry-after"]) >= 1
+    assert images.gauge("admitted_sequences") == 6, "of six that the queue holds"
+    tasks = [{"task_id": answer.json()["task_id"]} for answer in answers[:2]]
+
+    def statuses() -> set[str]:
+        rows = [HTTP.get(f"{images.url}{route}/status", params=task).json() for task in tasks]
+        return {str(row["status"]) for row in rows}
+
+    wait_until(lambda: "in_progress" not in statuses(), 60, "the tasks are done")
+    assert statuses() == {"completed"}
+    wait_until(lambda: images.gauge("admitted_sequences") == 0, 2, "the places are free")
+    retried = HTTP.post(f"{images.url}{route}/retry", params=tasks[0])
+    assert retried.status_code == 200
+    assert images.gauge("admitted_sequences") == 3
+    tasks = [{"task_id": retried.json()["task_id"]}]
+    wait_until(lambda: statuses() == {"completed"}, 60, "the task is done again")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [

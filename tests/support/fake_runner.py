@@ -9,20 +9,32 @@ from typing import Self
 
 from runners.contracts.errors import InvalidRequest, RunnerUnavailable
 from runners.contracts.runner import RunnerHealth, RunnerState
-from runners.contracts.text import GenerationRequest, ModelInfo, Prompt, TextDelta
+from runners.contracts.text import (
+    GenerationRequest,
+    ModelInfo,
+    Prompt,
+    SamplingParams,
+    TextDelta,
+    TokenLogprob,
+)
 
 VOCAB_SIZE = 256
+DEFAULT_NEW_TOKENS = 16
 
 
 class FakeTextRunner:
-    """Generates tokens that prompt and seed determine, one for each turn of the event loop."""
+    """Generates tokens that prompt and seed determine, one for each turn of the event loop.
+
+    With `at_once`, all tokens are there at once, as for a client that reads late.
+    """
 
     name = "fake"
     version = "1"
     task = "text-generation"
     max_concurrency = 8
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.devices = ["cpu"]
         self.running: set[str] = set()
         """The ids of the accepted requests that have not ended."""
@@ -82,6 +94,7 @@ class FakeStream:
     ) -> None:
         self.request_id = request.request_id
         self.prompt_tokens = len(prompt_ids)
+        self.max_new_tokens = request.sampling.max_new_tokens or DEFAULT_NEW_TOKENS
         self._runner = runner
         self._deltas = self._generate(request, prompt_ids)
 
@@ -90,9 +103,10 @@ class FakeStream:
     ) -> AsyncIterator[TextDelta]:
         sampling = request.sampling
         rng = random.Random(f"{prompt_ids} {sampling.seed}")
-        count = sampling.max_new_tokens or 16
+        count = self.max_new_tokens
         for i in range(count):
-            await asyncio.sleep(0)
+            if not self._runner.at_once:
+                await asyncio.sleep(0)
             if self._runner.lost:
                 raise RunnerUnavailable("a rank was lost")
             token = rng.randrange(32, 127)
@@ -100,6 +114,7 @@ class FakeStream:
                 request_id=self.request_id,
                 text=chr(token),
                 token_ids=[token],
+                logprobs=_logprobs(token, i, sampling),
                 finish_reason="length" if i == count - 1 else None,
             )
         self._runner.running.discard(self.request_id)
@@ -116,3 +131,23 @@ class FakeStream:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
+
+
+def _logprobs(token: int, offset: int, sampling: SamplingParams) -> list[TokenLogprob] | None:
+    """The token, which is as likely as each of the alternatives."""
+    if sampling.logprobs is None:
+        return None
+    ids = [(token + i) % 128 for i in range(sampling.logprobs)]
+    top = tuple(
+        TokenLogprob(token_id=i, token=chr(i), token_bytes=bytes([i]), logprob=-0.5) for i in ids
+    )
+    return [
+        TokenLogprob(
+            token_id=token,
+            token=chr(token),
+            token_bytes=bytes([token]),
+            logprob=-0.5,
+            text_offset=offset,
+            top=top,
+        )
+    ]

@@ -1,7 +1,8 @@
-"""Every number that a client sends is bounded by its type: none reaches a rank or a message."""
+"""Whatever a client sends is bounded: every number by its type, and the parts of a body."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,9 @@ import api.openai.images
 import api.openai.requests
 import api.tasks.routes
 import api.torchserve.predictions
-from api.http.schemas import WireModel
+from api.http import schemas
+from api.http.schemas import MAX_NODES, WireModel, read_json
+from runners.contracts.errors import InvalidRequest
 
 assert api.tasks.routes
 assert api.torchserve.predictions
@@ -49,3 +52,29 @@ def test_numbers_have_an_upper_and_a_lower_bound(model: type[WireModel]) -> None
         )
     ]
     assert unbounded == []
+
+
+FULL = MAX_NODES - 4
+"""Lists that fit next to an object with two fields and one more list."""
+
+
+@pytest.mark.parametrize(
+    ("filler", "count"),
+    [("[]", FULL), ("{}", FULL), ('{"a": 1}', FULL // 2), ("[[1]]", FULL // 2)],
+)
+def test_a_body_has_so_many_parts(filler: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(parts: int) -> str:
+        return f'{{"\\"[{{": 1, "b": [{", ".join([filler] * parts)}]}}'
+
+    assert len(read_json(body(count))["b"]) == count
+    assert len(read_json(body(count).encode())["b"]) == count
+    monkeypatch.setattr(schemas, "from_json", None)  # not even parsed
+    with pytest.raises(InvalidRequest, match="more than 50000 lists, objects and fields"):
+        read_json(body(count + 1))
+
+
+@pytest.mark.parametrize("text", ["[", '"', "\\", '\\"[', "\\\\", 'a": {', "é{"])
+def test_a_text_has_any_characters(text: str) -> None:
+    content = json.dumps({"prompt": text * (MAX_NODES + 1)})
+    assert read_json(content) == {"prompt": text * (MAX_NODES + 1)}
+    assert read_json(content.encode()) == {"prompt": text * (MAX_NODES + 1)}

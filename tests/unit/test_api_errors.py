@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Annotated
 
 import pytest
 from fastapi.sse import format_sse_event
+from msgspec.structs import replace
 from pydantic import Field
 from starlette.responses import StreamingResponse
 
@@ -131,7 +131,7 @@ def test_pieces_of_characters_have_names_of_their_own() -> None:
         return TokenLogprob(token_id=1, token=text, token_bytes=raw, logprob=-1.0)
 
     half, other, replacement = token(b"\xe2\x80"), token(b"\xe2"), token("\ufffd".encode())
-    found = replace(half, top=[half, other, replacement, token(b"a")])
+    found = replace(half, top=(half, other, replacement, token(b"a")))
     assert name_of(found) == r"bytes:\xe2\x80"
     assert set(alternatives(found)) == {r"bytes:\xe2\x80", r"bytes:\xe2", "\ufffd", "a"}
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import SlicedAttnProcessor
 
+from runners.contracts.errors import ConfigError
 from runners.contracts.images import MAX_PIXELS, ImageRequest
 from runners.protocol.channel import MAX_FRAME_BYTES
 from runners.protocol.messages import Events, Failed
+from runners.rank.memory import Memory
 from tests.support.image_models import FAMILIES, PROMPTS, add_safety_checker, write_image_model
 from tests.support.image_program import LocalImageProgram
 from tests.support.images import difference, diffusers_image, image_request, pixels_of
@@ -111,6 +113,18 @@ def test_a_waiting_request_starts_at_once(folder: Path, monkeypatch: pytest.Monk
     program = LocalImageProgram(folder, max_batch_images=1)
     monkeypatch.setattr("runners.rank.inbox.IDLE_S", 3600.0)
     program.generate(image_request(), image_request(), image_request())
+
+
+def test_a_batch_that_the_machine_cannot_hold_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory(total=3 * 2**20, free=3 * 2**20)
+    monkeypatch.setattr("runners.images.program.machine_memory", lambda: memory)
+    fits = {"max_batch_images": 4, "max_pixels": 2**16}
+    assert LocalImageProgram(folder, **fits).info.max_pixels == 2**16
+    with pytest.raises(ConfigError, match="GiB of memory on cpu") as caught:
+        LocalImageProgram(folder, **fits | {"max_batch_images": 5})
+    assert caught.value.field == "max_batch_images"
 
 
 def test_the_bound_on_steps_holds_for_requests_that_name_none(folder: Path) -> None:

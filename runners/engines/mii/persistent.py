@@ -265,7 +265,7 @@ class PersistentProgram(RankProgram):
         try:
             ids, text = await asyncio.to_thread(self._prompt, request)
             kwargs = self._kwargs(request, len(ids))
-            self._emit(Accepted(request.request_id, len(ids)))
+            self._emit(Accepted(request.request_id, len(ids), kwargs["max_new_tokens"]))
             call = self._deployment.stream(text, **kwargs)
             async for reply in call:
                 self._emit(Events([self._delta(request.request_id, reply.response[0])]))
