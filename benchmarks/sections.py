@@ -213,7 +213,7 @@ def _soak(soak: dict[str, Any]) -> str:
         f"`make soak`: {soak['minutes']:.0f} minutes of mixed requests for text and images, "
         f"{total:,} in all, with {soak['kills']} kills of a rank or its launcher. "
         f"{counts.get('right', 0):,} were right, compared with references token by token; "
-        f"{counts.get('left', 0):,} clients left; {counts.get('told', 0):,} requests were told of "
+        f"{counts.get('left', 0):,} clients left; {counts.get('failed', 0):,} requests failed because of "
         f"a kill; **{counts.get('wrong', 0)} were wrong, {counts.get('hung', 0)} hung, "
         f"{counts.get('unexpected', 0)} failed without a kill**. Ready again after {recovery} s. "
         f"The HTTP worker's memory was {before:.0f} MiB in the first quarter and {after:.0f} MiB "

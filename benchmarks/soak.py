@@ -28,7 +28,7 @@ from benchmarks.cache import ROOT, cache, cached, run
 from benchmarks.processes import ProcessTree, proportional_memory, spawn
 from benchmarks.servers.base import environment, executable, free_port
 from benchmarks.servers.triptych import store_at
-from benchmarks.soak_clients import PICTURES, Clients, text_references
+from benchmarks.soak_clients import IMAGES, Clients, text_references
 
 HERE = Path(__file__).resolve().parent
 CLIENTS = 12
@@ -84,8 +84,8 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
             clients = Clients(url, references, seed)
             async with aiohttp.ClientSession() as session:
                 await _ready(session, url)
-                for prompt in PICTURES:
-                    references.pixels[prompt] = (await clients.picture(session, prompt)).astype(int)
+                for prompt in IMAGES:
+                    references.pixels[prompt] = (await clients.image(session, prompt)).astype(int)
                 figures = await _load(clients, session, url, tree, seconds)
             members = tree.members()
         finally:
@@ -163,12 +163,12 @@ def _growth(samples: list[Sample]) -> dict[str, Any]:
 
 
 def _processes(tree: ProcessTree, module: str) -> list[psutil.Process]:
-    found = []
+    matches = []
     for process in tree.members():
         with contextlib.suppress(psutil.Error):
             if module in process.cmdline():
-                found.append(process)
-    return sorted(found, key=lambda process: process.pid)
+                matches.append(process)
+    return sorted(matches, key=lambda process: process.pid)
 
 
 async def _ready(session: aiohttp.ClientSession, url: str) -> None:

@@ -26,7 +26,7 @@ PROMPTS = (
     "A" * 200,
     "one two three four five six seven eight " * 6,
 )
-PICTURES = ("a red circle", "a blue square", "a green ring", "two crosses")
+IMAGES = ("a red circle", "a blue square", "a green ring", "two crosses")
 TOKENS = 96
 """Greedy tokens of each reference; a request asks for some of them."""
 STEPS = 4
@@ -37,8 +37,8 @@ CALM_S = 20.0
 """A request that overlaps with the `CALM_S` after a kill, or with the restart, may fail."""
 
 
-class Told(Exception):
-    """The server ended a request with an error of its own."""
+class ServerError(Exception):
+    """The server ended a request with an error."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class References:
     texts: dict[str, list[str]]
     """Per prompt, the text of the first n tokens, by n."""
     pixels: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
-    """Per picture, uint8 `[height, width, 3]`, from the server while it does nothing else."""
+    """Per image, uint8 `[height, width, 3]`, from the server while it does nothing else."""
 
 
 def text_references(folder: Path) -> References:
@@ -79,7 +79,7 @@ class Clients:
     def __init__(self, url: str, references: References, seed: int) -> None:
         self.stop = asyncio.Event()
         self.counts: Counter[str] = Counter()
-        """By outcome: right, left, told, wrong, hung, unexpected."""
+        """By outcome: right, left, failed, wrong, hung, unexpected."""
         self.problems: list[str] = []
         self._url = url
         self._references = references
@@ -87,7 +87,7 @@ class Clients:
         self._disturbed_until = 0.0
 
     def disturb(self) -> None:
-        """From now on, and for a while after `calm`, requests may be told of an error."""
+        """From now on, and for a while after `calm`, requests may fail."""
         self._disturbed_until = float("inf")
 
     def calm(self) -> None:
@@ -100,8 +100,8 @@ class Clients:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             await asyncio.gather(*(self._client(session) for _ in range(count)))
 
-    async def picture(self, session: aiohttp.ClientSession, prompt: str) -> np.ndarray[Any, Any]:
-        """The pixels of one picture."""
+    async def image(self, session: aiohttp.ClientSession, prompt: str) -> np.ndarray[Any, Any]:
+        """The pixels of one image."""
         body = {"prompt": prompt, "seed": 7, "num_inference_steps": STEPS}
         content = await self._post(session, "/generate_image", body)
         return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
@@ -111,7 +111,7 @@ class Clients:
             (self._unary, 4),
             (self._stream, 4),
             (self._several, 2),
-            (self._paint, 1),
+            (self._image, 1),
             (self._leave, 3),
             (self._mistake, 1),
         ]
@@ -120,7 +120,7 @@ class Clients:
             [behaviour] = self._random.choices(kinds, weights)
             outcome = await self._outcome(behaviour, session)
             self.counts[outcome] += 1
-            if outcome == "told":
+            if outcome == "failed":
                 await asyncio.sleep(0.5)
 
     async def _outcome(
@@ -133,8 +133,8 @@ class Clients:
             outcome = await behaviour(session)
         except TimeoutError:
             outcome, error = "hung", "no end"
-        except (Told, aiohttp.ClientError) as caught:
-            outcome = "told" if began < self._disturbed_until else "unexpected"
+        except (ServerError, aiohttp.ClientError) as caught:
+            outcome = "failed" if began < self._disturbed_until else "unexpected"
             error = repr(caught)
         else:
             error = "another answer"
@@ -150,7 +150,7 @@ class Clients:
         async with session.post(self._url + path, json=body) as response:
             content = await response.read()
             if response.status != 200:
-                raise Told(f"{response.status}: {content[:200]!r}")
+                raise ServerError(f"{response.status}: {content[:200]!r}")
             return content
 
     async def _unary(self, session: aiohttp.ClientSession) -> str:
@@ -193,18 +193,18 @@ class Clients:
         body = {"prompt": prompt, "max_new_tokens": count, "temperature": 0, "ignore_eos": True}
         async with session.post(f"{self._url}/generate_stream", json=body) as response:
             if response.status != 200:
-                raise Told(f"{response.status}: {(await response.text())[:200]}")
+                raise ServerError(f"{response.status}: {(await response.text())[:200]}")
             async for line in response.content:
                 if line.startswith(b"data:"):
                     event = json.loads(line[5:])
                     if "error" in event:
-                        raise Told(str(event["error"])[:200])
+                        raise ServerError(str(event["error"])[:200])
                     for token in event.get("token_ids", ()):
                         yield token
 
-    async def _paint(self, session: aiohttp.ClientSession) -> str:
-        prompt = self._random.choice(PICTURES)
-        pixels = (await self.picture(session, prompt)).astype(int)
+    async def _image(self, session: aiohttp.ClientSession) -> str:
+        prompt = self._random.choice(IMAGES)
+        pixels = (await self.image(session, prompt)).astype(int)
         difference = np.abs(pixels - self._references.pixels[prompt]).max()
         return _verdict(bool(difference <= 1))
 

@@ -151,7 +151,7 @@ def _copy(source: IO[bytes], target: BinaryIO, prefix: bytes, tail: deque[bytes]
     """Copy each line, and keep it in `tail`."""
     while line := source.readline(MAX_LINE):
         tail.append(line)
-        # A rank must not wait because nobody reads this process's output.
+        # A rank must not wait because no process reads this process's output.
         with contextlib.suppress(OSError, ValueError):
             target.write(prefix + line)
             target.flush()
