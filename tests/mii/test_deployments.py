@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,30 @@ def end(name: str, cache: Path, scripts: Scripts) -> None:
     wait_until(lambda: not mii_processes(cache), 10, "all of the deployment is gone")
 
 
+async def lose(
+    runner: TextRunner, lost: psutil.Process, fault: Callable[[psutil.Process], None], *, told: str
+) -> None:
+    """Lose a process of the deployment with a request in flight, which is told."""
+    stream = await runner.submit(request("hello", max_new_tokens=500, ignore_eos=True))
+    await anext(aiter(stream))
+    fault(lost)
+    with pytest.raises(RunnerUnavailable, match=told):
+        async with asyncio.timeout(15):
+            async for _ in stream:
+                pass
+    wait_until(lambda: alive([lost]) == [], 10, "it is gone")
+
+
+async def answered(runner: TextRunner) -> list[list[int]]:
+    """The tokens of a request, as soon as one is served."""
+    async with asyncio.timeout(120):
+        while True:
+            await wait_ready(runner)
+            with contextlib.suppress(RunnerUnavailable):
+                answer = await collect(runner, "hello", max_new_tokens=8, ignore_eos=True)
+                return [ids_of(answer)]
+
+
 async def test_only_the_same_deployment_is_reused(
     tmp_path: Path, cache: Path, scripts: Scripts
 ) -> None:
@@ -104,21 +128,15 @@ async def test_only_the_same_deployment_is_reused(
         assert "another replica_num:" in await failure(folder, KEPT | {"replica_num": 2})
         assert "another port_number:" in await failure(folder, KEPT | {"port_number": free_port()})
         for fault in (psutil.Process.kill, stop):
-            (lost,) = role_processes(cache, "replica")
-            stream = await runner.submit(request("hello", max_new_tokens=500, ignore_eos=True))
-            await anext(aiter(stream))
-            fault(lost)
-            with pytest.raises(RunnerUnavailable, match="replica 0 went down"):
-                async with asyncio.timeout(15):
-                    async for _ in stream:
-                        pass
+            [replica] = role_processes(cache, "replica")
+            await lose(runner, replica, fault, told="replica 0 went down")
             async with asyncio.timeout(20):
                 while runner.health().ready:
                     await asyncio.sleep(0.05)
-            await wait_ready(runner)
-            assert alive([lost]) == []
-            answer = await collect(runner, "hello", max_new_tokens=8, ignore_eos=True)
-            assert [ids_of(answer)] == want
+            assert await answered(runner) == want
+        [forwarding] = role_processes(cache, "balancer")
+        await lose(runner, forwarding, stop, told="the MII deployment")
+        assert await answered(runner) == want
     os.utime(folder / "model.safetensors", (1, 1))
     assert "runs with another weights:" in await failure(folder, KEPT)
     end("kept", cache, scripts)
