@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import bentoml
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 
 from api.app import create_app, serve_models
 from api.http.admission import Admission
@@ -29,6 +28,7 @@ from api.http.middleware import (
     RequestContextMiddleware,
     UnknownRouteMiddleware,
 )
+from api.http.server import HttpServer, install
 from api.models.images import ImageModel
 from api.models.served import ServedModels
 from api.models.tasks import TaskModel
@@ -45,7 +45,7 @@ from api.native.schemas import (
     TokenizeResponse,
 )
 from model_choice import Runners, chosen_configs, chosen_runners, frozen_tag, is_folder
-from runners.contracts.errors import ConfigError, ModelNotFound
+from runners.contracts.errors import ConfigError, ModelNotFound, RunnerUnavailable
 from runners.contracts.runner import Runner, RunnerHealth, RunnerState
 from runners.protocol.logs import configure_logging
 from settings import Settings, get_settings, unknown_variables
@@ -78,6 +78,7 @@ def _prepare_process() -> None:
     # Ranks choose their GPUs themselves; BentoML would hide some and number missing ones.
     os.environ.setdefault("BENTOML_DISABLE_GPU_ALLOCATION", "1")
     choose_result_store()
+    install()
 
 
 def _tracing() -> dict[str, Any]:
@@ -191,7 +192,9 @@ class Triptych:
         return True
 
     async def __is_ready__(self) -> bool:
-        """503 on `/readyz`, with the state of the runners, until all of them are ready."""
+        """503 on `/readyz`, with the state of the runners, unless all of them are ready."""
+        if HttpServer.is_draining:
+            raise RunnerUnavailable("the server is shutting down")
         self._refuse_if(lambda health: not health.ready)
         return True
 
@@ -204,7 +207,7 @@ class Triptych:
                 name = f"{runner.name}: " if len(self.runners) > 1 else ""
                 texts.append(f"{name}{health.state}: {health.detail}")
         if texts:
-            raise HTTPException(503, "; ".join(texts))
+            raise RunnerUnavailable("; ".join(texts))
 
     async def __metrics__(self, collected: str) -> str:
         """The state of the runners, appended to what BentoML collects for `/metrics`."""

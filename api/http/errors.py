@@ -16,13 +16,21 @@ from starlette.responses import Response
 
 from api.http.context import current_error_format, current_request
 from api.http.error_formats import ErrorStatus
-from runners.contracts.errors import InvalidRequest, Overloaded, TriptychError, Unauthorized
+from runners.contracts.errors import (
+    InvalidRequest,
+    Overloaded,
+    RunnerUnavailable,
+    TriptychError,
+    Unauthorized,
+)
 from runners.contracts.validation import problems_of
 
 logger = logging.getLogger("triptych.api")
 
 P = ParamSpec("P")
 
+RETRY_UNAVAILABLE_S = 5
+"""`Retry-After` of a model that is not ready, in seconds."""
 MAX_PROBLEMS = 4
 """How many validation problems one message names."""
 MAX_LISTED = 10_000
@@ -53,6 +61,8 @@ def error_response(error: Exception) -> Response:
     match error:
         case Overloaded():
             headers["Retry-After"] = str(error.retry_after_s)
+        case RunnerUnavailable():
+            headers["Retry-After"] = str(RETRY_UNAVAILABLE_S)
         case Unauthorized():
             headers["WWW-Authenticate"] = "Bearer"
     body, status = error_body(error), status_of(error).status

@@ -203,7 +203,7 @@ def test_a_runner_that_gave_up_is_not_alive(
         assert status == 503
         assert "tokenizer" in detail
         answer = server.get("/livez")
-        assert (answer.status_code, answer.text) == (503, detail)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, detail)
         ping = server.get("/ping")
         assert (ping.status_code, ping.json()) == (500, {"status": "Unhealthy"})
     finally:

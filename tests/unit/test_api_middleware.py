@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http.context import current_request
@@ -17,6 +19,8 @@ from api.http.middleware import ApiKeyMiddleware, BodyMiddleware, RequestContext
 from runners.contracts.errors import EngineFailure
 
 SECRET = "swordfish"
+ROUTED = Starlette(routes=[Route("/generate", lambda request: JSONResponse({}), methods=["POST"])])
+"""The app whose routes tell which requests have a use for a body."""
 
 
 class Exchange:
@@ -28,6 +32,7 @@ class Exchange:
             "method": "POST",
             "path": "/generate",
             "headers": list((headers or {}).items()),
+            "app": ROUTED,
         }
         self.sent: list[Message] = []
         self.answered = asyncio.Event()
