@@ -214,12 +214,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self.pipeline.popleft()
             is_in_body = False
         last = self._last_cycle()
-        if is_in_body and (last is None or last.response_started):
-            self.transport.close()
-        elif is_in_body or last is None:
-            self._respond(refusal)
-        else:
+        if last is not None and not is_in_body:
             last.keep_alive = False
+        elif last is not None and last.response_started:
+            self.transport.close()
+        else:
+            if last is not None or not is_in_body:
+                self._respond(refusal)
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            # A client that still sends could not read the response if this closed at once.
+            self._start_timer(LINGER_S, self.transport.close)
 
     def _respond(self, refusal: _Refusal) -> None:
         body = OPENAI.body(refusal.message, refusal.status, None).encode()
@@ -232,10 +237,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None:  # its handler may wait for the rest of the body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        # A client that is still sending could not read the response if this closed at once.
-        self._start_timer(LINGER_S, self.transport.close)
 
     def _start_timer(self, seconds: float, callback: Callable[[], None]) -> None:
         self._stop_timer()

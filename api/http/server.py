@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Iterable
 
 import uvicorn
 from starlette.applications import Starlette
@@ -45,14 +46,7 @@ class HttpServer(uvicorn.Server):
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         HttpServer.is_draining = True
-        # Accept what the kernel has queued: it is reset once the socket is shut down.
-        for _ in range(3):
-            await asyncio.sleep(0)
-        for listener in sockets or []:
-            # `bentoml serve` holds the socket too: if this process only closed it, the kernel
-            # would go on to queue connections that nobody answers.
-            with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)
+        await self._refuse_connections(sockets or [])
         grace = self.config.timeout_graceful_shutdown
         if grace is not None:
             loop = asyncio.get_running_loop()
@@ -61,6 +55,31 @@ class HttpServer(uvicorn.Server):
             loop.call_later(grace + ABORT_GRACE_S, self._abort_connections)
             self.config.timeout_graceful_shutdown = grace + 2 * ABORT_GRACE_S
         await super().shutdown(sockets)
+
+    async def _refuse_connections(self, listeners: Iterable[socket.socket]) -> None:
+        """Accept the connections that the kernel has queued, and have it refuse others.
+
+        `bentoml serve` holds the sockets too: if this process only closed them, the kernel would go
+        on to queue connections, which nobody would answer.
+        """
+        accepted = []
+        for listener in listeners:
+            listener.setblocking(False)
+            with contextlib.suppress(OSError):
+                while True:
+                    accepted.append(listener.accept()[0])
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for connection in accepted:
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):
+                await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+
+    def _protocol(self) -> BoundedProtocol:
+        return BoundedProtocol(self.config, self.server_state, self.lifespan.state)
 
     def _abort_connections(self) -> None:
         for connection in list(self.server_state.connections):
