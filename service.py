@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import bentoml
+from bentoml._internal.configuration.containers import BentoMLContainer
 from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
 
 from api.app import create_app, serve_models
 from api.http.admission import Admission
@@ -24,9 +26,9 @@ from api.http.context import current_request, current_request_id
 from api.http.metrics import RunnerMetrics, remove_private_folder, use_private_folder
 from api.http.middleware import (
     ApiKeyMiddleware,
+    BentoErrorsMiddleware,
     BodyMiddleware,
     RequestContextMiddleware,
-    UnknownRouteMiddleware,
 )
 from api.http.server import HttpServer, install
 from api.models.images import ImageModel
@@ -146,7 +148,11 @@ class Triptych:
         self.runners: list[tuple[Runner[Any, Any], Admission]] = []
         text = task = image = None
         if runners.text is not None:
-            text = TextModel(runners.text, self._admission(runners.text, settings.max_queue))
+            text = TextModel(
+                runners.text,
+                self._admission(runners.text, settings.max_queue),
+                aliases=settings.model_aliases,
+            )
         if runners.task is not None:
             task = TaskModel(runners.task, self._admission(runners.task, settings.max_queue))
         if runners.image is not None:
@@ -275,6 +281,9 @@ def _service() -> Any:
     return Triptych
 
 
+if BentoMLContainer.http.cors.enabled.get():
+    # BentoML's own is the innermost: the errors of those below would have no CORS headers.
+    _service().add_asgi_middleware(CORSMiddleware, **BentoMLContainer.access_control_options.get())
 _service().add_asgi_middleware(RequestContextMiddleware, timeout=settings.request_timeout)
 if settings.api_key is not None:
     _service().add_asgi_middleware(ApiKeyMiddleware, key=settings.api_key)
@@ -284,4 +293,4 @@ _service().add_asgi_middleware(
     route=TASK_ROUTE,
     check=lambda body: images.check_image_request(mounted_app.state.served, body),
 )
-_service().add_asgi_middleware(UnknownRouteMiddleware)
+_service().add_asgi_middleware(BentoErrorsMiddleware)

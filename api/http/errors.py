@@ -103,6 +103,13 @@ def unknown_route_response(status: int, method: str, path: str, allow: str | Non
     return Response(body, status, headers, media_type="application/json")
 
 
+def plain_error_response(status: int, message: str) -> Response:
+    """An error of which only the HTTP status and a sentence are known."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = current_error_format().body(message, ErrorStatus(status, kind), None)
+    return Response(body, status, media_type="application/json")
+
+
 def log_unexpected(error: BaseException) -> None:
     """Log an unexpected error as its type and stack: its message may quote the request."""
     stack = "".join(traceback.format_tb(error.__traceback__))

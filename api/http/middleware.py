@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import re
 from asyncio import FIRST_COMPLETED
 from uuid import uuid4
@@ -16,7 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.http import metrics
 from api.http.context import RequestContext, current_request, enter_request
 from api.http.error_formats import OPENAI, TORCHSERVE
-from api.http.errors import error_response, log_unexpected, unknown_route_response
+from api.http.errors import (
+    error_response,
+    log_unexpected,
+    plain_error_response,
+    unknown_route_response,
+)
 from runners.contracts.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -251,8 +257,11 @@ class BodyMiddleware:
             raise DeadlineExceeded("the request exceeded its time limit")
 
 
-class UnknownRouteMiddleware:
-    """Turns the plain-text 404 and 405 of BentoML's router into the format of all other errors."""
+class BentoErrorsMiddleware:
+    """Turns errors of BentoML into the format of all others.
+
+    Its router answers 404 and 405 in plain text, the routes of its jobs with `{"error": message}`.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -261,22 +270,39 @@ class UnknownRouteMiddleware:
         """Serve one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        error_start: Message | None = None
         replaced = False
 
         async def send_formatted(message: Message) -> None:
-            nonlocal replaced
-            if message["type"] == "http.response.start" and message["status"] in (404, 405):
-                headers = Headers(raw=message["headers"])
-                replaced = headers.get("content-type", "").startswith("text/plain")
-                if replaced:
-                    response = unknown_route_response(
-                        message["status"], scope["method"], scope["path"], headers.get("allow")
-                    )
-                    await response(scope, receive, send)
-            if not replaced:
+            nonlocal error_start, replaced
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                error_start = message
+            elif error_start is None:
                 await send(message)
+            elif not replaced:
+                response = _formatted(scope, error_start, message)
+                replaced = response is not None
+                if response is not None:
+                    await response(scope, receive, send)
+                else:
+                    start, error_start = error_start, None
+                    await send(start)
+                    await send(message)
 
         return await self.app(scope, receive, send_formatted)
+
+
+def _formatted(scope: Scope, start: Message, body: Message) -> Response | None:
+    """BentoML's error response in the format of all others; None if it is another response."""
+    headers, status = Headers(raw=start["headers"]), start["status"]
+    content_type = headers.get("content-type", "")
+    if status in (404, 405) and content_type.startswith("text/plain"):
+        return unknown_route_response(status, scope["method"], scope["path"], headers.get("allow"))
+    if content_type.startswith("application/json") and not body.get("more_body", False):
+        content = json.loads(body.get("body", b"null"))
+        if isinstance(content, dict) and isinstance(message := content.get("error"), str):
+            return plain_error_response(status, message)
+    return None
 
 
 async def _disconnected(receive: Receive) -> Message:

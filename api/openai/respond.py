@@ -74,7 +74,7 @@ async def respond(
     request_id = f"{response_format.id_prefix}-{uuid4().hex}"
     meta = ResponseMeta(request_id, int(time.time()), model.name)
     if body.stream:
-        frames = _frames(generation, response_format, meta, with_usage=body.wants_usage_chunk)
+        frames = _frames(generation, response_format, meta, body)
         return await sse.stream_response(frames, error_event=None)
     outputs = await generation.collect()
     whole = response_format.whole(meta, outputs, _usage(generation))
@@ -85,17 +85,19 @@ async def _frames(
     generation: TextGeneration,
     response_format: ResponseFormat,
     meta: ResponseMeta,
-    *,
-    with_usage: bool,
+    body: OpenAIRequest,
 ) -> AsyncIterator[bytes]:
+    with_usage, continuous = body.wants_usage_chunk, body.wants_usage_in_chunks
     # With include_usage every chunk has the field, null in all but the last.
-    exclude = None if with_usage else {"usage"}
+    exclude = None if with_usage or continuous else {"usage"}
     chunks: list[BaseModel] = []
     for index in range(len(generation)):
         chunks += response_format.first_chunks(meta, index)
     async for index, delta in generation:
         chunks += response_format.chunks(meta, index, delta)
         for chunk in chunks:
+            if continuous:
+                chunk = chunk.model_copy(update={"usage": _usage(generation)})
             yield format_sse_event(data_str=chunk.model_dump_json(exclude=exclude))
         chunks = []
     if with_usage:

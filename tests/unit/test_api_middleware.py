@@ -97,7 +97,7 @@ async def test_the_rest_of_a_large_body_is_not_read() -> None:
 )
 async def test_a_body_that_nobody_uses_is_not_kept(method: str, path: str) -> None:
     exchange = Exchange(body(b" " * 60, more=True), body(b" " * 60, more=True))
-    exchange.scope |= {"method": method, "path": path}
+    exchange.scope["method"], exchange.scope["path"] = method, path
     assert (await exchange.over(stack(echo))).status == 200
     assert exchange.sent[1]["body"] == b'{"length":0}'
 
