@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 import api.native.images
@@ -14,6 +15,9 @@ import api.openai.requests
 import api.tasks.routes
 import api.torchserve.predictions
 from api.http.schemas import WireModel
+from api.openai.images import ImageGenerationRequest
+from runners.contracts.errors import InvalidRequest
+from runners.contracts.images import ImageModelInfo, ImageRequest
 
 assert api.tasks.routes
 assert api.torchserve.predictions
@@ -49,3 +53,35 @@ def test_numbers_have_an_upper_and_a_lower_bound(model: type[WireModel]) -> None
         )
     ]
     assert unbounded == []
+
+
+@pytest.mark.parametrize("size", ["0x0", "0x64", "64x0", "064x64", "٦٤x٦٤", "64X64", "64x64 "])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    request = ImageGenerationRequest(prompt="a", size=size)
+    with pytest.raises(InvalidRequest, match=r"^size: must be width x height"):
+        request.requests()
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_a_side_of_zero_is_not_the_default(side: str) -> None:
+    info = ImageModelInfo(
+        architecture="Fake",
+        engine="fake",
+        parameters=0,
+        dtype="float32",
+        devices=["cpu"],
+        height=64,
+        width=64,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        scheduler="",
+        schedulers=[],
+        takes_negative_prompt=True,
+        size_multiple=8,
+        max_pixels=4096,
+        max_inference_steps=10,
+    )
+    request = ImageRequest(request_id="r", prompt="a")
+    assert (info.checked(request).height, info.checked(request).width) == (64, 64)
+    with pytest.raises(InvalidRequest, match=side):
+        info.checked(msgspec.structs.replace(request, **{side: 0}))

@@ -51,7 +51,8 @@ async def serve_gateway(plan: DeploymentPlan) -> None:
 
     @app.post(f"/mii/{plan.name}")
     async def generate(request: Request) -> list[dict[str, Any]]:
-        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        content_type = request.headers.get("content-type", "").partition(";")[0]
+        if content_type.strip().lower() != "application/json":
             raise HTTPException(415, "the body must be application/json")
         try:
             body = await request.json()
