@@ -30,7 +30,7 @@ from api.http.middleware import (
     BodyMiddleware,
     RequestContextMiddleware,
 )
-from api.http.server import HttpServer, install
+from api.http.server import install, refuse_if_draining
 from api.models.images import ImageModel
 from api.models.served import ServedModels
 from api.models.tasks import TaskModel
@@ -199,8 +199,7 @@ class Triptych:
 
     async def __is_ready__(self) -> bool:
         """503 on `/readyz`, with the state of the runners, unless all of them are ready."""
-        if HttpServer.is_draining:
-            raise RunnerUnavailable("the server is shutting down")
+        refuse_if_draining()
         self._refuse_if(lambda health: not health.ready)
         return True
 

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from api.http.errors import as_response
+from api.http.server import refuse_if_draining
 from api.models.served import ServedModels
 from api.openai.chat import create_chat_completion
 from api.openai.completions import create_completion
@@ -81,6 +82,7 @@ def create_app() -> FastAPI:
     @as_response
     async def health(request: Request) -> Response:
         """Whether all models serve, as `/readyz` tells, under the path of vLLM."""
+        refuse_if_draining()
         for model in _served(request).models:
             if not (health := model.runner.health()).ready:
                 raise RunnerUnavailable(f"{model.name}: {health.state}: {health.detail}")

@@ -306,7 +306,7 @@ def _formatted(scope: Scope, start: Message, body: Message) -> Response | None:
 
 
 async def _disconnected(receive: Receive) -> Message:
-    """Wait for the message that the client has left; a body that nobody uses is discarded."""
+    """Wait for the message that the client has left; a body that is not used is discarded."""
     while (message := await receive())["type"] == "http.request":
         pass
     return message

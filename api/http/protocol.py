@@ -10,11 +10,11 @@ import asyncio
 import http
 import urllib.parse
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import httptools
+from starlette.types import Message, Send
 from typing_extensions import override
-from uvicorn._types import ASGISendEvent
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -78,7 +78,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unparsed = 0
         """Bytes since the last event of the parser, which holds them."""
         self._head_bytes = 0
-        self._header_count = 0
         self._is_deaf = False
         """Whether what else the client sends is discarded."""
         self._is_draining = False
@@ -98,12 +97,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
             return
-        if self._expects_head and self._timer is None:
-            self._start_timer(HEAD_TIMEOUT_S, self._head_timed_out)
         self._unparsed += len(data)
         super().data_received(data)
-        if self._unparsed > MAX_HEAD_BYTES and not self._is_deaf:
+        if self._is_deaf:
+            return
+        if self._unparsed > MAX_HEAD_BYTES:
             self._refuse(TOO_LARGE)
+        elif self._timer is None and self._expects_head and (self._unparsed or self._head_bytes):
+            self._start_timer(HEAD_TIMEOUT_S, self._head_timed_out)
 
     @override
     def shutdown(self) -> None:
@@ -118,7 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
     @override
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._head_bytes = self._header_count = self._unparsed = 0
+        self._head_bytes = self._unparsed = 0
 
     @override
     def on_url(self, url: bytes) -> None:
@@ -127,7 +128,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @override
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._header_count += 1
         self._count(len(name) + len(value))
         if not value.isascii() and name.lower() == b"content-type":
             self._stop(UNPRINTABLE)
@@ -159,7 +159,7 @@ class BoundedProtocol(HttpToolsProtocol):
     @override
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._expects_head, self._unparsed = True, 0
+        self._expects_head, self._unparsed, self._head_bytes = True, 0, 0
         if self.cycle is not None and self.cycle.response_complete:
             self._stop_timer()
             self._unset_keepalive_if_required()
@@ -181,7 +181,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._unparsed = 0
         self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES or self._header_count > MAX_HEADERS:
+        if self._head_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
             self._stop(TOO_LARGE)
 
     def _stop(self, refusal: _Refusal) -> NoReturn:
@@ -253,9 +253,10 @@ def send_until_close(cycle: RequestResponseCycle) -> None:
 
     uvicorn would send it in chunks, which HTTP/1.0 does not have.
     """
-    send, is_unframed = cycle.send, False
+    send: Send = cast("Send", cycle.send)
+    is_unframed = False
 
-    async def send_unframed(message: ASGISendEvent) -> None:
+    async def send_unframed(message: Message) -> None:
         nonlocal is_unframed
         if message["type"] == "http.response.start":
             names = {name.lower() for name, _ in message.get("headers", ())}

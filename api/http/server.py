@@ -60,7 +60,7 @@ class HttpServer(uvicorn.Server):
         """Accept the connections that the kernel has queued, and have it refuse others.
 
         `bentoml serve` holds the sockets too: if this process only closed them, the kernel would go
-        on to queue connections, which nobody would answer.
+        on to queue connections, which would get no answer.
         """
         accepted = []
         for listener in listeners:
@@ -85,6 +85,12 @@ class HttpServer(uvicorn.Server):
         for connection in list(self.server_state.connections):
             if (transport := getattr(connection, "transport", None)) is not None:
                 transport.abort()
+
+
+def refuse_if_draining() -> None:
+    """Raises: RunnerUnavailable once the server of this process shuts down."""
+    if HttpServer.is_draining:
+        raise RunnerUnavailable("the server is shutting down")
 
 
 def install() -> None:

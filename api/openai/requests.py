@@ -229,7 +229,7 @@ class ChatRequest(OpenAIRequest):
     response_format: TextFormat | None = None
     modalities: Annotated[None, unsupported(["text"])] = None
     tools: UnsupportedList = None
-    tool_choice: Annotated[None, unsupported("none", "auto")] = None
+    tool_choice: Annotated[None, unsupported("none")] = None
     parallel_tool_calls: Ignored = None
     functions: UnsupportedList = None
     function_call: Annotated[None, unsupported("none")] = None

@@ -138,7 +138,6 @@ def test_a_field_that_is_not_supported_may_have_its_neutral_value(
     "field",
     [
         {"tool_choice": "none"},
-        {"tool_choice": "auto", "tools": []},
         {"parallel_tool_calls": True},
         {"n": 1},
         {"logit_bias": {}},
