@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import bentoml
+from bentoml._internal.configuration.containers import BentoMLContainer
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from api.app import create_app, serve_models
 from api.http.admission import Admission
@@ -26,12 +27,13 @@ from api.http.context import current_request, current_request_id
 from api.http.metrics import RunnerMetrics, keep_in_memory
 from api.http.middleware import (
     ApiKeyMiddleware,
+    BentoErrorsMiddleware,
     BodyMiddleware,
     DocumentMiddleware,
     RequestContextMiddleware,
-    UnknownRouteMiddleware,
 )
 from api.http.processes import prepare_server, prepare_worker
+from api.http.server import install, refuse_if_draining
 from api.models.images import ImageModel
 from api.models.served import ServedModels
 from api.models.tasks import TaskModel
@@ -48,7 +50,7 @@ from api.native.schemas import (
     TokenizeResponse,
 )
 from model_choice import Runners, chosen_configs, chosen_runners, frozen_tag, is_folder
-from runners.contracts.errors import ConfigError, ModelNotFound
+from runners.contracts.errors import ConfigError, ModelNotFound, RunnerUnavailable
 from runners.contracts.runner import Runner, RunnerHealth, RunnerState
 from runners.protocol.folders import remove_process_folder
 from runners.protocol.logs import configure_logging
@@ -85,6 +87,7 @@ def _prepare_process() -> None:
         choose_result_store()
     except OSError as error:
         raise SystemExit(f"triptych: the temporary folder cannot be used: {error}") from None
+    install()
 
 
 def _tracing() -> dict[str, Any]:
@@ -157,6 +160,7 @@ class Triptych:
                 runners.text,
                 self._admission(runners.text, settings.max_queue),
                 max_logprobs=settings.max_logprobs,
+                aliases=settings.model_aliases,
             )
         if runners.task is not None:
             task = TaskModel(runners.task, self._admission(runners.task, settings.max_queue))
@@ -206,7 +210,8 @@ class Triptych:
         return True
 
     async def __is_ready__(self) -> bool:
-        """503 on `/readyz`, with the state of the runners, until all of them are ready."""
+        """503 on `/readyz`, with the state of the runners, unless all of them are ready."""
+        refuse_if_draining()
         self._refuse_if(lambda health: not health.ready)
         return True
 
@@ -219,7 +224,7 @@ class Triptych:
                 name = f"{runner.name}: " if len(self.runners) > 1 else ""
                 texts.append(f"{name}{health.state}: {health.detail}")
         if texts:
-            raise HTTPException(503, "; ".join(texts))
+            raise RunnerUnavailable("; ".join(texts))
 
     async def __metrics__(self, collected: str) -> str:
         """The state of the runners, appended to what BentoML collects for `/metrics`."""
@@ -287,6 +292,9 @@ def _service() -> Any:
     return Triptych
 
 
+if BentoMLContainer.http.cors.enabled.get():
+    # BentoML's own is the innermost: the errors of those below would have no CORS headers.
+    _service().add_asgi_middleware(CORSMiddleware, **BentoMLContainer.access_control_options.get())
 _service().add_asgi_middleware(RequestContextMiddleware, timeout=settings.request_timeout)
 if settings.api_key is not None:
     _service().add_asgi_middleware(ApiKeyMiddleware, key=settings.api_key)
@@ -298,4 +306,4 @@ _service().add_asgi_middleware(
     max_result_bytes=settings.max_result_bytes,
 )
 _service().add_asgi_middleware(DocumentMiddleware)
-_service().add_asgi_middleware(UnknownRouteMiddleware)
+_service().add_asgi_middleware(BentoErrorsMiddleware)

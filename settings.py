@@ -18,7 +18,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from runners.config.base import Engine
 from runners.config.describe import describe_fields
@@ -39,6 +39,17 @@ def _stripped(key: SecretStr) -> SecretStr:
 
 def _upper_case(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+Aliases = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
+    NoDecode,
+    BeforeValidator(_split),
+]
 
 
 class Settings(BaseSettings):
@@ -65,6 +76,9 @@ class Settings(BaseSettings):
     """The index of this machine; 0 serves, the others run `python -m cli.join`."""
     rdzv_endpoint: str | None = None
     """`host:port` of machine 0 where the machines meet; overrides the model's own."""
+    model_aliases: Aliases = ()
+    """Further names by which clients may call the text model, separated by commas. They may be
+    patterns, such as `gpt-*`."""
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Maximum admitted sequences (running + queued); further requests get 429 with Retry-After."""
     max_image_queue: Annotated[int, Field(ge=1, le=1_000_000)] = 64

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from api.http.errors import as_response
 from api.http.json_pieces import json_response
+from api.http.server import refuse_if_draining
 from api.models.served import ServedModels
 from api.openai.chat import create_chat_completion
 from api.openai.completions import create_completion
@@ -23,7 +24,7 @@ from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import ChatCompletion, Completion, Error, Model, ModelList
 from api.tasks.routes import ROUTES, TaskRoute
 from api.torchserve.routes import add_routes
-from runners.contracts.errors import ModelNotServed
+from runners.contracts.errors import ModelNotServed, RunnerUnavailable
 
 STARTED = int(time.time())
 
@@ -37,7 +38,7 @@ def create_app() -> FastAPI:
     """The app, without its models."""
     # BentoML's docs page shows these routes too.
     app = FastAPI(title="Triptych", docs_url=None, redoc_url=None, openapi_url=None)
-    # Starlette answers in plain text then, which `UnknownRouteMiddleware` replaces.
+    # Starlette answers in plain text then, which `BentoErrorsMiddleware` replaces.
     del app.exception_handlers[HTTPException]
 
     @app.post("/v1/completions", **_documented(CompletionRequest, Completion))
@@ -74,7 +75,19 @@ def create_app() -> FastAPI:
         for card in _cards(_served(request)):
             if card.id == model_id:
                 return json_response(card)
+        if (text := _served(request).text_model) is not None and text.has_name(model_id):
+            return json_response(_cards(_served(request))[0])
         raise ModelNotServed("is not served here", field="model")
+
+    @app.get("/health")
+    @as_response
+    async def health(request: Request) -> Response:
+        """Whether all models serve, as `/readyz` tells, under the path of vLLM."""
+        refuse_if_draining()
+        for model in _served(request).models:
+            if not (health := model.runner.health()).ready:
+                raise RunnerUnavailable(f"{model.name}: {health.state}: {health.detail}")
+        return Response()
 
     for task, route in ROUTES.items():
         _add_task(app, task, route)

@@ -97,11 +97,11 @@ async def _failure(app: ASGIApp) -> str | None:
 
 
 async def _problem(app: ASGIApp, probe: str) -> str | None:
-    """The text of a probe that fails; None if it passes."""
+    """The message of a probe that fails; None if it passes."""
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         answer = await client.get(probe)
-    return None if answer.status_code == 200 else answer.text
+    return None if answer.status_code == 200 else str(answer.json()["error"]["message"])
 
 
 # The service itself refuses requests with 429, so Ray's limit is far above its own. The number of

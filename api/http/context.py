@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from api.http.error_formats import OPENAI, ErrorFormat
-from runners.contracts.errors import DeadlineExceeded
+from runners.contracts.errors import DeadlineExceeded, TriptychError
 
 _part_numbers = count(1)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class RequestContext:
     """One HTTP request in flight.
 
@@ -35,6 +35,9 @@ class RequestContext:
     arrived: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     """Time of the event loop at its arrival, in seconds."""
     resources: AsyncExitStack = field(default_factory=AsyncExitStack)
+    _limits: set[asyncio.Timeout] = field(default_factory=set)
+    """The blocks within the deadline that run now."""
+    _abort_reason: TriptychError | None = None
 
     @property
     def remaining(self) -> float:
@@ -48,21 +51,38 @@ class RequestContext:
         """
         return f"{self.request_id}-{next(_part_numbers)}"
 
+    def abort(self, reason: TriptychError) -> None:
+        """End the request's work with an error, as at its deadline."""
+        self._abort_reason = reason
+        now = asyncio.get_running_loop().time()
+        for limit in self._limits:
+            if not limit.expired():
+                limit.reschedule(now)
+
     @asynccontextmanager
     async def within_deadline(self) -> AsyncIterator[None]:
-        """Abort the block at the request's deadline. Raises: DeadlineExceeded."""
+        """Abort the block at the request's deadline.
+
+        Raises: DeadlineExceeded, or the reason that `abort` was given.
+        """
+        when = 0.0 if self._abort_reason is not None else self.arrived + self.timeout
         try:
-            async with asyncio.timeout_at(self.arrived + self.timeout) as limit:
-                yield
+            async with asyncio.timeout_at(when) as limit:
+                self._limits.add(limit)
+                try:
+                    yield
+                finally:
+                    self._limits.discard(limit)
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise DeadlineExceeded(
+            raise self._abort_reason or DeadlineExceeded(
                 f"the request exceeded its time limit of {self.timeout:g} s"
             ) from None
 
 
 _current: ContextVar[RequestContext] = ContextVar("triptych_request")
+_in_flight: set[RequestContext] = set()
 
 
 def current_request() -> RequestContext:
@@ -83,5 +103,16 @@ def current_error_format() -> ErrorFormat:
 
 
 def enter_request(context: RequestContext) -> None:
-    """Make `context` the current request of this task and those it starts."""
+    """Make `context` the current request of this task and those it starts.
+
+    It is in flight until its resources are closed.
+    """
     _current.set(context)
+    _in_flight.add(context)
+    context.resources.callback(_in_flight.discard, context)
+
+
+def abort_requests(reason: TriptychError) -> None:
+    """End the work of all requests in flight with an error."""
+    for context in list(_in_flight):
+        context.abort(reason)

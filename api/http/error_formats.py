@@ -21,8 +21,10 @@ from runners.contracts.errors import (
     Overloaded,
     PayloadTooLarge,
     RunnerUnavailable,
+    SlowRequest,
     TriptychError,
     Unauthorized,
+    UnsupportedMediaType,
 )
 
 
@@ -61,7 +63,9 @@ OPENAI = ErrorFormat(
         Unauthorized: ErrorStatus(401, "authentication_error", "invalid_api_key"),
         ModelNotServed: ErrorStatus(404, "invalid_request_error", "model_not_found"),
         ModelVersionNotServed: ErrorStatus(404, "invalid_request_error", "model_not_found"),
+        SlowRequest: ErrorStatus(408, "invalid_request_error", "request_timeout"),
         PayloadTooLarge: ErrorStatus(413, "invalid_request_error", "payload_too_large"),
+        UnsupportedMediaType: ErrorStatus(415, "invalid_request_error", "unsupported_media_type"),
         Overloaded: ErrorStatus(429, "rate_limit_error", "rate_limit_exceeded"),
         EngineFailure: ErrorStatus(500, "server_error", "engine_failure"),
         RunnerUnavailable: ErrorStatus(503, "service_unavailable_error", "model_not_ready"),
@@ -87,7 +91,9 @@ TORCHSERVE = ErrorFormat(
         Unauthorized: ErrorStatus(401, "InvalidKeyException"),
         ModelNotServed: ErrorStatus(404, "ModelNotFoundException"),
         ModelVersionNotServed: ErrorStatus(404, "ModelVersionNotFoundException"),
+        SlowRequest: ErrorStatus(408, "BadRequestException"),
         PayloadTooLarge: ErrorStatus(413, "BadRequestException"),
+        UnsupportedMediaType: ErrorStatus(415, "BadRequestException"),
         # TorchServe answers 503 when its queue is full, and its clients retry after that.
         Overloaded: ErrorStatus(503, "ServiceUnavailableException"),
         EngineFailure: ErrorStatus(500, "InternalServerException"),

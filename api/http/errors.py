@@ -16,13 +16,21 @@ from starlette.responses import Response
 
 from api.http.context import current_error_format, current_request
 from api.http.error_formats import ErrorStatus
-from runners.contracts.errors import InvalidRequest, Overloaded, TriptychError, Unauthorized
+from runners.contracts.errors import (
+    InvalidRequest,
+    Overloaded,
+    RunnerUnavailable,
+    TriptychError,
+    Unauthorized,
+)
 from runners.contracts.validation import problems_of
 
 logger = logging.getLogger("triptych.api")
 
 P = ParamSpec("P")
 
+RETRY_UNAVAILABLE_S = 5
+"""`Retry-After` of a model that is not ready, in seconds."""
 MAX_PROBLEMS = 4
 """How many validation problems one message names."""
 MAX_LISTED = 10_000
@@ -53,6 +61,8 @@ def error_response(error: Exception) -> Response:
     match error:
         case Overloaded():
             headers["Retry-After"] = str(error.retry_after_s)
+        case RunnerUnavailable():
+            headers["Retry-After"] = str(RETRY_UNAVAILABLE_S)
         case Unauthorized():
             headers["WWW-Authenticate"] = "Bearer"
     body, status = error_body(error), status_of(error).status
@@ -91,6 +101,13 @@ def unknown_route_response(status: int, method: str, path: str, allow: str | Non
     headers = {"Allow": ", ".join(methods)} if methods else {}
     body = error_format.body(message, error_status, None)
     return Response(body, status, headers, media_type="application/json")
+
+
+def plain_error_response(status: int, message: str) -> Response:
+    """An error of which only the HTTP status and a sentence are known."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = current_error_format().body(message, ErrorStatus(status, kind), None)
+    return Response(body, status, media_type="application/json")
 
 
 def log_unexpected(error: BaseException) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.server.http.instruments import RunnerTrafficMetricsMiddleware
 from bentoml._internal.server.metrics.prometheus import PrometheusClient
 from prometheus_client import (
     CollectorRegistry,
@@ -19,11 +20,15 @@ from prometheus_client import (
     values,
 )
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.http.admission import Admission
 from runners.contracts.runner import Runner
 
+_ORIGINAL = "triptych.scope"
 NO_ROUTE = "other"
 """The label `route` of paths that no route matches."""
 
@@ -88,6 +93,32 @@ class RouteLabels:
             return path
         prefixes = (prefix for prefix in self._prefixes if path.startswith(f"{prefix}/"))
         return max(prefixes, key=len, default=NO_ROUTE)
+
+
+class _LabelledByRoute:
+    """BentoML's metrics of requests, with our labels: it has a label for each path it ever saw."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Middleware, labels: RouteLabels) -> None:
+        async def with_path(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope[_ORIGINAL], receive, send)
+
+        self.app: ASGIApp = metrics.cls(with_path, *metrics.args, **metrics.kwargs)
+        self.labels = labels
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = self.labels.label(scope["path"]) if "path" in scope else ""
+        await self.app({**scope, "path": path, _ORIGINAL: scope}, receive, send)
+
+
+def label_by_route(app: Starlette) -> None:
+    """Replace BentoML's label of paths; to be called before the app serves."""
+    labels = RouteLabels(app.routes)
+    for index, middleware in enumerate(app.user_middleware):
+        cls: object = middleware.cls
+        if cls is RunnerTrafficMetricsMiddleware:
+            app.user_middleware[index] = Middleware(
+                _LabelledByRoute, metrics=middleware, labels=labels
+            )
 
 
 def _templates(routes: Iterable[BaseRoute], prefix: str = "") -> Iterator[str]:

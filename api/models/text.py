@@ -7,7 +7,7 @@ request starts is closed with it (`RequestContext.resources`).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, overload
 
@@ -53,9 +53,14 @@ class TextModel(ServedModel[TextRunner]):
     """
 
     def __init__(
-        self, runner: TextRunner, admission: Admission, *, max_logprobs: int = 1_000_000
+        self,
+        runner: TextRunner,
+        admission: Admission,
+        *,
+        aliases: Iterable[str] = (),
+        max_logprobs: int = 1_000_000,
     ) -> None:
-        super().__init__(runner, admission)
+        super().__init__(runner, admission, aliases=aliases)
         self.max_logprobs = max_logprobs
 
     @property

@@ -56,6 +56,8 @@ class StreamOptions(WireModel):
 
     include_usage: bool = False
     """Send a last chunk with the token counts."""
+    continuous_usage_stats: bool = False
+    """Send the token counts so far with each chunk, as vLLM does."""
     include_obfuscation: bool = False
     """Accepted for compatibility; chunks are never padded."""
 
@@ -80,6 +82,17 @@ class OpenAIRequest(SamplingFields):
     min_p: Annotated[None, unsupported(0)] = None
     stop_token_ids: UnsupportedList = None
     use_beam_search: UnsupportedFlag = None
+    length_penalty: Annotated[None, unsupported(1)] = None
+    early_stopping: UnsupportedFlag = None
+    allowed_token_ids: UnsupportedList = None
+    bad_words: UnsupportedList = None
+    skip_special_tokens: Annotated[None, unsupported(True)] = None
+    spaces_between_special_tokens: Annotated[None, unsupported(True)] = None
+    include_stop_str_in_output: UnsupportedFlag = None
+    return_token_ids: UnsupportedFlag = None
+    prompt_logprobs: Unsupported = None
+    truncate_prompt_tokens: Unsupported = None
+    priority: Annotated[None, unsupported(0)] = None
     metadata: Ignored = None
     store: UnsupportedFlag = None
     service_tier: Ignored = None
@@ -95,6 +108,11 @@ class OpenAIRequest(SamplingFields):
     def wants_usage_chunk(self) -> bool:
         """Whether the stream ends with a chunk of token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_usage_in_chunks(self) -> bool:
+        """Whether each chunk of the stream has the token counts so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
     def field_names(self) -> dict[str, str]:
@@ -162,6 +180,7 @@ class CompletionRequest(OpenAIRequest):
     logprobs: LogprobCount | None = None
     """Return each token's log-probability, and those of this many of the most likely tokens."""
     suffix: Annotated[None, unsupported("")] = None
+    add_special_tokens: Annotated[None, unsupported(True)] = None
 
     @override
     def check(self) -> None:
@@ -217,8 +236,16 @@ class ChatRequest(OpenAIRequest):
     audio: Unsupported = None
     prediction: Unsupported = None
     reasoning_effort: Annotated[None, unsupported("none")] = None
-    verbosity: Unsupported = None
+    verbosity: Annotated[None, unsupported("medium")] = None
     web_search_options: Unsupported = None
+    best_of: Annotated[None, unsupported(1)] = None
+    echo: UnsupportedFlag = None
+    add_generation_prompt: Annotated[None, unsupported(True)] = None
+    continue_final_message: UnsupportedFlag = None
+    add_special_tokens: UnsupportedFlag = None
+    chat_template: Unsupported = None
+    chat_template_kwargs: UnsupportedList = None
+    documents: UnsupportedList = None
 
     @property
     @override
@@ -244,7 +271,7 @@ class ChatRequest(OpenAIRequest):
     @override
     def check(self) -> None:
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("requires logprobs", field="top_logprobs")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:

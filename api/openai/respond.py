@@ -81,7 +81,7 @@ async def respond(
     request_id = f"{response_format.id_prefix}-{uuid4().hex}"
     meta = ResponseMeta(request_id, int(time.time()), model.name)
     if body.stream:
-        frames = _frames(generation, response_format, meta, with_usage=body.wants_usage_chunk)
+        frames = _frames(generation, response_format, meta, body)
         return await sse.stream_response(frames, error_event=None)
     outputs = await generation.collect(response_format.logprob)
     return json_response(response_format.whole(meta, outputs, _usage(generation)))
@@ -91,9 +91,9 @@ async def _frames(
     generation: TextGeneration,
     response_format: ResponseFormat[LogprobT],
     meta: ResponseMeta,
-    *,
-    with_usage: bool,
+    body: OpenAIRequest,
 ) -> AsyncIterator[bytes]:
+    with_usage, continuous = body.wants_usage_chunk, body.wants_usage_in_chunks
     chunks: list[BaseModel] = []
     for index in range(len(generation)):
         chunks += response_format.first_chunks(meta, index)
@@ -101,7 +101,9 @@ async def _frames(
         chunks += response_format.chunks(meta, index, delta)
         for chunk in chunks:
             fields = dict(chunk)
-            if not with_usage:  # with it every chunk has the field, null in all but the last
+            if continuous:
+                fields["usage"] = _usage(generation)
+            elif not with_usage:  # with it every chunk has the field, null in all but the last
                 del fields["usage"]
             yield sse.frame(fields)
         chunks = []

@@ -35,7 +35,7 @@ def _rows(
             rows += _rows(type(info.default), f"{prefix}.{{}}".format, BaseModel)
             continue
         default = "required" if info.is_required() else f"`{info.default}`"
-        default = "" if info.default in (None, "") else default
+        default = "" if info.default in (None, "", ()) else default
         rows.append(
             f"| `{name(field)}` | {default} | {' '.join((info.description or '').split())} |"
         )

@@ -12,7 +12,9 @@ TriptychError
 │   ├── Unauthorized        the API key is missing or wrong
 │   ├── ModelNotServed      the request names a model this server does not serve
 │   │   └── ModelVersionNotServed   or a version of it
-│   └── PayloadTooLarge     the body is larger than the server accepts
+│   ├── PayloadTooLarge     the body is larger than the server accepts
+│   ├── UnsupportedMediaType    the body is encoded in a way that the server does not accept
+│   └── SlowRequest         the request did not arrive in time
 ├── Overloaded              the queue is full; try again after `retry_after_s`
 ├── DeadlineExceeded        the request ran past its time limit
 ├── RunnerUnavailable       the rank group is not ready, or died with the request in flight
@@ -116,6 +118,14 @@ class ModelVersionNotServed(ModelNotServed):
 
 class PayloadTooLarge(RequestError):
     """The body is larger than the server accepts."""
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is encoded in a way that the server does not accept."""
+
+
+class SlowRequest(RequestError):
+    """The request did not arrive in time."""
 
 
 class Overloaded(TriptychError):

@@ -95,7 +95,8 @@ class ImageModelInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     def checked(self, request: ImageRequest) -> ImageRequest:
         """The request with its size and steps filled in. Raises: InvalidRequest."""
-        height, width = request.height or self.height, request.width or self.width
+        height = self.height if request.height is None else request.height
+        width = self.width if request.width is None else request.width
         for name, side in (("height", height), ("width", width)):
             if side < 1 or side % self.size_multiple:
                 raise InvalidRequest(

@@ -82,6 +82,8 @@ def main() -> None:
     """Run until the ranks end or the host closes stdin."""
     run_dir = Path(sys.argv[1])
     die_with_parent(int(sys.argv[2]))
+    # uvloop has its children inherit the server's listening socket, which would stay open.
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     ignore_signals()
     spec = read_spec(run_dir)
     config = spec.load_config()

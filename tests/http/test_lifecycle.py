@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -176,13 +179,46 @@ def test_sigterm_lets_a_stream_finish(starting: Server) -> None:
     starting.wait_ready()
     body = {"prompt": "hello", "max_new_tokens": 1000, "ignore_eos": True}
     url = starting.url + "/generate_stream"
-    with HTTP.stream("POST", url, json=body, timeout=30) as answer:
+    with (
+        httpx.Client() as probe,
+        HTTP.stream("POST", url, json=body, timeout=30) as answer,
+    ):
+        assert probe.get(starting.url + "/readyz").status_code == 200
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         os.kill(starting.pid, signal.SIGTERM)
+        wait_until(lambda: starting.readiness()[0] == 0, 5, "new connections are refused")
+        # The connection that the probe has kept is served until it has been idle.
+        with contextlib.suppress(httpx.ConnectError):
+            unready = probe.get(starting.url + "/readyz")
+            assert (unready.status_code, unready.headers["connection"]) == (503, "close")
         *_, totals = [line for line in lines if line]
     assert json.loads(totals.removeprefix("data: "))["generated_length"] == 1000
     starting.stop()
+
+
+def test_a_drain_that_takes_too_long_tells_its_clients(
+    text_model: Path, bentoml_home: Path
+) -> None:
+    server = Server(bentoml_home, {"TRIPTYCH_TEXT_MODEL": str(text_model)})
+    server.command += ["--timeout-graceful-shutdown", "1"]
+    endless = {"prompt": "hello", "max_new_tokens": 8000, "ignore_eos": True}
+    with server, ThreadPoolExecutor() as pool:
+        stream, unary = (
+            pool.submit(server.post, path, endless) for path in ("/generate_stream", "/generate")
+        )
+        wait_until(lambda: server.gauge("running_sequences") == 2, 10, "both are generated")
+        server.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+        error, data = stream.result().text.rstrip().rsplit("\n", 2)[-2:]
+        assert error == "event: error"
+        told = json.loads(data.removeprefix("data: "))["error"]
+        assert told["message"].startswith("the server is shutting down")
+        assert told == unary.result().json()["error"]
+        assert unary.result().status_code == 503
+        assert int(unary.result().headers["retry-after"]) > 0
+        server.stop()
+        assert server.process is not None
+        assert server.process.returncode == 0
 
 
 @pytest.mark.parametrize("state", ["loading", "ready"])
@@ -243,7 +279,7 @@ def test_a_runner_that_gave_up_is_not_alive(
         assert status == 503
         assert "tokenizer" in detail
         answer = server.get("/livez")
-        assert (answer.status_code, answer.text) == (503, detail)
+        assert (answer.status_code, answer.json()["error"]["message"]) == (503, detail)
         ping = server.get("/ping")
         assert (ping.status_code, ping.json()) == (500, {"status": "Unhealthy"})
     finally:

@@ -20,6 +20,7 @@ from tests.support.server import HTTP, Server
 
 KEY = "geheim-0815"
 AUTH = {"Authorization": f"Bearer {KEY}"}
+ORIGIN = "https://page.example"
 MAX_QUEUE = 4
 MAX_BODY = 4096
 TIMEOUT = 3.0
@@ -56,6 +57,11 @@ def limited(text_model: Path, bentoml_home: Path) -> Iterator[LimitedServer]:
         "TRIPTYCH_MAX_QUEUE": str(MAX_QUEUE),
         "TRIPTYCH_MAX_BODY_BYTES": str(MAX_BODY),
         "TRIPTYCH_REQUEST_TIMEOUT": str(TIMEOUT),
+        "BENTOML_CONFIG_OPTIONS": (
+            "api_server.http.cors.enabled=true "
+            f"api_server.http.cors.access_control_allow_origins=['{ORIGIN}'] "
+            "api_server.http.cors.access_control_allow_methods=['GET','POST']"
+        ),
     }
     with LimitedServer(bentoml_home, variables) as running:
         yield running  # type: ignore[misc]
@@ -123,6 +129,51 @@ def request_head(*lines: str) -> bytes:
 def first_line(connection: socket.socket) -> bytes:
     connection.settimeout(5)
     return connection.recv(4096).partition(b"\r\n")[0]
+
+
+def test_headers_are_bounded_before_the_key_is_looked_at(limited: LimitedServer) -> None:
+    for header in (b"X-A: " + b"a" * 600_000, b"X-A: a\r\n" * 200):
+        with socket.create_connection(("127.0.0.1", limited.port)) as connection:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n")
+            assert b"431" in first_line(connection)
+
+
+def test_no_path_writes_into_the_log_or_makes_a_metric(limited: LimitedServer) -> None:
+    with socket.create_connection(("127.0.0.1", limited.port)) as connection:
+        connection.sendall(b"GET /x%0AFORGED%1B[31m HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"400" in first_line(connection)
+    assert limited.get("/unheard-of").status_code == 404
+    assert "FORGED" not in limited.log
+    assert "path=/unheard-of," in limited.log
+    metrics = limited.metrics()
+    assert "unheard-of" not in metrics
+    assert re.search(r'^bentoml_service_request_total\{endpoint="other".*404', metrics, re.M)
+
+
+def test_without_the_key_no_body_is_read(limited: LimitedServer) -> None:
+    for line in ("POST /generate", "POST /livez", "OPTIONS /generate"):
+        with socket.create_connection(("127.0.0.1", limited.port)) as connection:
+            head = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Length: 4000\r\n\r\n"
+            connection.sendall(head.encode() + b" " * 2000)
+            assert first_line(connection).split()[1] in (b"401", b"405")
+
+
+def test_pages_of_an_allowed_origin_can_read_every_error(limited: LimitedServer) -> None:
+    headers = {"Origin": ORIGIN}
+    too_large = b" " * (MAX_BODY + 1)
+    for answer, status in [
+        (HTTP.get(limited.url + "/v1/models", headers=headers), 401),
+        (HTTP.get(limited.url + "/nope", headers=headers | AUTH), 404),
+        (HTTP.get(limited.url + "/generate", headers=headers | AUTH), 405),
+        (HTTP.post(limited.url + "/generate", content=too_large, headers=headers | AUTH), 413),
+        (HTTP.get(limited.url + "/v1/models", headers=headers | AUTH), 200),
+    ]:
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == ORIGIN
+    preflight = headers | {"Access-Control-Request-Method": "POST"}
+    assert HTTP.options(limited.url + "/generate", headers=preflight).status_code == 200
+    other = HTTP.get(limited.url + "/livez", headers={"Origin": "https://other.example"})
+    assert "access-control-allow-origin" not in other.headers
 
 
 def test_a_large_body_is_refused(limited: LimitedServer) -> None:

@@ -96,12 +96,13 @@ class Server:
         return self.get("/metrics").text
 
     def readiness(self) -> tuple[int, str]:
-        """Status and text of `/readyz`; 0 while nobody listens."""
+        """Status of `/readyz` and the message of its error; 0 while nobody listens."""
         try:
             answer = self.get("/readyz")
         except httpx.TransportError:
             return 0, ""
-        return answer.status_code, answer.text
+        message = "" if answer.is_success else answer.json()["error"]["message"]
+        return answer.status_code, message
 
     def wait_ready(self, timeout: float = START_TIMEOUT) -> Server:
         """Wait until `/readyz` is 200. Raises: AssertionError with the log."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 import api.native.images
@@ -16,7 +17,9 @@ import api.tasks.routes
 import api.torchserve.predictions
 from api.http import schemas
 from api.http.schemas import MAX_NODES, WireModel, read_json
+from api.openai.images import ImageGenerationRequest
 from runners.contracts.errors import InvalidRequest
+from runners.contracts.images import ImageModelInfo, ImageRequest
 
 assert api.tasks.routes
 assert api.torchserve.predictions
@@ -78,3 +81,35 @@ def test_a_text_has_any_characters(text: str) -> None:
     content = json.dumps({"prompt": text * (MAX_NODES + 1)})
     assert read_json(content) == {"prompt": text * (MAX_NODES + 1)}
     assert read_json(content.encode()) == {"prompt": text * (MAX_NODES + 1)}
+
+
+@pytest.mark.parametrize("size", ["0x0", "0x64", "64x0", "064x64", "٦٤x٦٤", "64X64", "64x64 "])
+def test_a_size_that_is_none_is_refused(size: str) -> None:
+    request = ImageGenerationRequest(prompt="a", size=size)
+    with pytest.raises(InvalidRequest, match=r"^size: must be width x height"):
+        request.requests()
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_a_side_of_zero_is_not_the_default(side: str) -> None:
+    info = ImageModelInfo(
+        architecture="Fake",
+        engine="fake",
+        parameters=0,
+        dtype="float32",
+        devices=["cpu"],
+        height=64,
+        width=64,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        scheduler="",
+        schedulers=[],
+        takes_negative_prompt=True,
+        size_multiple=8,
+        max_pixels=4096,
+        max_inference_steps=10,
+    )
+    request = ImageRequest(request_id="r", prompt="a")
+    assert (info.checked(request).height, info.checked(request).width) == (64, 64)
+    with pytest.raises(InvalidRequest, match=side):
+        info.checked(msgspec.structs.replace(request, **{side: 0}))

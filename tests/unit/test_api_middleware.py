@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.http.context import current_request
+from api.http.context import abort_requests, current_request
 from api.http.middleware import ApiKeyMiddleware, BodyMiddleware, RequestContextMiddleware
-from runners.contracts.errors import EngineFailure
+from runners.contracts.errors import EngineFailure, RunnerUnavailable
 
 SECRET = "swordfish"
+ROUTED = Starlette(
+    routes=[Route(path, lambda _: JSONResponse({})) for path in ("/generate", "/livez")]
+)
+"""The app whose routes tell which requests have a use for a body."""
 
 
 class Exchange:
@@ -28,6 +34,7 @@ class Exchange:
             "method": "POST",
             "path": "/generate",
             "headers": list((headers or {}).items()),
+            "app": ROUTED,
         }
         self.sent: list[Message] = []
         self.answered = asyncio.Event()
@@ -83,6 +90,100 @@ async def test_the_rest_of_a_large_body_is_not_read() -> None:
     exchange = await Exchange(*messages).over(stack(echo))
     assert exchange.status == 413
     assert len(exchange._messages) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/generate"), ("OPTIONS", "/generate"), ("POST", "/livez")]
+)
+async def test_a_body_that_nobody_uses_is_not_kept(method: str, path: str) -> None:
+    exchange = Exchange(body(b" " * 60, more=True), body(b" " * 60, more=True))
+    exchange.scope["method"], exchange.scope["path"] = method, path
+    assert (await exchange.over(stack(echo))).status == 200
+    assert exchange.sent[1]["body"] == b'{"length":0}'
+
+
+async def test_a_client_that_leaves_with_an_unread_body_ends_the_handler() -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.Event().wait()
+
+    exchange = Exchange(body(b"a", more=True), body(b"a"))
+    exchange.scope["method"] = "GET"
+    exchange.leave.set()
+    assert (await asyncio.wait_for(exchange.over(stack(slow)), 1)).status == 499
+
+
+async def test_a_body_that_trickles_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.http.middleware.BODY_TIMEOUT_S", 0.05)
+    exchange = await asyncio.wait_for(Exchange(body(b"{", more=True)).over(stack(echo)), 1)
+    assert exchange.status == 408
+    assert exchange.error["code"] == "request_timeout"
+
+
+async def test_the_time_for_a_body_grows_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.http.middleware.BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("api.http.middleware.BODY_MIN_RATE", 1)
+    exchange = Exchange(body(b"{", more=True))
+    call = asyncio.create_task(exchange.over(stack(echo)))
+    await asyncio.sleep(0.1)
+    assert not call.done()
+    exchange.leave.set()
+    assert (await call).status == 499
+
+
+async def test_the_bodies_that_are_being_received_are_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("api.http.middleware.RECEIVING_LIMIT", 200)
+    app = stack(echo, max_bytes=100)
+    waiting = [Exchange(body(b" " * 90, more=True)) for _ in range(2)]
+    calls = [asyncio.create_task(exchange.over(app)) for exchange in waiting]
+    await asyncio.sleep(0.01)
+    refused = await Exchange(body(b" " * 90, more=True)).over(app)
+    assert refused.status == 429
+    assert (b"retry-after", b"1") in refused.sent[0]["headers"]
+    for exchange in waiting:
+        exchange.leave.set()
+    await asyncio.gather(*calls)
+    assert (await Exchange(body(b" " * 90, more=True), body()).over(app)).status == 200
+
+
+@pytest.mark.parametrize(("encoding", "status"), [(b"gzip", 415), (b"br", 415), (b"identity", 200)])
+async def test_compressed_bodies_are_refused_by_name(encoding: bytes, status: int) -> None:
+    exchange = await Exchange(body(), headers={b"content-encoding": encoding}).over(stack(echo))
+    assert exchange.status == status
+    if status == 415:
+        assert exchange.error["message"].startswith("Content-Encoding: ")
+
+
+async def test_a_model_that_is_not_ready_says_when_to_come_back() -> None:
+    async def loading(scope: Scope, receive: Receive, send: Send) -> None:
+        raise RunnerUnavailable("loading")
+
+    exchange = await Exchange(body()).over(stack(loading))
+    assert exchange.status == 503
+    assert (b"retry-after", b"5") in exchange.sent[0]["headers"]
+
+
+async def test_requests_in_flight_can_be_ended() -> None:
+    async def working(scope: Scope, receive: Receive, send: Send) -> None:
+        async with current_request().within_deadline():
+            await asyncio.Event().wait()
+
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.02)
+        async with current_request().within_deadline():
+            await asyncio.Event().wait()
+
+    exchanges = [Exchange(body()), Exchange(body(b"{", more=True)), Exchange(body())]
+    calls = [
+        asyncio.create_task(exchange.over(stack(app)))
+        for exchange, app in zip(exchanges, (working, echo, late), strict=True)
+    ]
+    await asyncio.sleep(0.01)
+    abort_requests(RunnerUnavailable("the server is shutting down"))
+    await asyncio.wait_for(asyncio.gather(*calls), 1)
+    for exchange in exchanges:
+        assert (exchange.status, exchange.error["code"]) == (503, "model_not_ready")
 
 
 async def test_a_client_that_leaves_ends_the_handler_and_its_resources() -> None:

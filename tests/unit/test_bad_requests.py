@@ -6,13 +6,16 @@ The whole service answers, with its middlewares, in this process; only the runne
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from _bentoml_impl.tasks import Sqlite3Store  # type: ignore[import-untyped]
 from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
+from runners.contracts.runner import RunnerHealth, RunnerState
 from tests.support.bad_bodies import BAD_BODIES, TEXT_ROUTES
 from tests.support.fake_runner import FakeTextRunner
 
@@ -23,10 +26,13 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     with pytest.MonkeyPatch.context() as patch:
         # What importing the service sets if it is not set yet.
         patch.setenv("BENTOML_DISABLE_GPU_ALLOCATION", "1")
-        patch.setenv("BENTOML_RESULT_STORE", str(tmp_path_factory.mktemp("jobs") / "results.db"))
+        jobs = str(tmp_path_factory.mktemp("jobs") / "results.db")
+        patch.setenv("BENTOML_RESULT_STORE", jobs)
+        Sqlite3Store.init_db(jobs)
         service: Any = importlib.import_module("service")
         runners = service.Runners(text=FakeTextRunner())
         patch.setattr(service, "chosen_runners", lambda *_: runners)
+        patch.setattr(service.settings, "model_aliases", ("gpt-*", "tgi"))
         with TestClient(service.Triptych.to_asgi()) as made:
             yield made
 
@@ -125,6 +131,11 @@ def test_each_answer_has_a_request_id(client: TestClient) -> None:
         ("use_beam_search", [None, False], True),
         ("logit_bias", [None, {}], {"5": 1}),
         ("suffix", [None, ""], "x"),
+        ("length_penalty", [None, 1, 1.0], 0.5),
+        ("skip_special_tokens", [None, True], False),
+        ("include_stop_str_in_output", [None, False], True),
+        ("bad_words", [None, []], ["a"]),
+        ("priority", [None, 0], 1),
     ],
 )
 def test_a_field_that_is_not_supported_may_have_its_neutral_value(
@@ -136,3 +147,97 @@ def test_a_field_that_is_not_supported_may_have_its_neutral_value(
         assert answer.status_code == 200, answer.text
     refused = client.post("/v1/completions", json={**body, field: other})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tool_choice": "none"},
+        {"parallel_tool_calls": True},
+        {"n": 1},
+        {"logit_bias": {}},
+        {"store": False},
+        {"service_tier": "auto"},
+        {"verbosity": "medium"},
+        {"top_logprobs": 0},
+        {"add_generation_prompt": True},
+        {"chat_template_kwargs": {}},
+    ],
+)
+def test_what_chat_clients_send_without_a_wish_has_no_effect(
+    client: TestClient, field: dict[str, Any]
+) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, **field}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.json()["error"]["message"] == "the model has no chat template"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/livez", "/ping", "/docs.json"])
+def test_what_takes_get_takes_head_and_a_slash_at_the_end(client: TestClient, path: str) -> None:
+    assert client.get(path + "/").status_code == 200
+    assert client.head(path).status_code == 200
+    assert client.head("/generate").status_code == 405
+
+
+def test_health_is_that_of_the_models(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    health = RunnerHealth(state=RunnerState.LOADING, detail="importing the engine")
+    monkeypatch.setattr(FakeTextRunner, "health", lambda _: health)
+    for path in ("/health", "/readyz"):
+        answer = client.get(path)
+        assert answer.status_code == 503
+        assert "importing the engine" in answer.json()["error"]["message"]
+        assert answer.headers["retry-after"] == "5"
+    assert client.get("/livez").status_code == 200
+
+
+def test_clients_may_call_the_model_by_its_aliases(client: TestClient) -> None:
+    [served] = client.get("/v1/models").json()["data"]
+    for name, status in [("gpt-4o", 200), ("tgi", 200), ("tgi-2", 404), (served["id"], 200)]:
+        body = {"prompt": "a", "max_tokens": 1, "model": name}
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == status
+        assert client.get(f"/v1/models/{name}").status_code == status
+        if status == 200:
+            assert answer.json()["model"] == served["id"]
+            assert client.get(f"/v1/models/{name}").json() == served
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/generate_image_task/status", 400),
+        ("GET", "/generate_image_task/get?task_id=none", 404),
+        ("POST", "/generate_image_task/retry?task_id=none", 404),
+        ("GET", "/generate_image_task/submit", 405),
+        ("GET", "/nope", 404),
+    ],
+)
+def test_errors_of_bentoml_have_the_shape_of_all_others(
+    client: TestClient, method: str, path: str, status: int
+) -> None:
+    answer = client.request(method, path)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"]
+    assert int(answer.headers["content-length"]) == len(answer.content)
+
+
+def chunks_of(client: TestClient, options: dict[str, bool]) -> list[dict[str, Any]]:
+    body = {"prompt": "hello", "max_tokens": 3, "stream": True, "stream_options": options}
+    lines = client.post("/v1/completions", json=body).text.split("\n\n")
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+def test_each_chunk_has_the_usage_so_far_if_it_is_wanted(client: TestClient) -> None:
+    for with_last in (True, False):
+        options = {"continuous_usage_stats": True, "include_usage": with_last}
+        chunks = chunks_of(client, options)
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk["choices"]]
+        assert counts == sorted(counts)
+        assert counts[0] >= 1
+        assert any(not chunk["choices"] for chunk in chunks) == with_last
+        assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {
+            chunks[0]["usage"]["prompt_tokens"]
+        }
+    assert all("usage" not in chunk for chunk in chunks_of(client, {}))

@@ -55,6 +55,15 @@ def test_misspelt_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_aliases_are_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIPTYCH_MODEL_ALIASES", "gpt-*, dummy,tgi")
+    assert get_settings().model_aliases == ("gpt-*", "dummy", "tgi")
+    get_settings.cache_clear()
+    monkeypatch.setenv("TRIPTYCH_MODEL_ALIASES", "gpt-*,,tgi")
+    with pytest.raises(ConfigError, match=r"^TRIPTYCH_MODEL_ALIASES"):
+        get_settings()
+
+
 @pytest.mark.parametrize("choice", ["~nobodyhere/x", "x" * 5000, "not a tag"])
 def test_a_choice_that_can_not_exist_is_not_found(choice: str) -> None:
     with pytest.raises(ModelNotFound, match="neither a folder nor a tag"):

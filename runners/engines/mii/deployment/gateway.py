@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 
 from runners.engines.mii.deployment.client import Deployment
 from runners.engines.mii.deployment.plan import DeploymentPlan
@@ -27,10 +27,21 @@ STATUS = {
 }
 
 
+def _refuse_browsers(request: Request) -> None:
+    """Refuse requests that a web page makes, which could otherwise end the gateway.
+
+    Every browser sends one of these headers, and MII's client neither.
+    """
+    if "origin" in request.headers or request.headers.get("sec-fetch-site", "none") != "none":
+        raise HTTPException(403, "requests of web pages are refused")
+
+
 async def serve_gateway(plan: DeploymentPlan) -> None:
     """Serve until a client calls `/terminate`."""
     assert plan.rest_port is not None  # noqa: S101 - the supervisor starts no gateway without
-    app = FastAPI(title=plan.name, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title=plan.name, docs_url=None, redoc_url=None, dependencies=[Depends(_refuse_browsers)]
+    )
     config = uvicorn.Config(
         app, host=plan.rest_host, port=plan.rest_port, log_level="warning", access_log=False
     )
@@ -40,6 +51,9 @@ async def serve_gateway(plan: DeploymentPlan) -> None:
 
     @app.post(f"/mii/{plan.name}")
     async def generate(request: Request) -> list[dict[str, Any]]:
+        content_type = request.headers.get("content-type", "").partition(";")[0]
+        if content_type.strip().lower() != "application/json":
+            raise HTTPException(415, "the body must be application/json")
         try:
             body = await request.json()
             prompts = body.pop("prompts")
