@@ -12,9 +12,10 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import bentoml
+from bentoml.validators import ContentType
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -34,7 +35,8 @@ from api.models.served import ServedModels
 from api.models.tasks import TaskModel
 from api.models.text import TextModel
 from api.native import images, routes
-from api.native.images import GenerateImageRequest, GenerateImageResponse
+from api.native.images import GenerateImageRequest
+from api.native.operations import JOBS
 from api.native.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -52,7 +54,8 @@ from settings import Settings, get_settings, unknown_variables
 
 logger = logging.getLogger("triptych.service")
 
-TASK_ROUTE = "/generate_image_task"
+ImageFile = Annotated[Path, ContentType("image/*")]
+"""BentoML's clients store the answer in a file, whatever it is, and return the file's path."""
 
 
 class BuildArguments(BaseModel):
@@ -210,7 +213,7 @@ class Triptych:
         """The state of the runners, appended to what BentoML collects for `/metrics`."""
         return collected + self.metrics.text()
 
-    # BentoML derives clients and docs from the declared types; the methods return a `Response`.
+    # BentoML derives its clients from the declared types; the methods return a `Response`.
 
     @bentoml.api
     @routes.handler
@@ -240,16 +243,16 @@ class Triptych:
 
     @bentoml.api
     @routes.handler
-    async def generate_image(self, body: GenerateImageRequest, /) -> GenerateImageResponse:
+    async def generate_image(self, body: GenerateImageRequest, /) -> ImageFile:
         """Generate images from a prompt; returns one image as its file, several as JSON."""
-        return cast(GenerateImageResponse, await images.generate_image(self.served, body))
+        return cast(ImageFile, await images.generate_image(self.served, body))
 
-    @bentoml.task(route=TASK_ROUTE)
+    @bentoml.task(route=JOBS)
     @routes.handler
-    async def generate_image_task(self, body: GenerateImageRequest, /) -> GenerateImageResponse:
+    async def generate_image_task(self, body: GenerateImageRequest, /) -> ImageFile:
         """As `/generate_image`, as a job that outlasts a connection: submit, poll, fetch."""
         current_request().timeout = settings.task_timeout
-        return cast(GenerateImageResponse, await images.generate_image(self.served, body))
+        return cast(ImageFile, await images.generate_image(self.served, body))
 
 
 def _create_runners() -> Runners:
@@ -278,7 +281,7 @@ if settings.api_key is not None:
 _service().add_asgi_middleware(BodyMiddleware, max_bytes=settings.max_body_bytes)
 _service().add_asgi_middleware(
     JobMiddleware,
-    route=TASK_ROUTE,
+    route=JOBS,
     check=lambda body: images.check_image_request(mounted_app.state.served, body),
 )
 _service().add_asgi_middleware(UnknownRouteMiddleware)
