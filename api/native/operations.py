@@ -136,7 +136,7 @@ OPERATIONS = [
         f"{JOBS}/retry",
         "generate_image_task_retry",
         "Start a job that is done once more, as a new one.",
-        ok({JSON: SubmittedJob}) | errors(*ANY_BODY, ModelNotServed),
+        ok({JSON: SubmittedJob}) | errors(*ANY_MODEL),
         query=_JOB,
     ),
     Operation(
