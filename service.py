@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import bentoml
-from bentoml.validators import ContentType
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -54,7 +53,7 @@ from settings import Settings, get_settings, unknown_variables
 
 logger = logging.getLogger("triptych.service")
 
-ImageFile = Annotated[Path, ContentType("image/*")]
+ImageFile = Annotated[Path, bentoml.validators.ContentType("image/*")]
 """BentoML's clients store the answer in a file, whatever it is, and return the file's path."""
 
 

@@ -40,6 +40,13 @@ def create_app() -> FastAPI:
     # Starlette answers in plain text then, which `UnknownRouteMiddleware` replaces.
     del app.exception_handlers[HTTPException]
 
+    @app.get("/docs.json")  # BentoML has this route too; the mounted app comes first
+    @as_response
+    async def openapi_document(request: Request) -> Response:
+        """Describe all routes as OpenAPI."""
+        content = await asyncio.to_thread(openapi)
+        return Response(content, media_type="application/json")
+
     @app.post("/v1/completions")
     @as_response
     async def completions(request: Request) -> Response:
@@ -75,13 +82,6 @@ def create_app() -> FastAPI:
             if card.id == model_id:
                 return _json(card)
         raise ModelNotServed("is not served here", field="model")
-
-    @app.get("/docs.json")  # BentoML has this route too; the mounted app comes first
-    @as_response
-    async def openapi_document(request: Request) -> Response:
-        """Describe all routes as OpenAPI."""
-        content = await asyncio.to_thread(openapi)
-        return Response(content, media_type="application/json")
 
     for task, route in ROUTES.items():
         _add_task(app, task, route)
