@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from starlette.testclient import TestClient
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +23,3 @@ def store(tmp_path: Path) -> Iterator[Path]:
 
     with store_at(tmp_path / "home") as models:
         yield models
-
-
-@pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """A client of the service with a text model and an image model, which are fakes."""
-    from tests.support.service import serving  # loads bentoml
-
-    with serving(tmp_path_factory.mktemp("service")) as made:
-        yield made

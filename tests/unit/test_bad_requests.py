@@ -5,12 +5,29 @@ The whole service answers, with its middlewares, in this process; only the runne
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from tests.support.bad_bodies import BAD_BODIES, TEXT_ROUTES
+from tests.support.fake_runner import FakeTextRunner
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A client of the service, which has started."""
+    with pytest.MonkeyPatch.context() as patch:
+        # What importing the service sets if it is not set yet.
+        patch.setenv("BENTOML_DISABLE_GPU_ALLOCATION", "1")
+        patch.setenv("BENTOML_RESULT_STORE", str(tmp_path_factory.mktemp("jobs") / "results.db"))
+        service: Any = importlib.import_module("service")
+        runners = service.Runners(text=FakeTextRunner())
+        patch.setattr(service, "chosen_runners", lambda *_: runners)
+        with TestClient(service.Triptych.to_asgi()) as made:
+            yield made
 
 
 @pytest.mark.parametrize("route", TEXT_ROUTES)

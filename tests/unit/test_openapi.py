@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +21,9 @@ from api.models.served import ServedModels
 from api.models.tasks import TaskModel
 from runners.contracts.errors import ContentFiltered, DeadlineExceeded, TriptychError
 from runners.contracts.tasks import PIPELINE_TASKS
-from tests.support.fake_runner import FakeChatRunner, FakeImageRunner, FakeTaskRunner
+from tests.support.fake_models import FakeChatRunner, FakeImageRunner, FakeTaskRunner
 from tests.support.openapi import DOCUMENT, SCHEMA, check, statuses
+from tests.support.service import serving
 
 EXAMPLES = 5
 PIPELINES = [f"/tasks/{task}" for task in PIPELINE_TASKS]
@@ -42,10 +42,12 @@ BODIES: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where BentoML's `/metrics` looks for files, which this process does not write."""
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A client of a service with a text model and an image model."""
+    folder = tmp_path_factory.mktemp("service")
+    with serving(folder, text=FakeChatRunner(), image=FakeImageRunner()) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
