@@ -35,7 +35,7 @@ from api.models.tasks import TaskModel
 from api.models.text import TextModel
 from api.native import images, routes
 from api.native.images import GenerateImageRequest
-from api.native.operations import JOBS
+from api.native.operations import TASK_ROUTE
 from api.native.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -246,7 +246,7 @@ class Triptych:
         """Generate images from a prompt; returns one image as its file, several as JSON."""
         return cast(ImageFile, await images.generate_image(self.served, body))
 
-    @bentoml.task(route=JOBS)
+    @bentoml.task(route=TASK_ROUTE)
     @routes.handler
     async def generate_image_task(self, body: GenerateImageRequest, /) -> ImageFile:
         """As `/generate_image`, as a job that outlasts a connection: submit, poll, fetch."""
@@ -280,7 +280,7 @@ if settings.api_key is not None:
 _service().add_asgi_middleware(BodyMiddleware, max_bytes=settings.max_body_bytes)
 _service().add_asgi_middleware(
     JobMiddleware,
-    route=JOBS,
+    route=TASK_ROUTE,
     check=lambda body: images.check_image_request(mounted_app.state.served, body),
 )
 _service().add_asgi_middleware(UnknownRouteMiddleware)

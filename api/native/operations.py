@@ -24,7 +24,7 @@ from api.native.schemas import (
 )
 from runners.contracts.errors import ContentFiltered, InvalidRequest, ModelNotServed
 
-JOBS = "/generate_image_task"
+TASK_ROUTE = "/generate_image_task"
 """The path of the jobs' routes."""
 
 
@@ -101,7 +101,7 @@ OPERATIONS = [
     ),
     Operation(
         "post",
-        JOBS,
+        TASK_ROUTE,
         "generate_image_task",
         "As `/generate_image`, within the time limit of a job.",
         _IMAGE_ANSWERS,
@@ -109,7 +109,7 @@ OPERATIONS = [
     ),
     Operation(
         "post",
-        f"{JOBS}/submit",
+        f"{TASK_ROUTE}/submit",
         "generate_image_task_submit",
         "Start a job, which outlasts the connection.",
         ok({JSON: SubmittedJob}) | errors(*ANY_MODEL),
@@ -117,7 +117,7 @@ OPERATIONS = [
     ),
     Operation(
         "get",
-        f"{JOBS}/status",
+        f"{TASK_ROUTE}/status",
         "generate_image_task_status",
         "How far a job is.",
         ok({JSON: JobState}) | errors(InvalidRequest, ModelNotServed),
@@ -125,7 +125,7 @@ OPERATIONS = [
     ),
     Operation(
         "get",
-        f"{JOBS}/get",
+        f"{TASK_ROUTE}/get",
         "generate_image_task_get",
         "The answer of a job that is done, with its own status; 400 before that.",
         _IMAGE_ANSWERS,
@@ -133,7 +133,7 @@ OPERATIONS = [
     ),
     Operation(
         "post",
-        f"{JOBS}/retry",
+        f"{TASK_ROUTE}/retry",
         "generate_image_task_retry",
         "Start a job that is done once more, as a new one.",
         ok({JSON: SubmittedJob}) | errors(*ANY_MODEL),
@@ -141,7 +141,7 @@ OPERATIONS = [
     ),
     Operation(
         "put",
-        f"{JOBS}/cancel",
+        f"{TASK_ROUTE}/cancel",
         "generate_image_task_cancel",
         "Always refused: jobs cannot be cancelled.",
         errors(*ANY_BODY),
