@@ -45,7 +45,7 @@ from runners.hf.weights import read_header
 from runners.protocol.channel import encode_frame, read_rank_message
 from runners.protocol.messages import Accepted, Events, Heartbeat, Hello, RankMessage
 
-EXAMPLES = 60
+EXAMPLES = 30
 
 
 def examples(count: int = EXAMPLES) -> settings:
@@ -147,7 +147,7 @@ def write(path: Path, content: object) -> None:
         path.write_text(json.dumps(content), encoding="utf-8")
 
 
-@examples(150)
+@examples(80)
 @given(data=st.data())
 def test_config_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("model")
@@ -283,7 +283,7 @@ def open_bytes(folder: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("packed", [zipped, tarred])
-@examples(100)
+@examples(50)
 @given(data=st.data())
 def test_archives_with_damage(
     tmp_path_factory: pytest.TempPathFactory,
@@ -323,7 +323,7 @@ def test_archives_of_any_content(
 TENSORS = save({"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.int8)})
 
 
-@examples(150)
+@examples(80)
 @given(content=damage(TENSORS))
 def test_headers_of_safetensors(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
@@ -340,7 +340,7 @@ MESSAGES: list[RankMessage] = [
 ]
 
 
-@examples(200)
+@examples(60)
 @given(content=st.sampled_from(MESSAGES).map(encode_frame).flatmap(damage))
 def test_frames(content: bytes) -> None:
     async def read() -> None:
