@@ -13,7 +13,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
@@ -29,7 +29,6 @@ from api.http.middleware import (
     ApiKeyMiddleware,
     BentoErrorsMiddleware,
     BodyMiddleware,
-    DocumentMiddleware,
     RequestContextMiddleware,
 )
 from api.http.processes import prepare_server, prepare_worker
@@ -39,7 +38,8 @@ from api.models.served import ServedModels
 from api.models.tasks import TaskModel
 from api.models.text import TextModel
 from api.native import images, routes
-from api.native.images import GenerateImageRequest, GenerateImageResponse
+from api.native.images import GenerateImageRequest
+from api.native.operations import TASK_ROUTE
 from api.native.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -58,7 +58,8 @@ from settings import Settings, get_settings, unknown_variables
 
 logger = logging.getLogger("triptych.service")
 
-TASK_ROUTE = "/generate_image_task"
+ImageFile = Annotated[Path, bentoml.validators.ContentType("image/*")]
+"""BentoML's clients store the answer in a file, whatever it is, and return the file's path."""
 
 
 class BuildArguments(BaseModel):
@@ -230,7 +231,7 @@ class Triptych:
         """The state of the runners, appended to what BentoML collects for `/metrics`."""
         return collected + self.metrics.text()
 
-    # BentoML derives clients and docs from the declared types; the methods return a `Response`.
+    # BentoML derives its clients from the declared types; the methods return a `Response`.
 
     @bentoml.api
     @routes.handler
@@ -260,16 +261,16 @@ class Triptych:
 
     @bentoml.api
     @routes.handler
-    async def generate_image(self, body: GenerateImageRequest, /) -> GenerateImageResponse:
+    async def generate_image(self, body: GenerateImageRequest, /) -> ImageFile:
         """Generate images from a prompt; returns one image as its file, several as JSON."""
-        return cast(GenerateImageResponse, await images.generate_image(self.served, body))
+        return cast(ImageFile, await images.generate_image(self.served, body))
 
     @bentoml.task(route=TASK_ROUTE)
     @routes.handler
-    async def generate_image_task(self, body: GenerateImageRequest, /) -> GenerateImageResponse:
+    async def generate_image_task(self, body: GenerateImageRequest, /) -> ImageFile:
         """As `/generate_image`, as a job that outlasts a connection: submit, poll, fetch."""
         current_request().timeout = settings.task_timeout
-        return cast(GenerateImageResponse, await images.generate_image(self.served, body))
+        return cast(ImageFile, await images.generate_image(self.served, body))
 
 
 def _create_runners() -> Runners:
@@ -305,5 +306,4 @@ _service().add_asgi_middleware(
     admit=lambda body: images.admit_image_request(mounted_app.state.served, body),
     max_result_bytes=settings.max_result_bytes,
 )
-_service().add_asgi_middleware(DocumentMiddleware)
 _service().add_asgi_middleware(BentoErrorsMiddleware)

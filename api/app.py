@@ -5,23 +5,23 @@ It has the OpenAI-compatible routes, those of the pipeline tasks, and TorchServe
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import Any
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from api.document import openapi
 from api.http.errors import as_response
 from api.http.json_pieces import json_response
 from api.http.server import refuse_if_draining
 from api.models.served import ServedModels
 from api.openai.chat import create_chat_completion
 from api.openai.completions import create_completion
-from api.openai.images import ImageGenerationRequest, ImagesResponse, create_images
+from api.openai.images import ImageGenerationRequest, create_images
 from api.openai.requests import ChatRequest, CompletionRequest
-from api.openai.responses import ChatCompletion, Completion, Error, Model, ModelList
+from api.openai.responses import Model, ModelList
 from api.tasks.routes import ROUTES, TaskRoute
 from api.torchserve.routes import add_routes
 from runners.contracts.errors import ModelNotServed, RunnerUnavailable
@@ -36,39 +36,46 @@ def serve_models(app: FastAPI, served: ServedModels) -> None:
 
 def create_app() -> FastAPI:
     """The app, without its models."""
-    # BentoML's docs page shows these routes too.
+    # The document is `api.document`, not FastAPI's.
     app = FastAPI(title="Triptych", docs_url=None, redoc_url=None, openapi_url=None)
     # Starlette answers in plain text then, which `BentoErrorsMiddleware` replaces.
     del app.exception_handlers[HTTPException]
 
-    @app.post("/v1/completions", **_documented(CompletionRequest, Completion))
+    @app.get("/docs.json")  # BentoML has this route too; the mounted app comes first
+    @as_response
+    async def openapi_document(request: Request) -> Response:
+        """Describe all routes as OpenAPI."""
+        content = await asyncio.to_thread(openapi)
+        return Response(content, media_type="application/json")
+
+    @app.post("/v1/completions")
     @as_response
     async def completions(request: Request) -> Response:
         """Continue prompts, as OpenAI's completions API."""
         body = CompletionRequest.parse(await request.body())
         return await create_completion(_served(request).text, body)
 
-    @app.post("/v1/chat/completions", **_documented(ChatRequest, ChatCompletion))
+    @app.post("/v1/chat/completions")
     @as_response
     async def chat_completions(request: Request) -> Response:
         """Generate the next turn of a conversation, as OpenAI's chat API."""
         body = ChatRequest.parse(await request.body())
         return await create_chat_completion(_served(request).text, body)
 
-    @app.post("/v1/images/generations", **_documented(ImageGenerationRequest, ImagesResponse))
+    @app.post("/v1/images/generations")
     @as_response
     async def images(request: Request) -> Response:
         """Generate images from a prompt, as OpenAI's images API."""
         body = ImageGenerationRequest.parse(await request.body())
         return await create_images(_served(request).image, body)
 
-    @app.get("/v1/models", response_model=ModelList)
+    @app.get("/v1/models")
     @as_response
     async def list_models(request: Request) -> Response:
         """The served models."""
         return json_response(ModelList(data=_cards(_served(request))))
 
-    @app.get("/v1/models/{model_id:path}", response_model=Model)
+    @app.get("/v1/models/{model_id:path}")
     @as_response
     async def retrieve_model(request: Request, model_id: str) -> Response:
         """One of the served models."""
@@ -100,8 +107,7 @@ def _add_task(app: FastAPI, task: str, route: TaskRoute) -> None:
     async def run_task(request: Request) -> Response:
         return json_response(await route.handle(_served(request), await request.body()))
 
-    documented = _documented(route.body, route.response) | {"description": route.body.__doc__}
-    app.post(f"/tasks/{task}", name=task, **documented)(run_task)
+    app.post(f"/tasks/{task}", name=task)(run_task)
 
 
 def _served(request: Request) -> ServedModels:
@@ -118,23 +124,3 @@ def _cards(served: ServedModels) -> list[Model]:
     if (image := served.image_model) is not None:
         cards.append(Model(id=image.name, created=STARTED))
     return cards
-
-
-def _documented(body: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
-    """What the docs show of a route that parses its body itself (see `WireModel.parse`)."""
-    schema = body.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def inline(node: Any) -> Any:
-        if isinstance(node, dict):
-            if "$ref" in node:
-                return inline(definitions[node["$ref"].rpartition("/")[2]])
-            return {key: inline(value) for key, value in node.items()}
-        return [inline(item) for item in node] if isinstance(node, list) else node
-
-    content = {"application/json": {"schema": inline(schema)}}
-    return {
-        "response_model": response,
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
-        "responses": {"4XX": {"model": Error}, "5XX": {"model": Error}},
-    }

@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from pydantic import BaseModel
+
 from runners.contracts.errors import (
     ContentFiltered,
     ContextLengthExceeded,
@@ -26,6 +28,32 @@ from runners.contracts.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+
+
+class ErrorDetail(BaseModel):
+    """The reason of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    """The field at fault."""
+    code: str | None
+
+
+class Error(BaseModel):
+    """An error, on any route except TorchServe's."""
+
+    error: ErrorDetail
+
+
+class TorchServeError(BaseModel):
+    """An error on TorchServe's routes."""
+
+    code: int
+    """The HTTP status."""
+    type: str
+    """The name of TorchServe's exception."""
+    message: str
 
 
 class ErrorStatus(NamedTuple):
@@ -48,6 +76,8 @@ class ErrorFormat(NamedTuple):
     """A method that a path does not take."""
     body: Callable[[str, ErrorStatus, str | None], str]
     """JSON of a message, its status and the field at fault."""
+    model: type[BaseModel]
+    """The type of that JSON."""
 
 
 def _openai(message: str, status: ErrorStatus, param: str | None) -> str:
@@ -75,6 +105,7 @@ OPENAI = ErrorFormat(
     unknown_path=ErrorStatus(404, "invalid_request_error", "unknown_url"),
     unknown_method=ErrorStatus(405, "invalid_request_error", "unknown_url"),
     body=_openai,
+    model=Error,
 )
 
 
@@ -104,5 +135,6 @@ TORCHSERVE = ErrorFormat(
     unknown_path=ErrorStatus(404, "ResourceNotFoundException"),
     unknown_method=ErrorStatus(405, "MethodNotAllowedException"),
     body=_torchserve,
+    model=TorchServeError,
 )
 """`{"code": ..., "type": ..., "message": ...}`, where `type` is the name of its exception."""

@@ -1,4 +1,4 @@
-"""Pure ASGI middlewares, outermost first: request context, API key, body, documents, routes."""
+"""Pure ASGI middlewares, outermost first: request context, API key, body, errors."""
 
 from __future__ import annotations
 
@@ -42,8 +42,6 @@ TORCHSERVE_ROOTS = frozenset({"ping", "predictions", "models"})
 """The first parts of TorchServe's paths."""
 SEND_GRACE_S = 5.0
 """Seconds past its deadline until a request is cut off whose client reads nothing."""
-DOCUMENTS = frozenset({"/docs.json", "/schema.json"})
-"""What BentoML makes anew for each request, which takes a tenth of a second."""
 BODY_TIMEOUT_S = 30.0
 """Seconds a body may take to arrive, plus those that it takes at `BODY_MIN_RATE`."""
 BODY_MIN_RATE = 4096
@@ -257,34 +255,6 @@ class BodyMiddleware:
             await _respond_to_disconnected(scope, receive, send)
         elif not started:
             raise DeadlineExceeded("the request exceeded its time limit")
-
-
-class DocumentMiddleware:
-    """Answers a request for the API's description as the first one was answered."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self._answers: dict[str, list[Message]] = {}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] == "http" and scope["method"] == "GET" and scope["path"] in DOCUMENTS:
-            await self._answer(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._answers.get(scope["path"], [])
-        if not answer:
-
-            async def record(message: Message) -> None:
-                answer.append(message)
-
-            await self.app(scope, receive, record)
-            if answer[0]["status"] == 200:
-                self._answers[scope["path"]] = answer
-        for message in answer:
-            await send(dict(message))  # the other middlewares add headers
 
 
 class BentoErrorsMiddleware:

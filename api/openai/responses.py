@@ -142,19 +142,3 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
-
-
-class ErrorDetail(BaseModel):
-    """The reason of an error."""
-
-    message: str
-    type: str
-    param: str | None
-    """The field at fault."""
-    code: str | None
-
-
-class Error(BaseModel):
-    """An error, on any route except TorchServe's."""
-
-    error: ErrorDetail

@@ -6,7 +6,9 @@ Fields without a meaning here, such as the memory and the process id of a worker
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from api.http.context import current_request
 from api.models.images import ImageModel
@@ -17,6 +19,52 @@ from runners.contracts.errors import ModelNotServed, ModelVersionNotServed
 from runners.contracts.runner import RunnerState
 
 Model = TextModel | TaskModel | ImageModel
+
+
+class ModelEntry(TypedDict):
+    """A model of the list."""
+
+    modelName: str
+    modelUrl: str
+
+
+class ModelList(TypedDict):
+    """All models."""
+
+    models: list[ModelEntry]
+
+
+class Worker(TypedDict):
+    """A rank group."""
+
+    id: str
+    status: Literal["READY", "UNLOADING"]
+    gpu: bool
+
+
+class JobQueue(TypedDict):
+    """A model's queue."""
+
+    remainingCapacity: int
+    pendingRequests: int
+
+
+class ModelState(TypedDict):
+    """A model's state."""
+
+    modelName: str
+    modelVersion: str
+    modelUrl: str
+    runtime: Literal["python"]
+    minWorkers: int
+    maxWorkers: int
+    batchSize: int
+    maxBatchDelay: int
+    responseTimeout: int
+    """In seconds."""
+    loadedAtStartup: bool
+    workers: list[Worker]
+    jobQueueStatus: JobQueue
 
 
 def find(served: ServedModels, name: str, version: str | None = None) -> Model:
@@ -42,16 +90,16 @@ def is_healthy(served: ServedModels) -> bool:
     return all(model.runner.health().state not in final for model in served.models)
 
 
-def list_models(served: ServedModels) -> dict[str, Any]:
+def list_models(served: ServedModels) -> ModelList:
     """All models; `modelUrl` is the model's name, too."""
     names = sorted(model.name for model in served.models)
     return {"models": [{"modelName": name, "modelUrl": name} for name in names]}
 
 
-def describe(model: Model) -> dict[str, Any]:
+def describe(model: Model) -> ModelState:
     """A model's state. Its rank group counts as one worker."""
     runner, admission, health = model.runner, model.admission, model.runner.health()
-    worker = {
+    worker: Worker = {
         "id": "0",
         "status": "READY" if health.ready else "UNLOADING",
         "gpu": any(device.startswith("cuda") for device in runner.devices),

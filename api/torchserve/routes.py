@@ -18,26 +18,20 @@ from api.torchserve.predictions import predict
 def add_routes(app: FastAPI) -> None:
     """Add the routes to an app whose `state.served` has the models."""
 
-    # Each handler has two routes, because the docs show one method per route. The lower decorator
-    # runs first, so its route is the one that matches; it takes PUT too, which curl -T sends.
-    @app.post("/predictions/{model_name}")
-    @app.api_route("/predictions/{model_name}", methods=["POST", "PUT"], include_in_schema=False)
+    # curl -T sends PUT.
+    @app.api_route("/predictions/{model_name}", methods=["POST", "PUT"])
     @as_response
     async def predictions(request: Request, model_name: str) -> Response:
         """Run a model on an input, as TorchServe's example handlers do."""
         return await _predict(request, model_name, None)
 
-    @app.post("/predictions/{model_name}/{version}")
-    @app.api_route(
-        "/predictions/{model_name}/{version}", methods=["POST", "PUT"], include_in_schema=False
-    )
+    @app.api_route("/predictions/{model_name}/{version}", methods=["POST", "PUT"])
     @as_response
     async def predictions_of_version(request: Request, model_name: str, version: str) -> Response:
         """The same, for a version of the model."""
         return await _predict(request, model_name, version)
 
-    @app.get("/ping")
-    @app.api_route("/ping", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.api_route("/ping", methods=["GET", "HEAD"])
     @as_response
     async def ping(request: Request) -> Response:
         """Whether the models are served, or will be without help; `/readyz`: whether they are."""

@@ -120,7 +120,7 @@ def _pop_shared(section: dict[str, Any]) -> dict[str, Any]:
     if (task := section.pop("task", None)) is not None:
         shared["task"] = normalise(task)
     if (dtype := section.pop("dtype", None)) is not None:
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             allowed = ", ".join(sorted(set(DTYPES.values())))
             raise ConfigError(f"must be one of {allowed}", field="mii.dtype", source=SOURCE)
         shared["dtype"] = DTYPES[dtype]

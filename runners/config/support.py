@@ -63,9 +63,10 @@ def refuse_unsupported(config: Mapping[str, Any], *, source: str) -> None:
     if quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    method = str(method)  # a list cannot be looked up
     if method in NATIVE_QUANTIZERS:
         return
-    package = QUANTIZERS.get(str(method))
+    package = QUANTIZERS.get(method)
     if package is None:
         known = ", ".join(sorted({*QUANTIZERS, *NATIVE_QUANTIZERS}))
         raise ConfigError(f"{source} is quantized by {method}, which is none of {known}")

@@ -129,7 +129,10 @@ class SlowRequest(RequestError):
 
 
 class Overloaded(TriptychError):
-    """The queue is full; `retry_after_s` is a whole number of seconds to wait."""
+    """The queue is full.
+
+    `retry_after_s`: a whole number of seconds to wait.
+    """
 
     def __init__(self, reason: str, *, field: str | None = None, retry_after_s: int = 1) -> None:
         super().__init__(reason, field=field)

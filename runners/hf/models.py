@@ -10,17 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as tf_logging
 
 from runners.config.support import refuse_without_tokenizer
 from runners.contracts.errors import ConfigError, reraise_as
+from runners.contracts.validation import problems_of
 from runners.hf.dtypes import dtype_in
 
 logger = logging.getLogger("triptych.hf")
+
+GENERATION = "generation_config.json"
 
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """What torch raises about a device, not about a model: another start may not have it."""
@@ -30,16 +34,19 @@ DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 class SamplingDefaults:
     """Values for parameters that a request leaves out: of the config, else of the model."""
 
-    temperature: float | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """None if neither sets one: decoding is greedy, unless the route has a default."""
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    min_new_tokens: int = 0
-    max_new_tokens: int | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, AfterValidator(lambda top_k: max(top_k, 0))] = 0
+    """0 keeps all, for which some files have -1."""
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    min_new_tokens: Annotated[int, Field(ge=0)] = 0
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
+
+_SAMPLING_DEFAULTS = TypeAdapter(SamplingDefaults)
 
 HONOURED_GENERATION_KEYS = {
     *("do_sample", "temperature", "top_p", "top_k", "repetition_penalty"),
@@ -134,15 +141,19 @@ def end_token_ids(
     """The end tokens that the generation config and the tokenizer name.
 
     A fine-tune often changes the tokenizer's alone, the end of a turn, and keeps the generation
-    config of its base model. Ids outside the vocabulary are ignored.
+    config of its base model. Ids outside the vocabulary are ignored. Raises: ConfigError for what
+    is no id.
     """
     sources = [generation.eos_token_id if generation else None, tokenizer.eos_token_id]
-    ids = frozenset(
+    tokens = [
         token
         for source in sources
         if source is not None
         for token in (source if isinstance(source, list) else [source])
-    )
+    ]
+    if not all(isinstance(token, int) for token in tokens):
+        raise ConfigError("must be a token id or several", field="eos_token_id", source=GENERATION)
+    ids = frozenset(tokens)
     outside = {i for i in ids if not 0 <= i < vocab_size}
     if outside:
         logger.warning("end tokens %s are outside the vocabulary: ignored", sorted(outside))
@@ -164,7 +175,10 @@ def warn_about_ignored(generation: GenerationConfig | None) -> None:
 
 
 def sampling_defaults(generation: GenerationConfig | None) -> SamplingDefaults:
-    """The defaults of a generation config, with the meaning they have in transformers and vLLM."""
+    """The defaults of a generation config, with the meaning they have in transformers and vLLM.
+
+    Raises: ConfigError that names the key with a value that cannot be.
+    """
     neutral = SamplingDefaults()
     if generation is None:
         return neutral
@@ -174,15 +188,20 @@ def sampling_defaults(generation: GenerationConfig | None) -> SamplingDefaults:
         return default if configured is None else configured
 
     sampled, stop = bool(generation.do_sample), value("stop_strings", ())
-    return SamplingDefaults(
-        temperature=value("temperature", 1.0) if sampled else None,
-        top_p=value("top_p", 1.0) if sampled else 1.0,
-        top_k=value("top_k", 0) if sampled else 0,
-        repetition_penalty=value("repetition_penalty", 1.0),
-        min_new_tokens=value("min_new_tokens", 0),
-        max_new_tokens=generation.max_new_tokens,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-    )
+    defaults = {
+        "temperature": value("temperature", 1.0) if sampled else None,
+        "top_p": value("top_p", 1.0) if sampled else 1.0,
+        "top_k": value("top_k", 0) if sampled else 0,
+        "repetition_penalty": value("repetition_penalty", 1.0),
+        "min_new_tokens": value("min_new_tokens", 0),
+        "max_new_tokens": generation.max_new_tokens,
+        "stop": (stop,) if isinstance(stop, str) else stop,
+    }
+    try:
+        return _SAMPLING_DEFAULTS.validate_python(defaults)
+    except ValidationError as error:
+        problem = problems_of(error)[0]
+        raise ConfigError(problem.requirement, field=problem.field, source=GENERATION) from None
 
 
 def devices(model: PreTrainedModel) -> list[str]:

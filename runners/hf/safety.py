@@ -44,7 +44,8 @@ def refuse_foreign_components(index: Mapping[str, Any], name: str) -> None:
     for component, value in index.items():
         if isinstance(value, list) and value != [None, None]:
             library, class_name = value if len(value) == 2 else (None, None)
-            if library not in LIBRARIES or not is_class_name(class_name):
+            is_known = isinstance(library, str) and library in LIBRARIES
+            if not is_known or not is_class_name(class_name):
                 raise UnsafeModel(
                     f"{name} takes {component} from {value!r}, which is neither diffusers nor "
                     "transformers"

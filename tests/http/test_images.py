@@ -7,6 +7,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +68,26 @@ def test_one_picture_is_its_file(images: Server, right: list[Pixels]) -> None:
         assert answer.headers["content-type"] == f"image/{file}"
         assert Image.open(io.BytesIO(answer.content)).format == file.upper()
         assert np.abs(opened(answer.content).astype(int) - right[0]).mean() < 24
+
+
+def test_bentomls_own_client_gets_files(images: Server, right: list[Pixels]) -> None:
+    job = images.post("/generate_image_task/submit", ASK).json()["task_id"]
+    script = f"""
+import bentoml, json, time
+with bentoml.SyncHTTPClient({images.url!r}) as client:
+    one = client.generate_image({ASK!r})
+    several = client.generate_image({ASK | {"num_images": 2}!r})
+    while client.generate_image_task.get_status({job!r}).value == "in_progress":
+        time.sleep(0.05)
+    files = [one, several, client.generate_image_task.get({job!r})]
+    print(json.dumps([file.read_bytes().hex() for file in files]))
+"""
+    # In a process of its own: the client leaves a folder behind, which is an error in this one.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    one, several, of_job = (bytes.fromhex(text) for text in json.loads(done.stdout))
+    assert difference(opened(one), right[0]) <= 1
+    assert opened(of_job).tolist() == opened(one).tolist()
+    assert [image["seed"] for image in json.loads(several)["images"]] == [3, 4]
 
 
 def test_a_seed_of_ours_makes_the_picture_again(images: Server) -> None:

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from api.document import OPERATIONS, openapi
 from tests.support.models import greedy
+from tests.support.openapi import statuses
 from tests.support.server import HTTP, Server
 
 PROMPT = "hello world, the cat"
@@ -181,14 +185,19 @@ with bentoml.SyncHTTPClient({server.url!r}) as client:
 
 
 def test_the_docs_describe_all_routes(server: Server) -> None:
-    docs = server.get("/docs.json").json()
-    for path in ("/generate", "/tokenize", "/v1/completions", "/v1/chat/completions"):
-        body = docs["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-        assert body["schema"]["properties"], path
-    generate_schema = docs["components"]["schemas"]["GenerateRequest"]
-    assert generate_schema["properties"]["max_new_tokens"]["description"]
+    assert server.get("/docs.json").content == openapi()
     routes = {route["name"]: route for route in server.get("/schema.json").json()["routes"]}
     text = {"generate", "generate_stream", "tokenize", "detokenize"}
     assert set(routes) == text | {"generate_image", "generate_image_task"}
     assert routes["generate_stream"]["output"]["is_stream"]
     assert server.get("/").status_code == 200
+
+
+def test_answers_of_a_real_server_are_those_that_the_docs_describe(server: Server) -> None:
+    [model] = server.get("/models").json()["models"]
+    known = {"model_name": model["modelName"], "model_id": model["modelName"]}
+    paths = ("/tokenize", "/detokenize", "/v1/models", "/models", "/ping", "/readyz", "/metrics")
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        for operation in OPERATIONS:
+            if operation.path in paths:
+                assert statuses(operation, client, known, 2).total() > 0

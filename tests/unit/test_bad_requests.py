@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from _bentoml_impl.tasks import Sqlite3Store  # type: ignore[import-untyped]
-from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from runners.contracts.runner import RunnerHealth, RunnerState
@@ -58,20 +57,6 @@ def test_only_json_is_taken(client: TestClient, route: str, content_type: str) -
     answer = client.post(route, content=b'{"prompt": "a"}', headers=headers)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "Content-Type"
-
-
-@pytest.mark.parametrize("path", ["/docs.json", "/schema.json"])
-def test_the_documents_are_made_once(
-    client: TestClient, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = client.get(path, headers={"X-Request-ID": "first"})
-    assert first.status_code == 200
-    assert first.json()
-    monkeypatch.setattr(JSONResponse, "render", None)
-    second = client.get(path, headers={"X-Request-ID": "second"})
-    assert second.content == first.content
-    assert second.headers["content-type"] == "application/json"
-    assert second.headers.get_list("x-request-id") == ["second"]
 
 
 @pytest.mark.parametrize("headers", [{"Content-Type": "application/json; charset=utf-8"}, {}])

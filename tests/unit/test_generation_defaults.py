@@ -9,6 +9,7 @@ import pytest
 import transformers as tf
 
 from runners.config.mii import GenerateSection
+from runners.contracts.errors import ConfigError
 from runners.contracts.text import SamplingParams
 from runners.engines.mii.defaults import mii_defaults
 from runners.hf.models import (
@@ -85,6 +86,36 @@ def test_neutral_values_of_old_files_are_not_named(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         warn_about_ignored(tf.GenerationConfig(**neutral))
     assert not [record for record in caplog.records if record.name == "triptych.hf"]
+
+
+def test_a_negative_top_k_keeps_all() -> None:
+    assert sampling_defaults(tf.GenerationConfig(do_sample=True, top_k=-1)).top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"do_sample": True, "temperature": "hot"}, "temperature"),
+        ({"do_sample": True, "temperature": -1.0}, "temperature"),
+        ({"do_sample": True, "top_p": [0.5]}, "top_p"),
+        ({"do_sample": True, "top_k": 1.5}, "top_k"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"stop_strings": [None]}, "stop.0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(values: dict[str, Any], field: str) -> None:
+    config = tf.GenerationConfig()
+    config.update(**values)
+    with pytest.raises(ConfigError) as caught:
+        sampling_defaults(config)
+    assert caught.value.message.startswith(f"generation_config.json: {field}: ")
+
+
+def test_an_end_token_is_an_id() -> None:
+    config = tf.GenerationConfig()
+    config.eos_token_id = ["</s>"]
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        end_token_ids(config, Tokenizer(None), 99)
 
 
 def test_a_section_for_mii_replaces_the_stop_strings_only_if_it_has_some() -> None:

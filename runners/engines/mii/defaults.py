@@ -12,14 +12,15 @@ from typing import Any
 from transformers import GenerationConfig
 
 from runners.config.mii import GenerateSection
-from runners.hf.models import SamplingDefaults, sampling_defaults
+from runners.hf.models import GENERATION, SamplingDefaults, loading, sampling_defaults
 
 
 def load_generation_config(folder: Path) -> GenerationConfig | None:
-    """The generation config of a model folder, None if it has none."""
-    if not (folder / "generation_config.json").is_file():
+    """The generation config of a model folder, None if it has none. Raises: ConfigError."""
+    if not (folder / GENERATION).is_file():
         return None
-    return GenerationConfig.from_pretrained(folder)
+    with loading(GENERATION):
+        return GenerationConfig.from_pretrained(folder)
 
 
 def mii_defaults(
