@@ -134,8 +134,7 @@ class TextConfig(BaseRunnerConfig):
     max_step_tokens: Annotated[int, Field(ge=16)] = 512
     """Tokens in one step, prompt chunks and running sequences together."""
     max_kv_tokens: Annotated[int, Field(ge=32)] | None = None
-    """Size of the KV cache in tokens, in blocks of 32; more than the memory of the machine or its
-    control group holds stops the start. Default: from the free memory."""
+    """Size of the KV cache in tokens, in blocks of 32. Default: from the free memory."""
     prefix_caching: bool = True
     """Whether prompts with the same beginning share its KV."""
     weight_quantization: Literal["int8"] | None = None
