@@ -118,6 +118,7 @@ class FakeEvents(Generic[EventT]):
     """Events that are there from the start."""
 
     prompt_tokens = 0
+    max_new_tokens = 0
 
     def __init__(self, request_id: str, events: list[EventT]) -> None:
         self.request_id = request_id

@@ -18,8 +18,10 @@ from _bentoml_impl.tasks import (  # type: ignore[import-untyped]
     result,
 )
 from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.http.admission import Admission
@@ -64,6 +66,15 @@ INFO = ImageModelInfo(
     max_pixels=64,
     max_inference_steps=1,
 )
+
+
+ROUTED = Starlette(
+    routes=[
+        Route(f"{ROUTE}/{name}", lambda _: Response(), methods=["POST"])
+        for name in ("submit", "retry", "cancel")
+    ]
+)
+"""The app whose routes tell which requests have a use for a body."""
 
 
 class FakeImageRunner:
@@ -136,11 +147,17 @@ class Call:
     """One request to an app, which goes on after its answer."""
 
     def __init__(self, app: ASGIApp, path: str, content: object = None, query: str = "") -> None:
-        scope = {"type": "http", "method": "POST", "path": path, "query_string": query.encode()}
+        scope: Scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "query_string": query.encode(),
+        }
         body = json.dumps(content).encode()
         self._messages: list[Message] = [{"type": "http.request", "body": body}]
         self.sent: list[Message] = []
-        self.task = asyncio.ensure_future(app({**scope, "headers": []}, self._receive, self._send))
+        scope |= {"headers": [], "app": ROUTED}
+        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
 
     async def _receive(self) -> Message:
         if not self._messages:
