@@ -144,7 +144,7 @@ def program_for_engine(
             default_temperature=defaults.temperature,
         ),
         engine=engine,
-        tokenizer=PromptTokenizer(tokenizer, info.vocab_size),
+        tokenizer=PromptTokenizer(tokenizer, info.vocab_size, max_tokens=info.max_model_len),
         limits=Limits(config.max_batch_size, config.max_step_tokens),
         eos_ids=end_token_ids(generation_config, tokenizer, info.vocab_size),
         defaults=defaults,
