@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -17,9 +18,11 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -57,6 +60,8 @@ class CallLimits:
     """CPU time of the chat template, in seconds."""
     cpu_s: float = 10.0
     """CPU time of the whole call, in seconds."""
+    wall_s: float = 60.0
+    """Seconds after which a process that does not answer is ended, whatever it waits for."""
     memory: int = 2 * 1024**3
     """Bytes that the process may allocate."""
     kept_memory: int = 256 * 1024**2
@@ -73,6 +78,17 @@ logger = logging.getLogger("triptych.text")
 _encoder = msgspec.msgpack.Encoder()
 _calls = msgspec.msgpack.Decoder(Call)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+def start_fork_server() -> None:
+    """Start the process that `TokenizerProcess` forks its own from, unless it runs.
+
+    It needs a second or two until it has imported what they need, which is no torch; after that a
+    fork takes milliseconds.
+    """
+    # The worker is the rank's main module, which multiprocessing imports in each fork.
+    multiprocessing.set_forkserver_preload(["runners.rank.worker", __name__])
+    forkserver.ensure_running()
 
 
 class TokenizerProcess:
@@ -109,10 +125,13 @@ class TokenizerProcess:
         try:
             self.start()
             self._connection.send_bytes(_encoder.encode(call))
+            deadline = time.monotonic() + self._limits.wall_s
             while not self._connection.poll(POLL_S):
                 if not self.is_wanted():
                     self.close()
                     return call_failed(call.call_id, EngineFailure("the call was aborted"))
+                if time.monotonic() > deadline:
+                    raise TimeoutError
             answer = _answers.decode(self._connection.recv_bytes())
         except (OSError, EOFError):
             error = _end_error(call, self._limits, self.close())
@@ -126,16 +145,16 @@ class TokenizerProcess:
         """Start the process unless it runs. Raises: OSError, EOFError."""
         if self._process is not None:
             return
+        start_fork_server()
         context = multiprocessing.get_context("forkserver")
-        # The fork server has what the process needs, and no torch, so that a fork takes
-        # milliseconds. The worker is the rank's main module, which a fork imports once more.
-        context.set_forkserver_preload(["runners.rank.worker", __name__])
         self._connection, other_end = context.Pipe()
         with other_end:
             self._process = context.Process(
                 target=_serve, args=(other_end, self._pickled, self._limits), daemon=True
             )
             self._process.start()
+        if not self._connection.poll(self._limits.wall_s):
+            raise TimeoutError
         self._connection.recv_bytes()  # it is ready
         self._memory_at_start = self._memory()
 
@@ -241,7 +260,7 @@ def _serve(connection: Connection, pickled: bytes, limits: CallLimits) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             call = _calls.decode(connection.recv_bytes())
-            with _cpu_limit(signal.ITIMER_PROF, limits.cpu_s):
+            with _ending_with(connection), _cpu_limit(signal.ITIMER_PROF, limits.cpu_s):
                 answer = _answer(tokenizer, call, limits)
             connection.send_bytes(_encoder.encode(answer))
 
@@ -259,9 +278,26 @@ def _answer(tokenizer: PromptTokenizer, call: Call, limits: CallLimits) -> Answe
         ids = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         return Tokens(call.call_id, ids)
     except MemoryError:
-        return call_failed(call.call_id, _memory_error(call, limits))
+        os.abort()  # as a tokenizer in Rust does; what is left of the memory may not do for others
     except BaseException as error:  # a panic of a tokenizer in Rust is none of Exception
         return call_failed(call.call_id, error)
+
+
+@contextlib.contextmanager
+def _ending_with(connection: Connection) -> Iterator[None]:
+    """End this process, by SIGIO, if the rank ends during the block; it sends nothing meanwhile.
+
+    Raises: EOFError if the rank has ended.
+    """
+    flags = fcntl.fcntl(connection, fcntl.F_GETFL)
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC)
+    try:
+        if connection.poll():
+            raise EOFError
+        yield
+    finally:
+        fcntl.fcntl(connection, fcntl.F_SETFL, flags)
 
 
 @contextlib.contextmanager
@@ -278,6 +314,7 @@ def _set_up_process(memory: int) -> None:
     """Name this process and bound its memory."""
     # With them, a tokenizer in Rust that gets no memory waits for ever for a lock of its own.
     os.environ["RUST_BACKTRACE"] = "0"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if sys.platform != "linux":
         return
     with contextlib.suppress(OSError):
@@ -300,18 +337,13 @@ def _end_error(call: Call, limits: CallLimits, exit_code: int | None) -> Triptyc
         return InvalidRequest(
             f"the tokenizer exceeded {limits.cpu_s:g} s of CPU time", field=_field(call)
         )
-    if exit_code == -signal.SIGABRT:  # so ends a program in Rust that gets no memory
-        return _memory_error(call, limits)
-    return EngineFailure(f"the tokenizer process ended with exit code {exit_code}")
-
-
-def _memory_error(call: Call, limits: CallLimits) -> InvalidRequest:
-    what = "the tokenizer"
-    if _field(call) == "messages":
-        what = "the model's chat template or tokenizer"
-    return InvalidRequest(
-        f"{what} needs more than {limits.memory // 1024**2} MiB of memory", field=_field(call)
-    )
+    if exit_code == -signal.SIGABRT:
+        what = "the tokenizer"
+        if _field(call) == "messages":
+            what = "the model's chat template or tokenizer"
+        mib = limits.memory // 1024**2
+        return InvalidRequest(f"{what} needs more than {mib} MiB of memory", field=_field(call))
+    return EngineFailure(f"the tokenizer process hangs or was ended: exit code {exit_code}")
 
 
 def _field(call: Call) -> str:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -19,20 +20,24 @@ from runners.contracts.errors import (
     InvalidRequest,
     RunnerUnavailable,
 )
-from runners.contracts.text import SamplingParams, TextRunner
-from tests.support.generating import serving, wait_ready
+from runners.contracts.text import ChatMessage, ChatPrompt, SamplingParams, TextRunner
+from tests.conftest import CHAT_TEMPLATE, LOOPING
+from tests.support.generating import collect, ids_of, request, serving, wait_ready
 from tests.support.models import greedy, write_model
 from tests.support.processes import own_ranks, stop
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("forked_ranks")]
 
 ENDLESS = SamplingParams(max_new_tokens=400, ignore_eos=True)
+LOOPS = ChatPrompt(messages=[ChatMessage(role="user", content=LOOPING)])
 SHORT = SamplingParams(max_new_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+    folder = write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -122,6 +127,40 @@ async def test_leaving_while_prompts_are_accepted_leaves_nothing(
             await opening
         await request_.resources.aclose()
         assert admission.admitted == 0
+    assert await is_idle(runner)
+
+
+async def test_conversations_that_are_left_are_not_rendered(runner: TextRunner) -> None:
+    with stopped_rank():
+        opening: list[asyncio.Task[Any]] = []
+        for _ in range(8):
+            opening.append(asyncio.create_task(runner.submit(request(LOOPS))))
+            opening.append(asyncio.create_task(runner.tokenize(LOOPS)))
+        await asyncio.sleep(0.1)
+        for task in opening:
+            task.cancel()
+        ends = await asyncio.gather(*opening, return_exceptions=True)
+        assert {type(end) for end in ends} == {asyncio.CancelledError}
+    assert await is_idle(runner)
+
+
+async def test_what_is_being_tokenised_waits(runner: TextRunner) -> None:
+    calls = [asyncio.create_task(runner.tokenize(LOOPS)) for _ in range(2)]
+    async with asyncio.timeout(60):
+        while runner.health().waiting != 2:
+            await asyncio.sleep(0.02)
+    for call in calls:
+        call.cancel()
+    assert await is_idle(runner)
+
+
+async def test_templates_that_loop_hurt_no_other_request(runner: TextRunner, folder: Path) -> None:
+    looping = [asyncio.create_task(runner.submit(request(LOOPS))) for _ in range(2)]
+    got = await collect(runner, "hello", max_new_tokens=6, ignore_eos=True)
+    assert [ids_of(got)] == greedy(folder, ["hello"], 6)
+    for error in await asyncio.gather(*looping, return_exceptions=True):
+        assert isinstance(error, InvalidRequest)
+        assert "chat template exceeded 2 s of CPU time" in error.message
     assert await is_idle(runner)
 
 

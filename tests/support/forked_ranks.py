@@ -113,6 +113,7 @@ def _run(run_dir: str, variables: dict[str, str]) -> None:
     os.environ.clear()
     os.environ |= variables
     # The rank's own processes come from this fork server too: `TokenizerProcess`.
+    forkserver.ensure_running = lambda: None
     vars(forkserver._forkserver)["ensure_running"] = lambda: None
     vars(current_process())["_config"]["daemon"] = False
     sys.argv[1:] = [run_dir, str(os.getppid())]

@@ -10,6 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -28,9 +29,11 @@ from runners.text import tokenizer_process
 from runners.text.tokenization import MAX_REASON, PromptTokenizer
 from runners.text.tokenizer_process import CallLimits, TokenizerPool, TokenizerProcess
 from tests.support.models import write_tokenizer
+from tests.support.processes import wait_until
 
 MIB = 1024**2
-TIGHT = CallLimits(render_s=0.2, cpu_s=0.4, memory=64 * MIB, kept_memory=8 * MIB)
+TIGHT = CallLimits(render_s=0.2, cpu_s=0.4, memory=64 * MIB, kept_memory=16 * MIB)
+SMALL = CallLimits(render_s=60, cpu_s=60, memory=64 * MIB, kept_memory=16 * MIB)
 PATIENT = CallLimits(render_s=1000, cpu_s=1000)
 MAX_TOKENS = 512
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -95,32 +98,33 @@ def test_a_process_gives_what_transformers_does(start: Start, folder: Path, temp
     assert process.answer(Tokenize(7, "the cat", False)) == Tokens(
         7, plain("the cat", add_special_tokens=False).input_ids
     )
-    assert process.answer(Detokenize(8, ids, False)) == Text(8, plain.decode(ids))
+    assert process.answer(Detokenize(8, ids, False)) == Text(8, str(plain.decode(ids)))
 
 
 @pytest.mark.parametrize(
-    ("template", "problem"),
+    ("template", "limits", "problem"),
     [
-        (LOOP, "the model's chat template exceeded 0.2 s of CPU time"),
-        ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "template"),
-        ("{{ 'x' * 10**9 }}", "needs more than 64 MiB of memory"),
-        ("{{ '%1000000000d' % 1 }}", "needs more than 64 MiB of memory"),
-        ("{{ range(99999) | map('string') | list | join('x' * 10**6) }}", "needs more than 64 MiB"),
+        (LOOP, TIGHT, "the model's chat template exceeded 0.2 s of CPU time"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", SMALL, "template fails"),
+        ("{{ 'x' * 10**9 }}", SMALL, "needs more than 64 MiB of memory"),
+        ("{{ '%1000000000d' % 1 }}", SMALL, "needs more than 64 MiB of memory"),
+        ("{{ range(99999) | map('string') | join('x' * 10**6) }}", SMALL, "needs more than 64 MiB"),
         (
             "{% set ns = namespace(s='xy') %}{% for i in range(99) %}"
             "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+            SMALL,
             "needs more than 64 MiB of memory",
         ),
-        ("{{ raise_exception('no') }}", "refuses these messages: no"),
-        ("{{ 1 / 0 }}", "fails on these messages: ZeroDivisionError"),
-        ("{{ missing.thing }}", "refuses these messages"),
-        (None, "has no chat template"),
+        ("{{ raise_exception('no') }}", SMALL, "refuses these messages: no"),
+        ("{{ 1 / 0 }}", SMALL, "fails on these messages: ZeroDivisionError"),
+        ("{{ missing.thing }}", SMALL, "refuses these messages"),
+        (None, SMALL, "has no chat template"),
     ],
 )
 def test_a_template_fails_its_own_request_only(
-    start: Start, template: str | None, problem: str
+    start: Start, template: str | None, limits: CallLimits, problem: str
 ) -> None:
-    process = start(template)
+    process = start(template, limits)
     hello = process.encode("hello")
     for _ in range(2):
         with pytest.raises(InvalidRequest, match=problem) as caught:
@@ -182,9 +186,28 @@ def test_a_process_that_somebody_killed_is_started_again(start: Start) -> None:
     hello = process.encode("hello")
     [pid] = pids(process)
     psutil.Process(pid).kill()
-    with pytest.raises(EngineFailure, match="ended with exit code -9"):
+    with pytest.raises(EngineFailure, match="was ended: exit code -9"):
         process.encode("hello")
     assert process.encode("hello") == hello
+
+
+def test_a_process_that_hangs_is_replaced(start: Start) -> None:
+    process = start(PLAIN, CallLimits(wall_s=1.0))
+    hello = process.encode("hello")
+    [pid] = pids(process)
+    psutil.Process(pid).suspend()
+    with pytest.raises(EngineFailure, match="hangs"):
+        process.encode("hello")
+    assert process.encode("hello") == hello
+
+
+def test_a_process_ends_with_its_rank(start: Start) -> None:
+    process = start(LOOP, PATIENT)
+    process.start()
+    [pid] = pids(process)
+    process._connection.send_bytes(msgspec.msgpack.encode(Tokenize(1, chat("hello"), True)))
+    process._connection.close()
+    wait_until(lambda: not psutil.pid_exists(pid), 60, "the process is gone")
 
 
 def test_a_call_that_nobody_waits_for_ends(start: Start) -> None:
