@@ -149,13 +149,18 @@ class TokenizerProcess:
         context = multiprocessing.get_context("forkserver")
         self._connection, other_end = context.Pipe()
         with other_end:
-            self._process = context.Process(
+            process = context.Process(
                 target=_serve, args=(other_end, self._pickled, self._limits), daemon=True
             )
-            self._process.start()
-        if not self._connection.poll(self._limits.wall_s):
-            raise TimeoutError
-        self._connection.recv_bytes()  # it is ready
+            process.start()
+        self._process = process
+        try:
+            if not self._connection.poll(self._limits.wall_s):
+                raise TimeoutError
+            self._connection.recv_bytes()  # it is ready
+        except BaseException:
+            self.close()
+            raise
         self._memory_at_start = self._memory()
 
     def close(self) -> int | None:

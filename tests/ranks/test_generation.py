@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -130,18 +130,20 @@ async def test_leaving_while_prompts_are_accepted_leaves_nothing(
     assert await is_idle(runner)
 
 
-async def test_conversations_that_are_left_are_not_rendered(runner: TextRunner) -> None:
+@pytest.mark.parametrize("call", ["submit", "tokenize"])
+async def test_conversations_that_are_left_are_not_rendered(runner: TextRunner, call: str) -> None:
+    def opening() -> Coroutine[Any, Any, object]:
+        return runner.submit(request(LOOPS)) if call == "submit" else runner.tokenize(LOOPS)
+
     with stopped_rank():
-        opening: list[asyncio.Task[Any]] = []
-        for _ in range(8):
-            opening.append(asyncio.create_task(runner.submit(request(LOOPS))))
-            opening.append(asyncio.create_task(runner.tokenize(LOOPS)))
+        tasks = [asyncio.create_task(opening()) for _ in range(30)]
         await asyncio.sleep(0.1)
-        for task in opening:
+        for task in tasks:
             task.cancel()
-        ends = await asyncio.gather(*opening, return_exceptions=True)
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert {type(end) for end in ends} == {asyncio.CancelledError}
-    assert await is_idle(runner)
+    await asyncio.sleep(2.5)  # until there is a heartbeat from after the calls
+    assert await is_idle(runner)  # which rendering all of them would delay by half a minute
 
 
 async def test_what_is_being_tokenised_waits(runner: TextRunner) -> None:

@@ -29,7 +29,7 @@ from runners.text import tokenizer_process
 from runners.text.tokenization import MAX_REASON, PromptTokenizer
 from runners.text.tokenizer_process import CallLimits, TokenizerPool, TokenizerProcess
 from tests.support.models import write_tokenizer
-from tests.support.processes import wait_until
+from tests.support.processes import alive, wait_until
 
 MIB = 1024**2
 TIGHT = CallLimits(render_s=0.2, cpu_s=0.4, memory=64 * MIB, kept_memory=16 * MIB)
@@ -205,9 +205,12 @@ def test_a_process_ends_with_its_rank(start: Start) -> None:
     process = start(LOOP, PATIENT)
     process.start()
     [pid] = pids(process)
+    child = psutil.Process(pid)
     process._connection.send_bytes(msgspec.msgpack.encode(Tokenize(1, chat("hello"), True)))
+    start_s = child.cpu_times().user
+    wait_until(lambda: child.cpu_times().user > start_s + 0.3, 60, "the template loops")
     process._connection.close()
-    wait_until(lambda: not psutil.pid_exists(pid), 60, "the process is gone")
+    wait_until(lambda: not alive([child]), 30, "the process is gone")
 
 
 def test_a_call_that_nobody_waits_for_ends(start: Start) -> None:
