@@ -15,7 +15,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers that each compute with a thread for every core take them from one another.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+LOOPING = "loop"
+"""A conversation that begins with it makes the template below loop."""
 CHAT_TEMPLATE = (
+    f"{{% if messages[0]['content'] == '{LOOPING}' %}}"
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )

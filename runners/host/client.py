@@ -19,6 +19,7 @@ from runners.contracts.text import GenerationRequest, ModelInfo, Prompt
 from runners.host.group import RankGroup
 from runners.protocol.messages import (
     Abort,
+    AbortCall,
     Accepted,
     CallFailed,
     Detokenize,
@@ -190,7 +191,9 @@ class RankClient(Runner[RequestT, EventT], Generic[RequestT, EventT, InfoT]):
         try:
             return await future
         finally:
-            self._calls.pop(message.call_id, None)
+            del self._calls[message.call_id]
+            if future.cancelled() and self.health().ready:
+                self._group.send(AbortCall(message.call_id))
 
     def _on_message(self, message: RankMessage) -> None:
         match message:

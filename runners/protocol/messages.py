@@ -43,6 +43,12 @@ class Detokenize(msgspec.Struct, frozen=True, tag=True):
     skip_special_tokens: bool
 
 
+class AbortCall(msgspec.Struct, frozen=True, tag=True):
+    """Host: nobody waits for the answer to this call any more. Never answered."""
+
+    call_id: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Host: end now."""
 
@@ -144,7 +150,7 @@ class CallFailed(msgspec.Struct, frozen=True, tag=True):
     field: str | None = None
 
 
-HostMessage = Submit | Abort | Tokenize | Detokenize | Shutdown
+HostMessage = Submit | Abort | Tokenize | Detokenize | AbortCall | Shutdown
 RankMessage = (
     Hello
     | Progress
@@ -166,12 +172,12 @@ def request_failed(request_id: str, error: Exception) -> Failed:
     return Failed(request_id, *_to_wire(error))
 
 
-def call_failed(call_id: int, error: Exception) -> CallFailed:
+def call_failed(call_id: int, error: BaseException) -> CallFailed:
     """An error as the message that ends a call."""
     return CallFailed(call_id, *_to_wire(error))
 
 
-def _to_wire(error: Exception) -> tuple[str, str, str | None]:
+def _to_wire(error: BaseException) -> tuple[str, str, str | None]:
     """Class name, reason and field; the text of an unexpected error is not sent."""
     if isinstance(error, TriptychError):
         return type(error).__name__, error.reason, error.field

@@ -33,6 +33,7 @@ from runners.text.parity import ParityCheck, check_and_pack
 from runners.text.program import TextProgram
 from runners.text.scheduler import Limits
 from runners.text.tokenization import PromptTokenizer
+from runners.text.tokenizer_process import start_fork_server
 
 
 def program_for_model(
@@ -52,6 +53,8 @@ def program_for_model(
     """
     config = context.config
     assert isinstance(config, TextConfig)  # noqa: S101 - the engines checked it
+    if group is None or group.is_leader:
+        start_fork_server()  # it imports its modules during the check below
     parameters = sum(p.numel() for p in model.parameters())
     context.progress(RunnerState.WARMUP, "comparing batched steps with the model's plain forward")
     batched = prepare_model(model, config, parity=parity, group=group)
@@ -142,7 +145,7 @@ def program_for_engine(
             default_temperature=defaults.temperature,
         ),
         engine=engine,
-        tokenizer=PromptTokenizer(tokenizer, info.vocab_size),
+        tokenizer=PromptTokenizer(tokenizer, info.vocab_size, max_tokens=info.max_model_len),
         limits=Limits(config.max_batch_size, config.max_step_tokens),
         eos_ids=end_token_ids(generation_config, tokenizer, info.vocab_size),
         defaults=defaults,

@@ -1,13 +1,13 @@
 """TextProgram: the program of rank 0 of a text model.
 
-The rank's reader thread calls `receive`, two threads tokenise, the main thread runs the steps.
+The rank's reader thread calls `receive`, the processes of a `TokenizerPool` tokenise, the main
+thread runs the steps.
 """
 
 from __future__ import annotations
 
-import threading
+import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from typing_extensions import override
 
@@ -15,6 +15,7 @@ from runners.contracts.text import ChatPrompt, GenerationRequest, ModelInfo
 from runners.hf.models import SamplingDefaults
 from runners.protocol.messages import (
     Abort,
+    AbortCall,
     Accepted,
     Detokenize,
     Events,
@@ -29,21 +30,21 @@ from runners.rank.inbox import Inbox
 from runners.rank.program import Occupancy, RankProgram
 from runners.text.detokenizer import Detokenizer
 from runners.text.engine import Engine
-from runners.text.requests import answer_call, token_limit
+from runners.text.requests import token_limit
 from runners.text.sampling import SamplerState
 from runners.text.scheduler import Limits, Scheduler, Sequence
 from runners.text.tokenization import PromptTokenizer
+from runners.text.tokenizer_process import TokenizerPool, TokenizerProcess
 
 CONTEXT_TOKENS = 6
 """Tokens at the end of a prompt that the text of its continuation may depend on."""
-
-TOKENIZER_THREADS = 2
 
 
 class TextProgram(RankProgram):
     """Tokenises the prompts of a text model and schedules its sequences.
 
-    Separate threads tokenise, so that a huge prompt does not delay the next token of others.
+    Separate processes tokenise, so that a prompt does not delay the next token of others, and takes
+    no more time and memory than it may.
     """
 
     def __init__(
@@ -77,9 +78,7 @@ class TextProgram(RankProgram):
             describe=self._describe_token,
         )
         self._inbox = Inbox[Sequence | Abort]()
-        self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="tokenizer")
-        self._lock = threading.Lock()
-        self._preparing: set[str] = set()
+        self._tokenizers = TokenizerPool(tokenizer)
 
     @property
     @override
@@ -90,15 +89,17 @@ class TextProgram(RankProgram):
     def receive(self, message: HostMessage) -> None:
         match message:
             case Submit(GenerationRequest() as request):
-                with self._lock:
-                    self._preparing.add(request.request_id)
-                self._pool.submit(self._prepare, request)
+                prepare = functools.partial(self._prepare, request)
+                self._tokenizers.submit(request.request_id, prepare, self._accept)
             case Abort(request_id):
-                with self._lock:
-                    self._preparing.discard(request_id)
+                self._tokenizers.abort(request_id)
                 self._inbox.put(message)
             case Tokenize() | Detokenize():
-                self._pool.submit(lambda: self._emit(answer_call(self._tokenizer, message)))
+                self._tokenizers.submit(
+                    message.call_id, lambda tokenizer: tokenizer.answer(message), self._emit
+                )
+            case AbortCall(call_id):
+                self._tokenizers.abort(call_id)
             case _:
                 raise ValueError(f"unexpected {type(message).__name__}")
 
@@ -119,35 +120,31 @@ class TextProgram(RankProgram):
         scheduler = self._scheduler
         return Occupancy(
             running=scheduler.running,
-            waiting=scheduler.waiting,
+            waiting=scheduler.waiting + len(self._tokenizers),
             kv_tokens_used=scheduler.kv_used,
             kv_tokens_total=self._engine.total_tokens,
         )
 
-    def _prepare(self, request: GenerationRequest) -> None:
-        """In a tokenizer thread: validate the request, accept or refuse it, and queue it."""
+    def _prepare(
+        self, request: GenerationRequest, tokenizer: TokenizerProcess
+    ) -> Sequence | Failed:
+        """In a tokenizer thread: validate the request."""
         try:
-            outcome: Sequence | Failed = self._sequence(request)
+            return self._sequence(request, tokenizer.encode(request.prompt))
         except Exception as error:  # the tokenizer's error for one request must not end the rank
-            outcome = request_failed(request.request_id, error)
-        with self._lock:
-            if request.request_id not in self._preparing:
-                return  # aborted in the meantime
-            self._preparing.discard(request.request_id)
-            if isinstance(outcome, Failed):
-                self._emit(outcome)
-                return
-            # Under the lock, so that an abort is queued behind the request that it aborts.
-            self._emit(
-                Accepted(request.request_id, len(outcome.prompt_ids), outcome.max_new_tokens)
-            )
-            self._inbox.put(outcome)
+            return request_failed(request.request_id, error)
 
-    def _sequence(self, request: GenerationRequest) -> Sequence:
+    def _accept(self, outcome: Sequence | Failed) -> None:
+        """In a tokenizer thread: queue the request, before an abort of it can be queued."""
+        if isinstance(outcome, Failed):
+            self._emit(outcome)
+            return
+        self._emit(Accepted(outcome.request_id, len(outcome.prompt_ids), outcome.max_new_tokens))
+        self._inbox.put(outcome)
+
+    def _sequence(self, request: GenerationRequest, ids: list[int]) -> Sequence:
         params = request.sampling
-        ids = self._tokenizer.ensure_not_empty(
-            self._tokenizer.encode(request.prompt, max_tokens=self.info.max_model_len)
-        )
+        ids = self._tokenizer.ensure_not_empty(ids)
         stop = self._defaults.stop if params.stop is None else params.stop
         end_ids = self._tokenizer.special_ids(stop)
         sampler = SamplerState(params, self._defaults, ids, end_ids | self._eos_ids)

@@ -1,11 +1,9 @@
-"""Checks and calls of the host that Triptych's scheduler and MII's deployment have in common."""
+"""Checks of requests that Triptych's scheduler and MII's deployment have in common."""
 
 from __future__ import annotations
 
 from runners.contracts.errors import ContextLengthExceeded, InvalidRequest
 from runners.contracts.text import SamplingParams
-from runners.protocol.messages import Detokenize, RankMessage, Text, Tokenize, Tokens, call_failed
-from runners.text.tokenization import PromptTokenizer
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -48,15 +46,3 @@ def token_limit(
             field="min_new_tokens",
         )
     return limit
-
-
-def answer_call(tokenizer: PromptTokenizer, call: Tokenize | Detokenize) -> RankMessage:
-    """The answer to a call of the host, also if it fails."""
-    try:
-        if isinstance(call, Tokenize):
-            ids = tokenizer.encode(call.prompt, add_special_tokens=call.add_special_tokens)
-            return Tokens(call.call_id, ids)
-        text = tokenizer.decode(call.token_ids, skip_special_tokens=call.skip_special_tokens)
-        return Text(call.call_id, text)
-    except Exception as error:  # a tokenizer's error must not end the rank
-        return call_failed(call.call_id, error)

@@ -12,17 +12,26 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from runners.contracts.errors import ContextLengthExceeded, InvalidRequest
-from runners.contracts.text import ChatPrompt, Prompt
+from runners.contracts.text import ChatPrompt
 
+MAX_REASON = 300
+"""Characters of a template's own error message that are passed on."""
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class PromptTokenizer:
-    """The model's tokenizer with the checks of a server. Safe to call from several threads."""
+    """The model's tokenizer with the checks of a server. Safe to call from several threads.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    `max_tokens` bounds the prompt. What a request can make expensive is called in the processes of
+    `tokenizer_process` only.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, max_tokens: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
+        self._max_tokens = max_tokens
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self._max_token_length = max(map(len, tokenizer.get_vocab()), default=1)
         self._bytes = _byte_alphabet(tokenizer)
@@ -30,36 +39,58 @@ class PromptTokenizer:
         # encodes, that would raise "Already borrowed".
         tokenizer("a")
 
-    def encode(
-        self, prompt: Prompt, *, add_special_tokens: bool = True, max_tokens: int | None = None
-    ) -> list[int]:
-        """The token ids of a prompt.
+    def encode(self, prompt: str | list[int], *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text, or the ids that were given.
 
         A text that cannot fit `max_tokens` is refused before it is tokenised, which takes long.
         Raises: InvalidRequest, ContextLengthExceeded.
         """
-        ids = self._encode(prompt, add_special_tokens, max_tokens)
+        if isinstance(prompt, str):
+            if len(prompt) > self._max_tokens * self._max_token_length:
+                raise ContextLengthExceeded(
+                    f"has {len(prompt)} characters, more than the {self._max_tokens} tokens that "
+                    "are allowed can hold",
+                    field="prompt",
+                )
+            ids = list(
+                self.tokenizer(
+                    prompt, add_special_tokens=add_special_tokens, verbose=False
+                ).input_ids
+            )
+        else:
+            ids = list(prompt)
         # Ids of texts are checked too: a tokenizer may have tokens without an embedding.
         self._check_ids(ids, field="prompt")
         return ids
 
-    def _encode(
-        self, prompt: Prompt, add_special_tokens: bool, max_tokens: int | None
-    ) -> list[int]:
-        if isinstance(prompt, ChatPrompt):
-            return self._render(prompt)
-        if isinstance(prompt, str):
-            if max_tokens is not None and len(prompt) > max_tokens * self._max_token_length:
-                raise ContextLengthExceeded(
-                    f"has {len(prompt)} characters, more than the {max_tokens} tokens that are "
-                    "allowed can hold",
-                    field="prompt",
-                )
-            ids = self.tokenizer(
-                prompt, add_special_tokens=add_special_tokens, verbose=False
-            ).input_ids
-            return list(ids)
-        return list(prompt)
+    def render(self, prompt: ChatPrompt) -> str:
+        """The text of a conversation, with the special tokens that the template writes.
+
+        Raises: InvalidRequest, MemoryError.
+        """
+        if not self.tokenizer.chat_template:
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions or /generate",
+                field="messages",
+            )
+        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=prompt.add_generation_prompt, tokenize=False
+            )
+        except TemplateError as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {str(error)[:MAX_REASON]}",
+                field="messages",
+            ) from None
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program that comes with the model
+            raise InvalidRequest(
+                f"the model's chat template fails on these messages: {type(error).__name__}",
+                field="messages",
+            ) from None
+        return cast(str, text)
 
     def _check_ids(self, token_ids: Sequence[int], *, field: str) -> None:
         for token in token_ids:
@@ -109,28 +140,6 @@ class PromptTokenizer:
         if self._bytes and all(character in self._bytes for character in token):
             return bytes(self._bytes[character] for character in token)
         return token.replace("▁", " ").encode()
-
-    def _render(self, prompt: ChatPrompt) -> list[int]:
-        if not self.tokenizer.chat_template:
-            raise InvalidRequest(
-                "this model has no chat template; use /v1/completions or /generate",
-                field="messages",
-            )
-        messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=prompt.add_generation_prompt, return_dict=False
-            )
-        except TemplateError as error:
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", field="messages"
-            ) from None
-        except Exception as error:  # a template is a program that comes with the model
-            raise InvalidRequest(
-                f"the model's chat template fails on these messages: {type(error).__name__}",
-                field="messages",
-            ) from None
-        return list(cast(list[int], ids))
 
 
 def _byte_alphabet(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

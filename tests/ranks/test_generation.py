@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -19,20 +20,24 @@ from runners.contracts.errors import (
     InvalidRequest,
     RunnerUnavailable,
 )
-from runners.contracts.text import SamplingParams, TextRunner
-from tests.support.generating import serving, wait_ready
+from runners.contracts.text import ChatMessage, ChatPrompt, SamplingParams, TextRunner
+from tests.conftest import CHAT_TEMPLATE, LOOPING
+from tests.support.generating import collect, ids_of, request, serving, wait_ready
 from tests.support.models import greedy, write_model
 from tests.support.processes import own_ranks, stop
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("forked_ranks")]
 
 ENDLESS = SamplingParams(max_new_tokens=400, ignore_eos=True)
+LOOPS = ChatPrompt(messages=[ChatMessage(role="user", content=LOOPING)])
 SHORT = SamplingParams(max_new_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+    folder = write_model("llama", tmp_path_factory.mktemp("models") / "llama")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -122,6 +127,42 @@ async def test_leaving_while_prompts_are_accepted_leaves_nothing(
             await opening
         await request_.resources.aclose()
         assert admission.admitted == 0
+    assert await is_idle(runner)
+
+
+@pytest.mark.parametrize("call", ["submit", "tokenize"])
+async def test_conversations_that_are_left_are_not_rendered(runner: TextRunner, call: str) -> None:
+    def opening() -> Coroutine[Any, Any, object]:
+        return runner.submit(request(LOOPS)) if call == "submit" else runner.tokenize(LOOPS)
+
+    with stopped_rank():
+        tasks = [asyncio.create_task(opening()) for _ in range(30)]
+        await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(end) for end in ends} == {asyncio.CancelledError}
+    await asyncio.sleep(2.5)  # until there is a heartbeat from after the calls
+    assert await is_idle(runner)  # which rendering all of them would delay by half a minute
+
+
+async def test_what_is_being_tokenised_waits(runner: TextRunner) -> None:
+    calls = [asyncio.create_task(runner.tokenize(LOOPS)) for _ in range(2)]
+    async with asyncio.timeout(60):
+        while runner.health().waiting != 2:
+            await asyncio.sleep(0.02)
+    for call in calls:
+        call.cancel()
+    assert await is_idle(runner)
+
+
+async def test_templates_that_loop_hurt_no_other_request(runner: TextRunner, folder: Path) -> None:
+    looping = [asyncio.create_task(runner.submit(request(LOOPS))) for _ in range(2)]
+    got = await collect(runner, "hello", max_new_tokens=6, ignore_eos=True)
+    assert [ids_of(got)] == greedy(folder, ["hello"], 6)
+    for error in await asyncio.gather(*looping, return_exceptions=True):
+        assert isinstance(error, InvalidRequest)
+        assert "chat template exceeded 2 s of CPU time" in error.message
     assert await is_idle(runner)
 
 

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from multiprocessing import connection, context, forkserver, get_context
+from multiprocessing import connection, context, current_process, forkserver, get_context
 from pathlib import Path
 
 import pytest
@@ -112,5 +112,9 @@ def _run(run_dir: str, variables: dict[str, str]) -> None:
     """In the forked process: be the rank."""
     os.environ.clear()
     os.environ |= variables
+    # The rank's own processes come from this fork server too: `TokenizerProcess`.
+    forkserver.ensure_running = lambda: None
+    vars(forkserver._forkserver)["ensure_running"] = lambda: None
+    vars(current_process())["_config"]["daemon"] = False
     sys.argv[1:] = [run_dir, str(os.getppid())]
     worker.main()

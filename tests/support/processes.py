@@ -9,6 +9,9 @@ from pathlib import Path
 
 import psutil
 
+PROCESS_NAME = "tokenizer"
+"""Of the processes that `runners.text.tokenizer_process` starts."""
+
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
     """All living processes below `pid` (this process by default), zombies aside."""
@@ -39,7 +42,16 @@ def _is_rank(process: psutil.Process) -> bool:
 
 
 def _is_fork(process: psutil.Process) -> bool:
-    return "multiprocessing.forkserver" in " ".join(_cmdline(process))
+    is_fork = "multiprocessing.forkserver" in " ".join(_cmdline(process))
+    return is_fork and not is_tokenizer(process)
+
+
+def is_tokenizer(process: psutil.Process) -> bool:
+    """Whether it is the process of a `TokenizerProcess`."""
+    try:
+        return Path("/proc", str(process.pid), "comm").read_text().strip() == PROCESS_NAME
+    except OSError:  # it ended meanwhile
+        return False
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

@@ -144,7 +144,7 @@ def test_each_token_is_located_in_the_text(text: str, tmp_path: Path) -> None:
     """A piece of a character is where the character begins."""
     write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    token_bytes = PromptTokenizer(tokenizer, len(tokenizer)).token_bytes
+    token_bytes = PromptTokenizer(tokenizer, len(tokenizer), max_tokens=64).token_bytes
     detokenizer, before = Detokenizer(tokenizer), b""
     for token in tokenizer(text).input_ids:
         detokenizer.add(token)

@@ -152,11 +152,12 @@ class Call:
             "method": "POST",
             "path": path,
             "query_string": query.encode(),
+            "headers": [],
+            "app": ROUTED,
         }
         body = json.dumps(content).encode()
         self._messages: list[Message] = [{"type": "http.request", "body": body}]
         self.sent: list[Message] = []
-        scope |= {"headers": [], "app": ROUTED}
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
 
     async def _receive(self) -> Message:

@@ -7,11 +7,13 @@ request with any other parameter is refused; none is dropped silently.
 from __future__ import annotations
 
 import asyncio
+import functools
 import subprocess
 import threading
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -58,17 +60,20 @@ from runners.hf.models import (
 from runners.hf.weights import count_parameters, read_header
 from runners.protocol.messages import (
     Abort,
+    AbortCall,
     Accepted,
     Detokenize,
     Events,
+    Failed,
     HostMessage,
     Submit,
     Tokenize,
     request_failed,
 )
 from runners.rank.program import Occupancy, RankContext, RankProgram
-from runners.text.requests import answer_call, token_limit
+from runners.text.requests import token_limit
 from runners.text.tokenization import PromptTokenizer
+from runners.text.tokenizer_process import TokenizerPool, TokenizerProcess
 
 POLL_S = 0.25
 CONNECT_S = 30.0
@@ -122,7 +127,7 @@ def load_persistent(context: RankContext, config: MIITextConfig) -> PersistentPr
         context,
         config,
         info,
-        PromptTokenizer(tokenizer, info.vocab_size),
+        PromptTokenizer(tokenizer, info.vocab_size, max_tokens=info.max_model_len),
         defaults=defaults,
         address=(host, port),
         supervisor=supervisor,
@@ -189,6 +194,17 @@ def plan_for(config: MIITextConfig, name: str, num_threads: int) -> DeploymentPl
     )
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A request as MII takes it."""
+
+    request_id: str
+    text: str
+    prompt_tokens: int
+    kwargs: dict[str, Any]
+    """The fields of MII's `GenerateParamsConfig`."""
+
+
 class PersistentProgram(RankProgram):
     """Forwards requests to the deployment and ends this rank when the deployment is lost."""
 
@@ -207,6 +223,7 @@ class PersistentProgram(RankProgram):
         self._info = info
         self._config = config
         self._tokenizer = tokenizer
+        self._tokenizers = TokenizerPool(tokenizer)
         self._defaults = defaults
         self._emit = context.emit
         self._supervisor = supervisor
@@ -227,14 +244,18 @@ class PersistentProgram(RankProgram):
     def receive(self, message: HostMessage) -> None:
         match message:
             case Submit(GenerationRequest() as request):
-                work = self._spawn(self._generate(request))
-                self._running[request.request_id] = work
-                work.add_done_callback(lambda _: self._running.pop(request.request_id, None))
+                prepare = functools.partial(self._prepare, request)
+                self._tokenizers.submit(request.request_id, prepare, self._run)
             case Abort(request_id):
+                self._tokenizers.abort(request_id)
                 if (task := self._running.pop(request_id, None)) is not None:
                     task.cancel()
             case Tokenize() | Detokenize():
-                self._spawn(self._answer(message))
+                self._tokenizers.submit(
+                    message.call_id, lambda tokenizer: tokenizer.answer(message), self._emit
+                )
+            case AbortCall(call_id):
+                self._tokenizers.abort(call_id)
             case _:
                 raise ValueError(f"unexpected {type(message).__name__}")
 
@@ -255,26 +276,46 @@ class PersistentProgram(RankProgram):
     @override
     def occupancy(self) -> Occupancy:
         # MII does not report its KV.
-        return Occupancy(running=len(self._running))
+        return Occupancy(running=len(self._running), waiting=len(self._tokenizers))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> Future[None]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _generate(self, request: GenerationRequest) -> None:
-        call = None
+    def _prepare(
+        self, request: GenerationRequest, tokenizer: TokenizerProcess
+    ) -> _Prepared | Failed:
+        """In a tokenizer thread: validate the request."""
         try:
-            ids, text = await asyncio.to_thread(self._prompt, request)
+            ids, text = self._prompt(request, tokenizer)
             kwargs = self._kwargs(request, len(ids))
-            self._emit(Accepted(request.request_id, len(ids), kwargs["max_new_tokens"]))
-            call = self._deployment.stream(text, **kwargs)
+        except Exception as error:  # the tokenizer's error for one request must not end the rank
+            return request_failed(request.request_id, error)
+        return _Prepared(request.request_id, text, len(ids), kwargs)
+
+    def _run(self, prepared: _Prepared | Failed) -> None:
+        """In a tokenizer thread: run the request."""
+        if isinstance(prepared, Failed):
+            self._emit(prepared)
+            return
+        request_id = prepared.request_id
+        self._running[request_id] = work = self._spawn(self._generate(prepared))
+        work.add_done_callback(lambda _: self._running.pop(request_id, None))
+
+    async def _generate(self, prepared: _Prepared) -> None:
+        call, request_id = None, prepared.request_id
+        try:
+            self._emit(
+                Accepted(request_id, prepared.prompt_tokens, prepared.kwargs["max_new_tokens"])
+            )
+            call = self._deployment.stream(prepared.text, **prepared.kwargs)
             async for reply in call:
-                self._emit(Events([self._delta(request.request_id, reply.response[0])]))
+                self._emit(Events([self._delta(request_id, reply.response[0])]))
         except asyncio.CancelledError:
             raise
         except grpc.aio.AioRpcError as error:
-            self._emit(request_failed(request.request_id, _as_triptych_error(error)))
+            self._emit(request_failed(request_id, _as_triptych_error(error)))
         except Exception as error:  # one request's failure must not end the rank
-            self._emit(request_failed(request.request_id, error))
+            self._emit(request_failed(request_id, error))
         finally:
             if call is not None:
                 call.cancel()
@@ -290,16 +331,18 @@ class PersistentProgram(RankProgram):
             finish_reason=FINISH_REASONS.get(reply.finish_reason),
         )
 
-    def _prompt(self, request: GenerationRequest) -> tuple[list[int], str]:
-        """A prompt's tokens, and a text that MII encodes as them. Raises: InvalidRequest."""
-        tokenizer = self._tokenizer
-        ids = tokenizer.ensure_not_empty(
-            tokenizer.encode(request.prompt, max_tokens=self.info.max_model_len)
-        )
+    def _prompt(
+        self, request: GenerationRequest, tokenizer: TokenizerProcess
+    ) -> tuple[list[int], str]:
+        """A prompt's tokens, and a text that MII encodes as them.
+
+        Raises: InvalidRequest, ContextLengthExceeded, EngineFailure.
+        """
+        ids = self._tokenizer.ensure_not_empty(tokenizer.encode(request.prompt))
         if isinstance(request.prompt, str) and request.prompt:
             return ids, request.prompt
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        bos = tokenizer.tokenizer.bos_token or ""
+        text = tokenizer.decode(ids)
+        bos = self._tokenizer.tokenizer.bos_token or ""
         for candidate in (text, text.removeprefix(bos)):
             if tokenizer.encode(candidate) == ids:
                 return ids, candidate
@@ -349,9 +392,6 @@ class PersistentProgram(RankProgram):
         if stop:
             kwargs["stop"] = list(stop)
         return kwargs
-
-    async def _answer(self, call: Tokenize | Detokenize) -> None:
-        self._emit(await asyncio.to_thread(answer_call, self._tokenizer, call))
 
 
 async def connect(host: str, port: int) -> Deployment:
