@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from runners.config.base import TextConfig
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
+from runners.hf.dtypes import log_dtypes, weight_dtype
 from runners.hf.models import (
     SamplingDefaults,
     context_length,
@@ -22,6 +23,7 @@ from runners.hf.models import (
     sampling_defaults,
     warn_about_ignored,
 )
+from runners.protocol.process import give_back_memory
 from runners.rank.program import RankContext
 from runners.text.cpu import switch_off_kernels
 from runners.text.engine import Engine, PagedEngine
@@ -53,13 +55,14 @@ def program_for_model(
     config = context.config
     assert isinstance(config, TextConfig)  # noqa: S101 - the engines checked it
     parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(weight_dtype(model)) if config.dtype == "auto" else config.dtype
     context.progress(RunnerState.WARMUP, "comparing batched steps with the model's plain forward")
     batched = prepare_model(model, config, parity=parity, group=group)
     info = ModelInfo(
         architecture=type(model).__name__,
         engine=config.engine,
         parameters=parameters,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype.removeprefix("torch."),
         devices=devices(model),
         max_context=min(batched.max_context, max_total_tokens or batched.max_context),
         vocab_size=batched.runner.vocab_size,
@@ -108,6 +111,8 @@ def prepare_model(
     if not config.cpu_kernels:
         switch_off_kernels()
     layout = check_and_pack(model, config.weight_quantization, parity)
+    give_back_memory()
+    log_dtypes(config.name, model)
     max_context = context_length(model.config)
     kv_tokens = config.max_kv_tokens or default_kv_tokens(
         model, layout, config.max_batch_size * max_context, ranks=config.local_world_size
