@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import limit
 from benchmarks.metrics import spread
 from benchmarks.results import Cell, Results, loads, servers, values
-from benchmarks.servers import EIGHT_BIT, TRIPTYCH_SERVERS
+from benchmarks.servers import TRIPTYCH_SERVERS, weight_bits
 from benchmarks.workload import OUTPUT_TOKENS, PROMPT_TOKENS
 
 PER_ROUND = "median (lowest - highest round)"
@@ -96,9 +96,8 @@ def _ratios(results: Results, table: str, field: str, clients: Sequence[Any]) ->
     """Triptych divided by each peer of the same precision, by round."""
     rows = []
     for server in TRIPTYCH_SERVERS:
-        eight_bit = server in EIGHT_BIT
         for peer in servers(results, table):
-            if peer in TRIPTYCH_SERVERS or (peer in EIGHT_BIT) != eight_bit:
+            if peer in TRIPTYCH_SERVERS or weight_bits(peer) != weight_bits(server):
                 continue
             cells = [_ratio(results, table, field, server, peer, count) for count in clients]
             if any(cells):

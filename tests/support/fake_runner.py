@@ -21,6 +21,7 @@ class FakeTextRunner:
     version = "1"
     task = "text-generation"
     max_concurrency = 8
+    step_timeout = 300.0
 
     def __init__(self) -> None:
         self.devices = ["cpu"]
