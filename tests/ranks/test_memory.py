@@ -72,12 +72,18 @@ def watching() -> Iterator[dict[int, int]]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
 @pytest.mark.parametrize(
-    ("dtype", "ranks"), [(torch.float32, 2), *((torch.bfloat16, n) for n in (1, 2))]
+    ("dtype", "ranks", "peak", "settled"),
+    [
+        (torch.float32, 2, 0.58, 0.6),
+        (torch.bfloat16, 2, 0.8, 0.6),
+        (torch.bfloat16, 1, 1.2, 1.1),
+    ],
 )
 async def test_a_rank_never_holds_much_more_than_its_share(
-    dtype: torch.dtype, ranks: int, tmp_path: Path
+    dtype: torch.dtype, ranks: int, peak: float, settled: float, tmp_path: Path
 ) -> None:
-    """In bfloat16 the embedding and the layer that computes are cast, a tenth of the weights."""
+    """`peak` and `settled` are parts of the weights' size. In bfloat16 the embedding is cast, and a
+    layer while it computes."""
     engine = "deepspeed" if ranks > 1 else "accelerate"
     options: dict[str, Any] = {"engine": engine, "max_kv_tokens": 1024}
     if ranks > 1:
@@ -91,7 +97,6 @@ async def test_a_rank_never_holds_much_more_than_its_share(
         async with serving(folder, patience=250, **options) as runner:
             await collect(runner, "hello there", max_new_tokens=4, ignore_eos=True)
             steady = [anonymous(rank) - libraries for rank in own_ranks()]
-    print(whole, libraries, most, steady)
     assert len(most) == len(steady) == ranks
-    assert max(most.values()) - libraries < (0.2 + 1 / ranks) * whole
-    assert max(steady) < (0.1 + 1 / ranks) * whole
+    assert max(most.values()) - libraries < peak * whole
+    assert max(steady) < settled * whole

@@ -28,6 +28,7 @@ from runners.engines.deepspeed.layers import replace_split_layers
 from runners.engines.deepspeed.shm import OPERATOR, all_reduce, shared_memory
 from runners.hf.dtypes import choose_dtype, compute_in_float32
 from runners.hf.models import loading
+from runners.protocol.process import give_back_memory
 from runners.rank.process_group import RankGroups, connect, meet
 from runners.rank.program import RankContext, RankProgram
 from runners.text.loading import program_for_model
@@ -201,6 +202,7 @@ class ModelSplitter:
         # DeepSpeed's layers are in reference cycles. Their weights must be freed before the weights
         # are packed for the CPU kernels: there is no memory for both.
         gc.collect()
+        give_back_memory()
         if self._on_cpu:
             compute_in_float32(share)
         return share

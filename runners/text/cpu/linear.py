@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
 from runners.hf.dtypes import HALF, cast_to_float32, computes_in_float32, remove_hooks
+from runners.protocol.process import give_back_memory
 from runners.text.cpu import Kernels
 from runners.text.cpu.library import WEIGHT_TYPES, LinearWeights
 
@@ -141,6 +142,8 @@ def pack_linears(
     for parent, name in list(_linears(model, types)):
         # No variable refers to the layer, so that it is freed before the next one is packed.
         setattr(parent, name, _packed(getattr(parent, name), kernels, quantization))
+        # Aligned tensors do not fit into the gaps that others of their size leave in the heap.
+        give_back_memory()
         replaced += 1
     if casts:
         cast_to_float32(model)
