@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     start_timeout: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """Seconds a model may take from start to ready; overrides the model's own."""
     cpu_kernels: bool | None = None
-    """Whether float32 models on a CPU run on Triptych's own kernels; overrides the model's own."""
+    """Whether text models on a CPU run on Triptych's own kernels; overrides the model's own."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads per rank. Default: the machine's cores divided by the ranks."""
     api_key: Annotated[SecretStr, AfterValidator(_stripped)] | None = None

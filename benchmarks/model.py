@@ -1,4 +1,6 @@
-"""The model that every server serves: SmolLM-135M's shape with 134.5M random float32 weights.
+"""The model that every server serves: SmolLM-135M's shape with 134.5M random weights.
+
+They are in float32, for one server in bfloat16.
 
 Speed depends on the shapes, not on the values. The rows of the tied embedding for end tokens,
 padding and bytes that are not text are zero, so greedy decoding never selects them: on every server
@@ -55,6 +57,11 @@ WORDS = "words.json"
 def model_folder() -> Path:
     """The model's folder in Hugging Face format, written the first time."""
     return cached("model", lambda folder: write_model(folder, SHAPE, "float32"))
+
+
+def bfloat16_model_folder() -> Path:
+    """The folder of the same model with its weights in bfloat16, as most are published."""
+    return cached("bfloat16-model", lambda folder: write_model(folder, SHAPE, "bfloat16"))
 
 
 def even_model_folder() -> Path:

@@ -10,7 +10,7 @@ from benchmarks import limit
 from benchmarks.metrics import spread
 from benchmarks.results import Cell, Results, loads, servers, values
 from benchmarks.sections import row_text, sections, spread_text, table_text
-from benchmarks.servers import EIGHT_BIT, TRIPTYCH_SERVERS
+from benchmarks.servers import TRIPTYCH_SERVERS, weight_bits
 
 PER_ROUND = "median (lowest - highest round)"
 DISTURBED = 0.1
@@ -98,9 +98,8 @@ def _ratios(results: Results, table: str, field: str, clients: Sequence[Any]) ->
     """Triptych divided by each peer of the same precision, by round."""
     rows = []
     for server in TRIPTYCH_SERVERS:
-        eight_bit = server in EIGHT_BIT
         for peer in servers(results, table):
-            if peer in TRIPTYCH_SERVERS or (peer in EIGHT_BIT) != eight_bit:
+            if peer in TRIPTYCH_SERVERS or weight_bits(peer) != weight_bits(server):
                 continue
             cells = [_ratio(results, table, field, server, peer, count) for count in clients]
             if any(cells):

@@ -232,9 +232,9 @@ def nodes_of(config: BaseRunnerConfig) -> int:
 def bytes_of(config: BaseRunnerConfig) -> int:
     """What one copy of a model's weights takes in memory. Raises: IncompleteModel.
 
-    A CPU may compute half precision in float32 (`dtype`), which takes twice the memory.
+    A CPU computes in float32: 16-bit weights take twice the memory where it has no kernels.
     """
-    widened = not config.requested_gpus and config.dtype in ("auto", "float32")
+    widened = not config.requested_gpus
     total = 0
     for file in config.model_path.rglob("*.safetensors"):
         parameters = read_header(file, f"{config.name}/{file.name}").parameters

@@ -70,7 +70,7 @@ def add_fields(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--engine", choices=get_args(Engine), help="the engine (default: accelerate)")
     add("--task", choices=get_args(Task), help="the task (default: as the model's files say)")
-    add("--dtype", choices=get_args(Dtype), help="the type to compute in (default: auto)")
+    add("--dtype", choices=get_args(Dtype), help="the type of the weights (default: auto)")
     strategies = ", ".join(DEVICE_STRATEGIES)
     add(
         "--device-map",

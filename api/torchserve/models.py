@@ -1,16 +1,17 @@
 """`/models` and `/ping`: the served models in the format of TorchServe's management API.
 
 Fields without a meaning here, such as the memory and the process id of a worker, are left out.
-`maxBatchDelay` is 0, because no request waits for a batch to fill.
+`maxBatchDelay` is 0, because no request waits for a batch to fill. `responseTimeout` is that of
+`model-config.yaml`: the time after which a worker that does not answer is replaced.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from typing_extensions import TypedDict
 
-from api.http.context import current_request
 from api.models.images import ImageModel
 from api.models.served import ServedModels
 from api.models.tasks import TaskModel
@@ -113,7 +114,7 @@ def describe(model: Model) -> ModelState:
         "maxWorkers": 1,
         "batchSize": runner.max_concurrency,
         "maxBatchDelay": 0,
-        "responseTimeout": int(current_request().timeout),
+        "responseTimeout": math.ceil(runner.step_timeout),
         "loadedAtStartup": True,
         "workers": [worker],
         "jobQueueStatus": {

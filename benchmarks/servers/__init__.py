@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks.model import bfloat16_model_folder
 from benchmarks.servers.base import Server
 from benchmarks.servers.llama_cpp import LlamaCpp
 from benchmarks.servers.openvino import OpenVINO
@@ -13,6 +14,7 @@ SERVERS: dict[str, Server] = {
     server.name: server
     for server in (
         Triptych("triptych"),
+        Triptych("triptych-bf16", model=bfloat16_model_folder),
         Triptych("triptych-int8", weight_quantization="int8"),
         TorchServe("static"),
         TransformersServe("transformers"),
@@ -23,6 +25,11 @@ SERVERS: dict[str, Server] = {
         OpenVINO("openvino-int8", "int8"),
     )
 }
-TRIPTYCH_SERVERS = ("triptych", "triptych-int8")
+TRIPTYCH_SERVERS = ("triptych", "triptych-bf16", "triptych-int8")
 EIGHT_BIT = ("triptych-int8", "llama.cpp-q8", "openvino-int8")
-"""Compared only with one another; all other servers compute in float32."""
+SIXTEEN_BIT = ("triptych-bf16",)
+
+
+def weight_bits(server: str) -> int:
+    """Bits of a weight. Servers with as many are compared; all but the 8-bit compute in float32."""
+    return 8 if server in EIGHT_BIT else 16 if server in SIXTEEN_BIT else 32

@@ -63,8 +63,8 @@ class BaseRunnerConfig(BaseModel, ABC):
     model_version: Annotated[str, Field(pattern=r"^[^/\s]{1,64}$")] = "1.0"
     """The version in TorchServe's routes."""
     dtype: Dtype = "auto"
-    """Type of the weights. `auto`: the checkpoint's own, but float32 on a CPU without fast
-    half-precision arithmetic. `torch_dtype` is an older name of it."""
+    """Type of the weights, and of the arithmetic; on a CPU, that is float32 where the weights are
+    float16 or bfloat16. `auto`: the checkpoint's own. `torch_dtype` is an older name of it."""
     tensor_parallel: Annotated[int, Field(ge=1, le=1024)] = 1
     """Number of ranks that the model is split over."""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -140,8 +140,9 @@ class TextConfig(BaseRunnerConfig):
     weight_quantization: Literal["int8"] | None = None
     """`int8`: 8-bit weights with a scale per output, on a CPU; faster, slightly less exact."""
     cpu_kernels: bool = True
-    """Whether a model in float32 on a CPU runs on Triptych's own kernels, which are compiled at
-    the first start and need a C++ compiler; otherwise it runs on torch's."""
+    """Whether a model on a CPU runs on Triptych's own kernels, which are compiled at the first
+    start and need a C++ compiler; otherwise it runs on torch's, and 16-bit weights take twice the
+    memory."""
 
     @property
     @override

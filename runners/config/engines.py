@@ -87,15 +87,10 @@ class DeepSpeedConfig(BaseRunnerConfig):
             raise ValueError(error.message) from None
         return self
 
-    def dtype_for(self, *, on_cpu: bool) -> str:
-        """The dtype to compute in; `auto` where neither config names one.
-
-        Half precision in ds-config.json is meant for GPUs and is not applied on a CPU.
-        """
-        if self.dtype != "auto":
-            return self.dtype
-        dtype = deepspeed.dtype(self.deepspeed) or "auto"
-        return "auto" if on_cpu and dtype != "float32" else dtype
+    @property
+    def chosen_dtype(self) -> str:
+        """The dtype, of ds-config.json if that alone names one."""
+        return deepspeed.dtype(self.deepspeed) or "auto" if self.dtype == "auto" else self.dtype
 
 
 class MIIConfig(BaseRunnerConfig):

@@ -124,6 +124,11 @@ class Runner(Protocol[RequestT_contra, EventT_co]):
         ...
 
     @property
+    def step_timeout(self) -> float:
+        """Seconds that one step may take before its rank is replaced."""
+        ...
+
+    @property
     def devices(self) -> list[str]:
         """Devices that hold the model; empty before the ranks were ready once."""
         ...

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from runners.config.engines import AccelerateConfig
 from runners.contracts.errors import ConfigError, IncompleteModel
 from runners.contracts.runner import RunnerState
-from runners.hf.dtypes import choose_dtype, widen
-from runners.hf.models import loading, stored_dtype
+from runners.hf.dtypes import choose_dtype, compute_in_float32
+from runners.hf.models import loading
 from runners.rank.program import RankContext, RankProgram
 from runners.text.loading import program_for_model
 
@@ -46,15 +46,13 @@ def load_model(
         options["max_memory"] = _without_absent_gpus(config.max_memory)
     if config.offload_folder is not None:
         options["offload_folder"] = str(work_dir / config.offload_folder)
-    on_cpu = not torch.cuda.is_available() or config.device_map == "cpu"
+    on_cpu = not torch.cuda.is_available() or _devices(config.device_map) <= {"cpu", "disk"}
     with loading(config.name):
         model_config = AutoConfig.from_pretrained(config.model_path, trust_remote_code=False)
-        stored = stored_dtype(model_config, config.model_path)
-        dtype = choose_dtype(config.dtype, stored, on_cpu=on_cpu)
         loaded: Any = head.from_pretrained(
             config.model_path,
             config=model_config,
-            dtype=dtype,
+            dtype=choose_dtype(config.dtype, config.model_path, on_cpu=on_cpu),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -63,16 +61,22 @@ def load_model(
     model, report = loaded
     if missing := report["missing_keys"]:
         raise IncompleteModel.missing_weights(config.name, type(model), missing)
-    widen(model, dtype)
+    if on_cpu:
+        compute_in_float32(model)
     if "disk" in map(str, getattr(model, "hf_device_map", {}).values()):
         logger.warning("part of %s is on disk, which slows down every token", config.name)
     return cast(PreTrainedModel, model)
 
 
+def _devices(device_map: str | dict[str, int | str]) -> set[int | str]:
+    """The devices that a map names, or its strategy."""
+    return {device_map} if isinstance(device_map, str) else {*device_map.values()}
+
+
 def _check_devices(device_map: str | dict[str, int | str]) -> None:
     """Raises: ConfigError for a CUDA device that this machine lacks."""
     count = torch.cuda.device_count()
-    for device in [device_map] if isinstance(device_map, str) else device_map.values():
+    for device in _devices(device_map):
         index = device if isinstance(device, int) else None
         if isinstance(device, str) and device.startswith("cuda"):
             index = int(device.partition(":")[2] or 0)

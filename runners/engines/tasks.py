@@ -26,7 +26,9 @@ from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
 from runners.engines.accelerate import load_model
+from runners.hf.dtypes import cast_to_float32, computes_in_float32, log_dtypes, weight_dtype
 from runners.hf.models import context_length, devices, load_tokenizer, loading
+from runners.protocol.process import give_back_memory
 from runners.rank.program import RankContext, RankProgram
 from runners.tasks.pipelines import PIPELINES
 from runners.tasks.program import Task, TaskProgram
@@ -48,6 +50,10 @@ def load_program(context: RankContext) -> RankProgram:
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     tokenizer = load_tokenizer(config.model_path)
     model = load_model(accelerate_config(config), context.work_dir, HEADS[config.task])
+    if computes_in_float32(model):
+        cast_to_float32(model)
+        give_back_memory()
+        log_dtypes(config.name, model)
     if names := label_names(config.model_path, model.config.num_labels or 0):
         labels: dict[Any, str] = dict(model.config.id2label or {})
         model.config.id2label = labels | names
@@ -56,7 +62,7 @@ def load_program(context: RankContext) -> RankProgram:
         architecture=type(model).__name__,
         engine=config.engine,
         parameters=sum(p.numel() for p in model.parameters()),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=str(weight_dtype(model)).removeprefix("torch."),
         devices=devices(model),
         max_context=max_tokens,
         vocab_size=model.config.get_text_config().vocab_size,

@@ -127,6 +127,11 @@ class RankClient(Runner[RequestT, EventT], Generic[RequestT, EventT, InfoT]):
 
     @property
     @override
+    def step_timeout(self) -> float:
+        return self._config.step_timeout
+
+    @property
+    @override
     def devices(self) -> list[str]:
         info = self._group.info
         return [] if info is None else info.devices

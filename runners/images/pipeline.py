@@ -19,10 +19,11 @@ import transformers
 from runners.config.base import BaseRunnerConfig, ImageConfig
 from runners.config.reading import read_json
 from runners.contracts.errors import ConfigError, IncompleteModel, UnsafeModel
-from runners.hf.dtypes import choose_dtype, dtype_in
+from runners.hf.dtypes import cast_to_float32, dtype_in, log_dtypes
 from runners.hf.models import loading
 from runners.hf.safety import refuse_code, refuse_foreign_components
 from runners.images.weights import Weights
+from runners.protocol.process import give_back_memory
 
 logger = logging.getLogger("triptych.images")
 
@@ -46,8 +47,8 @@ def load_pipeline(
     cls = _pipeline_class(index, config)
     _refuse_code(folder, index)
     weights = Weights(folder, _model_classes(folder, index))
-    dtype = _dtype(config, weights, on_cpu=on_cpu)
-    float32_vae = _needs_float32_vae(cls, folder, dtype)
+    dtype = _dtype(config, weights)
+    float32_vae = not on_cpu and _needs_float32_vae(cls, folder, dtype)
     dtypes = {"default": dtype} | ({"vae": torch.float32} if float32_vae else {})
     arguments = dict(options or {})
     with loading(config.name):
@@ -65,6 +66,12 @@ def load_pipeline(
             **arguments,
         )
     pipeline.set_progress_bar_config(disable=True)
+    if on_cpu:
+        models = models_of(pipeline).values()
+        for model in models:
+            cast_to_float32(model)
+        give_back_memory()
+        log_dtypes(config.name, *models)
     if float32_vae:
         pipeline.vae.decode = _with_float32_latents(pipeline.vae.decode)
     return pipeline
@@ -148,15 +155,17 @@ def _model_classes(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     return classes
 
 
-def _dtype(config: BaseRunnerConfig, weights: Weights, *, on_cpu: bool) -> torch.dtype:
+def _dtype(config: BaseRunnerConfig, weights: Weights) -> torch.dtype:
+    """The type of the weights. Raises: IncompleteModel."""
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
     # The denoiser's files come first: some pipelines store other models in a wider type.
     names = ("unet", "transformer", *weights.classes)
     files = [path for name in names for path in weights.files(name)]
     if not files:
         raise IncompleteModel(f"{config.name} has no safetensors in the folders of its components")
-    stored = dtype_in(files[0]) or torch.float32
-    dtype = choose_dtype(config.dtype, stored, on_cpu=on_cpu)
-    return stored if isinstance(dtype, str) else dtype
+    return dtype_in(files[0]) or torch.float32
 
 
 def _needs_float32_vae(cls: Any, folder: Path, dtype: torch.dtype) -> bool:

@@ -28,6 +28,7 @@ from runners.contracts.errors import (
 )
 from runners.contracts.images import MAX_PIXELS, ImageEvent, ImageModelInfo, ImageRequest
 from runners.contracts.runner import RunnerState
+from runners.hf.dtypes import weight_dtype
 from runners.images.executor import BatchExecutor, batched
 from runners.images.generator import ImageGenerator
 from runners.images.pipeline import denoiser_of, models_of, parameters_of
@@ -225,7 +226,7 @@ def _model_info(config: ImageConfig, pipeline: Any, schedulers: Schedulers) -> I
         architecture=type(pipeline).__name__,
         engine=config.engine,
         parameters=sum(p.numel() for model in models for p in model.parameters()),
-        dtype=str(denoiser.dtype).removeprefix("torch."),
+        dtype=str(weight_dtype(denoiser)).removeprefix("torch."),
         devices=sorted({str(p.device) for model in models for p in model.parameters()}),
         height=height,
         width=width,

@@ -44,6 +44,13 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(1)
 
 
+def give_back_memory() -> None:
+    """Return the freed memory of this process to the system, which glibc keeps for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def wait_for_eof(fd: int = 0) -> None:
     """Block until the other end of a pipe is closed.
 

@@ -29,7 +29,6 @@ NODE_FIELDS = {
     *("cpu_kernels", "start_timeout", "heartbeat_timeout", "step_timeout", "gpus", "gpu_share"),
 }
 """Fields that may differ between the machines."""
-NATIVE = ("avx512_bf16", "avx512_fp16")
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -40,9 +39,6 @@ def verify_same_setup(store: Store, context: RankContext) -> None:
     setup["config.json"] = (folder / "config.json").read_text(encoding="utf-8")
     setup["weights"] = _weights_digest(folder)
     setup["presence of GPUs"] = torch.cuda.is_available()
-    if not setup["presence of GPUs"] and setup["dtype"] == "auto":
-        capabilities = torch.cpu.get_capabilities()
-        setup["half precision of the CPUs (set dtype)"] = [capabilities.get(n) for n in NATIVE]
     if context.rank == 0:
         store.set(SETUP, msgspec.json.encode(setup).decode())
         return

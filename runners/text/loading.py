@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from runners.config.base import TextConfig
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
+from runners.hf.dtypes import log_dtypes, weight_dtype
 from runners.hf.models import (
     SamplingDefaults,
     context_length,
@@ -22,6 +23,7 @@ from runners.hf.models import (
     sampling_defaults,
     warn_about_ignored,
 )
+from runners.protocol.process import give_back_memory
 from runners.rank.program import RankContext
 from runners.text.cpu import switch_off_kernels
 from runners.text.engine import Engine, PagedEngine
@@ -56,13 +58,14 @@ def program_for_model(
     if group is None or group.is_leader:
         start_fork_server()  # it imports its modules during the check below
     parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(weight_dtype(model)) if config.dtype == "auto" else config.dtype
     context.progress(RunnerState.WARMUP, "comparing batched steps with the model's plain forward")
     batched = prepare_model(model, config, parity=parity, group=group)
     info = ModelInfo(
         architecture=type(model).__name__,
         engine=config.engine,
         parameters=parameters,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype.removeprefix("torch."),
         devices=devices(model),
         max_context=min(batched.max_context, max_total_tokens or batched.max_context),
         vocab_size=batched.runner.vocab_size,
@@ -111,6 +114,8 @@ def prepare_model(
     if not config.cpu_kernels:
         switch_off_kernels()
     layout = check_and_pack(model, config.weight_quantization, parity)
+    give_back_memory()
+    log_dtypes(config.name, model)
     max_context = context_length(model.config)
     tokens = kv_tokens(model, layout, config, max_context=max_context)
     if group is not None:

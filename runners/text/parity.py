@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from runners.contracts.errors import ConfigError, first_line, reraise_as
+from runners.hf.dtypes import cast_to_float32, computes_in_float32
 from runners.hf.models import DEVICE_ERRORS
 from runners.text.attention import PACKED
 from runners.text.cpu import Kernels, load_kernels, switch_off_kernels
@@ -57,7 +58,7 @@ class ParityCheck:
         self._group = group
         self._failure = ""
         """Why the last check failed."""
-        exact = model.dtype in (torch.float32, torch.float64)
+        exact = computes_in_float32(model) or model.dtype in (torch.float32, torch.float64)
         self._tolerance = EXACT if exact else HALF_PRECISION
         if group is None or group.is_leader:
             # Windows wider than the prompts would not be checked at all.
@@ -157,22 +158,25 @@ def check_and_pack(
                 "weight_quantization needs the CPU kernels, which are switched off or could not be "
                 "compiled (the log says why); they need a C++ compiler such as g++"
             )
+        if computes_in_float32(model):
+            cast_to_float32(model)
         return layout
     if not pack_linears(model, kernels, quantization):
         if quantization is not None:
             raise ConfigError(
-                "weight_quantization is for models computed in float32 on a CPU; this one is not"
+                "weight_quantization is for linear layers on a CPU; this model has none there"
             )
         return layout
     tolerance = None if quantization is None else QUANTIZED
-    if not _fuse(model, kernels, layout, parity, tolerance):
+    matches = _fuse(model, kernels, layout, parity, tolerance)
+    if not matches:
         if quantization is not None:
             raise ConfigError(
                 f"{type(model).__name__} does not tolerate weight_quantization {quantization}: "
                 "its logits change too much"
             )
         logger.warning("%s runs without CPU kernels: its logits differ", type(model).__name__)
-        unpack_linears(model)
+    unpack_linears(model, only_read=matches)
     return layout
 
 

@@ -159,9 +159,9 @@ HALF = 2**30
     ("setup", "gib"),
     [
         ({"gpus": 1}, 2),
-        # A CPU may compute it in float32.
+        # A CPU computes it in float32.
         ({"gpus": 0}, 4),
-        ({"gpus": 0, "dtype": "bfloat16"}, 2),
+        ({"gpus": 0, "dtype": "bfloat16"}, 4),
         ({"gpus": 2, "engine": "deepspeed", "tensor_parallel": 2}, 2),
         ({"gpus": 3, "engine": "mii", "mii": {"mode": "persistent", "replica_num": 3}}, 6),
     ],

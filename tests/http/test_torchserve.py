@@ -170,7 +170,7 @@ def test_the_same_with_options_version_and_other_case(ready: Server, work: Path)
 def test_a_model_split_over_ranks(opt: Server, llama: Path, work: Path) -> None:
     status, _, body = curl(opt, "/predictions/opt", "-T", "input.txt", cwd=work)
     assert status == 200
-    ids = greedy(llama, [PROMPT], 50)[0]
+    ids = greedy(llama, [PROMPT], 50, dtype="float16")[0]
     ids = ids[: ids.index(1)] if 1 in ids else ids
     answer = opt.post("/detokenize", {"tokens": ids, "skip_special_tokens": True})
     assert body.decode() == PROMPT + answer.json()["text"], (
@@ -178,6 +178,7 @@ def test_a_model_split_over_ranks(opt: Server, llama: Path, work: Path) -> None:
     )
     [state] = opt.get("/models/opt/all").json()
     assert (state["modelVersion"], state["workers"][0]["status"]) == ("1.0", "READY")
+    assert state["responseTimeout"] == 120
 
 
 def test_a_picture_as_the_examples_client_reads_it(ready: Server, work: Path) -> None:
@@ -236,7 +237,7 @@ def test_ping_and_models(ready: Server, work: Path) -> None:
         "maxWorkers": 1,
         "batchSize": 32,
         "maxBatchDelay": 0,
-        "responseTimeout": 600,
+        "responseTimeout": 300,
         "loadedAtStartup": True,
         "workers": [{"id": "0", "status": "READY", "gpu": False}],
         "jobQueueStatus": {"remainingCapacity": 256, "pendingRequests": 0},

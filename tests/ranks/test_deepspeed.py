@@ -79,7 +79,7 @@ async def test_torchserves_set_up_runs_as_it_was_published(
 ) -> None:
     """From the model store, converted at import or not, and straight from its folder."""
     folder = published(tmp_path / "published")
-    expected = greedy(write_model(kind, folder / "checkpoints"), CLIENTS[:2], 50)
+    expected = greedy(write_model(kind, folder / "checkpoints"), CLIENTS[:2], 50, dtype="float16")
     with store_at(tmp_path / "home"):
         chosen = str(folder)
         if source != "folder":

@@ -83,23 +83,32 @@ async def test_limits_for_gpus_that_are_not_there_do_not_push_all_to_disk(tmp_pa
         assert "disk" not in runner.info.devices
 
 
-async def test_half_precision_weights_run_in_float32_on_this_cpu_unless_asked(
-    tmp_path: Path,
+SIXTEEN_BITS: list[tuple[str, dict[str, Any]]] = [
+    ("float16", {}),
+    ("bfloat16", {}),
+    ("bfloat16", {"dtype": "float16"}),
+    ("float32", {"engine": "mii", "dtype": "float16"}),
+    ("bfloat16", {"engine": "deepspeed", "tensor_parallel": 2}),
+    ("float32", {"engine": "deepspeed", "tensor_parallel": 2, "deepspeed": {"dtype": "fp16"}}),
+]
+
+
+@pytest.mark.parametrize(("stored", "options"), SIXTEEN_BITS)
+async def test_sixteen_bit_weights_are_computed_in_float32_on_a_cpu(
+    stored: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     import torch
 
-    if any(torch.cpu.get_capabilities().get(f"avx512_{kind}") for kind in ("bf16", "fp16")):
-        pytest.skip("this CPU computes half precision natively")
-    folder = write_model("llama", tmp_path / "llama", dtype=torch.float16)
+    folder = write_model("llama", tmp_path / "llama", dtype=getattr(torch, stored))
     config = json.loads((folder / "config.json").read_text())
     config.pop("dtype")  # older checkpoints do not say
     (folder / "config.json").write_text(json.dumps(config))
-    async with serving(folder) as runner:
+    dtype = "float16" if options and stored != "bfloat16" else options.get("dtype", stored)
+    async with serving(folder, **options) as runner:
         assert runner.info is not None
-        assert runner.info.dtype == "float32"
-    async with serving(folder, dtype="float16") as runner:
-        assert runner.info is not None
-        assert runner.info.dtype == "float16"
+        assert runner.info.dtype == dtype
+        deltas = await collect(runner, "the cat sat", max_new_tokens=24, ignore_eos=True)
+    assert [ids_of(deltas)] == greedy(folder, ["the cat sat"], 24, dtype=dtype)
 
 
 def quantize_to_fp8(folder: Path, *, block: int = 32) -> None:

@@ -32,6 +32,7 @@ class FakeTextRunner:
     version = "1"
     task = "text-generation"
     max_concurrency = 8
+    step_timeout = 300.0
 
     def __init__(self, *, at_once: bool = False) -> None:
         self.at_once = at_once

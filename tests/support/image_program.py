@@ -18,9 +18,12 @@ from tests.support.images import Pixels, pixels_of
 
 
 class LocalImageProgram:
-    """An image program, and all messages that it emitted."""
+    """An image program, and all messages that it emitted.
 
-    def __init__(self, folder: Path, **overrides: object) -> None:
+    `on_cpu=False` keeps half precision, as on a GPU.
+    """
+
+    def __init__(self, folder: Path, *, on_cpu: bool = True, **overrides: object) -> None:
         config: Any = load_setup_config(folder, name=folder.name, overrides=overrides)[0]
         self.messages: list[RankMessage] = []
         context = RankContext(
@@ -31,7 +34,7 @@ class LocalImageProgram:
             emit=self.messages.append,
         )
         with warnings.catch_warnings(action="ignore"):  # of diffusers
-            self.pipeline: Any = load_pipeline(config, on_cpu=True)
+            self.pipeline: Any = load_pipeline(config, on_cpu=on_cpu)
             self._program = image_program(context, self.pipeline)
 
     @property

@@ -103,6 +103,25 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
             "llama_4_scaling_beta": 0.5,
         },
     ),
+    # Two whose routers read the weights of a linear layer, instead of calling it.
+    "hunyuan_v1_moe": lambda: tf.HunYuanMoEV1Config(
+        **_GATED, head_dim=16, num_experts=4, moe_topk=2
+    ),
+    "longcat_flash": lambda: tf.LongcatFlashConfig(
+        **{k: v for k, v in _COMMON.items() if k != "num_hidden_layers"},
+        num_layers=2,
+        ffn_hidden_size=2 * WIDTH,
+        expert_ffn_hidden_size=WIDTH,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        moe_topk=2,
+    ),
     "falcon_mq": lambda: tf.FalconConfig(**_COMMON, multi_query=True),
 }
 
@@ -167,10 +186,15 @@ def write_model(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32) 
     return folder
 
 
-def greedy(folder: Path, prompts: list[str] | list[list[int]], count: int) -> list[list[int]]:
-    """`model.generate(do_sample=False)` of each prompt alone: `count` tokens, none ends it."""
+def greedy(
+    folder: Path, prompts: list[str] | list[list[int]], count: int, *, dtype: str = "auto"
+) -> list[list[int]]:
+    """`model.generate(do_sample=False)` of each prompt alone: `count` tokens, none ends it.
+
+    The weights are rounded to `dtype`, and the arithmetic is float32.
+    """
     tokenizer = tf.AutoTokenizer.from_pretrained(folder)
-    model: Any = tf.AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).float()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = EOS
     out = []

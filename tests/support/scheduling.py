@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from runners.contracts.text import SamplingParams, TextDelta
+from runners.hf.dtypes import compute_in_float32
 from runners.hf.models import SamplingDefaults
 from runners.text.cpu.linear import Quantization
 from runners.text.detokenizer import Detokenizer
@@ -41,6 +42,7 @@ def load(
 ) -> PagedEngine:
     """A model's engine, made as a rank makes it."""
     model = AutoModelForCausalLM.from_pretrained(folder)
+    compute_in_float32(model)
     layout = check_and_pack(model, quantization)
     blocks = kv_tokens // BLOCK_SIZE
     runner = HFModelRunner(model, layout, blocks=blocks)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MambaConfig, MambaF
 from runners.contracts.errors import ConfigError, EngineFailure
 from runners.text import attention, model_runner, parity
 from runners.text.cpu.linear import PackedLinear
-from runners.text.parity import ParityCheck
+from runners.text.parity import ParityCheck, check_and_pack
 from tests.support.models import CONFIGS, greedy, write_model
 from tests.support.scheduling import COUNT, Run, load, runner_of, sequence
 
@@ -44,12 +44,30 @@ def test_mixed_chunked_steps_equal_generate(kind: str, operators: str, tmp_path:
     assert [run.tokens[str(i)] for i in range(len(PROMPTS))] == expected
 
 
-@pytest.mark.parametrize("kind", ["llama", "bloom"])
-def test_half_precision_is_served_too(kind: str, tmp_path: Path) -> None:
-    folder = write_model(kind, tmp_path / kind, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "bloom", "mixtral"])
+def test_sixteen_bit_weights_equal_generate_in_float32(
+    kind: str, dtype: torch.dtype, operators: str, tmp_path: Path
+) -> None:
+    folder = write_model(kind, tmp_path / kind, dtype=dtype)
     engine = load(folder)
-    assert runner_of(engine).layout == ("padded" if kind in PADDED else "packed")
-    assert runner_of(engine).model.dtype == torch.bfloat16
+    linears = [m for m in runner_of(engine).model.modules() if isinstance(m, PackedLinear)]
+    types = {linear.packed.dtype for linear in linears}
+    assert types == ({dtype} if operators == "kernels" else set())
+    run = Run(engine)
+    for i, prompt in enumerate(PROMPTS):
+        run.scheduler.add(sequence(str(i), prompt))
+    run.drain()
+    expected = greedy(folder, PROMPTS, COUNT)
+    assert [run.tokens[str(i)] for i in range(len(PROMPTS))] == expected
+
+
+def test_a_model_in_half_precision_may_still_be_batched(tmp_path: Path) -> None:
+    """As on a GPU: nobody said that it is to compute in float32."""
+    folder = write_model("llama", tmp_path / "llama", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert check_and_pack(model, None) == "packed"
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_model_that_ignores_its_cache_is_refused(tmp_path: Path) -> None:

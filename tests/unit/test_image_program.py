@@ -1,4 +1,4 @@
-"""The image program without its rank: every family, half precision, failures, refusals."""
+"""The image program without its rank: every family, 16-bit weights, failures, refusals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import msgspec
 import pytest
 import torch
@@ -13,6 +14,7 @@ from diffusers.models.attention_processor import SlicedAttnProcessor
 
 from runners.contracts.errors import ConfigError
 from runners.contracts.images import MAX_PIXELS, ImageRequest
+from runners.images.pipeline import models_of
 from runners.protocol.channel import MAX_FRAME_BYTES
 from runners.protocol.messages import Events, Failed
 from runners.rank.memory import Memory
@@ -63,10 +65,25 @@ def test_every_family_generates_as_diffusers_does(family: str, tmp_path: Path) -
     assert pixels_of(preview).shape == again.shape
 
 
+def test_float16_weights_are_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:
+    folder = write_image_model("stable-diffusion-xl", tmp_path / "tiny-xl")
+    program = LocalImageProgram(folder, dtype="float16")
+    assert program.info.dtype == "float16"
+    assert {p.dtype for m in models_of(program.pipeline).values() for p in m.parameters()} == {
+        torch.float32
+    }
+    rounded: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
+    rounded.to(dtype=torch.float32).save_pretrained(tmp_path / "rounded")
+    requests = [image_request(prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
+    expected = [diffusers_image(tmp_path / "rounded", each) for each in requests]
+    images = program.generate(*requests)
+    assert all(difference(*pair) <= 1 for pair in zip(images, expected, strict=True))
+
+
 def test_half_precision_is_decoded_in_float32(tmp_path: Path) -> None:
     """Stable Diffusion XL's VAE overflows in float16, so its pipeline decodes in float32."""
     folder = write_image_model("stable-diffusion-xl", tmp_path / "tiny-xl")
-    program = LocalImageProgram(folder, dtype="float16")
+    program = LocalImageProgram(folder, dtype="float16", on_cpu=False)
     assert program.info.dtype == "float16"
     requests = [image_request(prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
     expected = [diffusers_image(folder, each, dtype=torch.float16) for each in requests]

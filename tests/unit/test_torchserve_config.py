@@ -40,8 +40,7 @@ def test_the_published_files_are_taken_as_they_are(folder: Path) -> None:
     assert (config.tensor_parallel, config.step_timeout) == (2, 120)
     assert (config.max_length, config.max_new_tokens) == (80, 50)
     assert config.deepspeed == without_tp_size(DS_CONFIG)
-    assert config.dtype_for(on_cpu=True) == "auto"
-    assert config.dtype_for(on_cpu=False) == "float16"
+    assert config.chosen_dtype == "float16"
     assert [w.split(" is ignored: ")[0] for w in warnings(folder)] == [
         f"model-config.yaml: {key}"
         for key in ("minWorkers", "maxWorkers", "maxBatchDelay", "deviceType", "deviceIds")

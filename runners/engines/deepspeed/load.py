@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.inference.engine import InferenceEngine
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from runners.config.deepspeed import asks_for_kernels, for_init_inference
@@ -25,8 +26,9 @@ from runners.contracts.errors import ConfigError, IncompleteModel, first_line
 from runners.contracts.runner import RunnerState
 from runners.engines.deepspeed.layers import replace_split_layers
 from runners.engines.deepspeed.shm import OPERATOR, all_reduce, shared_memory
-from runners.hf.dtypes import choose_dtype, widen
-from runners.hf.models import loading, stored_dtype
+from runners.hf.dtypes import choose_dtype, compute_in_float32
+from runners.hf.models import loading
+from runners.protocol.process import give_back_memory
 from runners.rank.process_group import RankGroups, connect, meet
 from runners.rank.program import RankContext, RankProgram
 from runners.text.loading import program_for_model
@@ -117,14 +119,12 @@ class ModelSplitter:
         The weights are mapped from their files, so that a rank's memory never holds the weights
         that the rank does not keep. `options`: for `from_pretrained`.
         """
-        config, on_cpu = self.config, self._on_cpu
-        stored = stored_dtype(self.model_config, config.model_path)
-        dtype = choose_dtype(config.dtype_for(on_cpu=on_cpu), stored, on_cpu=on_cpu)
+        config = self.config
         with loading(config.name):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 config.model_path,
                 config=self.model_config,
-                dtype=dtype,
+                dtype=choose_dtype(config.chosen_dtype, config.model_path, on_cpu=self._on_cpu),
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -133,7 +133,8 @@ class ModelSplitter:
         model, report = loaded
         if missing := report["missing_keys"]:
             raise IncompleteModel.missing_weights(config.name, type(model), missing)
-        widen(model, dtype)
+        if self._on_cpu:
+            compute_in_float32(model)
         return cast(PreTrainedModel, model)
 
     def split(self, model: PreTrainedModel, parity: ParityCheck) -> PreTrainedModel:
@@ -193,16 +194,31 @@ class ModelSplitter:
             grain=64 if size >= 64 * self.config.world_size else 1,
             inject=inject_kernels,
         )
-        engine = deepspeed.init_inference(model, config=options | {"dtype": model.dtype})
+        with _types_kept() if self._on_cpu else nullcontext():
+            engine = deepspeed.init_inference(model, config=options | {"dtype": model.dtype})
         share: PreTrainedModel = engine.module
         del engine
         replace_split_layers(share, all_reduce if self._uses_shared_memory else dist.all_reduce)
         # DeepSpeed's layers are in reference cycles. Their weights must be freed before the weights
         # are packed for the CPU kernels: there is no memory for both.
         gc.collect()
+        give_back_memory()
+        if self._on_cpu:
+            compute_in_float32(share)
         return share
 
     def _connect_deepspeed(self) -> None:
         deepspeed.ops.__compatible_ops__[OPERATOR] = False
         with shared_memory() if self._uses_shared_memory else nullcontext():
             deepspeed.init_distributed(dist_backend="gloo" if self._on_cpu else "nccl")
+
+
+@contextmanager
+def _types_kept() -> Iterator[None]:
+    """Keep DeepSpeed from casting the whole model to its dtype before it is split."""
+    convert = InferenceEngine._convert_to_dtype
+    InferenceEngine._convert_to_dtype = lambda *_: None
+    try:
+        yield
+    finally:
+        InferenceEngine._convert_to_dtype = convert

@@ -108,14 +108,16 @@ def load_persistent(context: RankContext, config: MIITextConfig) -> PersistentPr
         host, (plan, supervisor) = LOOPBACK, _start(context, config)
         port, replicas = plan.port, [replica.port for replica in plan.replicas]
     defaults = mii_defaults(config.mii.generate, load_generation_config(config.model_path))
-    stored = stored_dtype(model_config, config.model_path)
+    dtype: str = config.dtype
+    if dtype == "auto":
+        dtype = str(stored_dtype(model_config, config.model_path) or "unknown")
     info = ModelInfo(
         architecture=(model_config.architectures or [model_config.model_type])[0],
         engine=config.engine,
         parameters=count_parameters(
             read_header(file) for file in config.model_path.glob("*.safetensors")
         ).total(),
-        dtype=str(stored or "unknown").removeprefix("torch."),
+        dtype=dtype.removeprefix("torch."),
         devices=[f"{host}:{port}"],
         max_context=min(context_length(model_config), config.mii.max_total_tokens),
         vocab_size=model_config.get_text_config().vocab_size,

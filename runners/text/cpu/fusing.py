@@ -95,8 +95,10 @@ def _candidates(module: nn.Module, kernels: Kernels) -> Iterator[tuple[nn.Module
     """Possible replacements of a module, each with the size of its rows."""
     if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
         return
-    weight: Any = getattr(module, "weight", None)
-    if type(module).__name__.endswith("RMSNorm") and isinstance(weight, torch.Tensor):
+    if type(module).__name__.endswith("RMSNorm"):
+        weight: Any = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor):
+            return
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.dim() == 1:
             for offset in (0.0, 1.0):
                 yield FusedRMSNorm(module, kernels, offset), len(weight)

@@ -1,13 +1,13 @@
 """Linear layers on the CPU kernels, with their weights packed in the layout that these read.
 
-Weights whose values fit 16 bits are stored in 16 bits. Arithmetic is in float32 either way, so the
-result is that of the float32 model at half the memory traffic. int8 has one scale per output
-(symmetric, absolute maximum) and applies to weights only.
+16-bit weights, and those whose values fit 16 bits, are stored in 16 bits. Arithmetic is in float32
+either way, so the result is that of the float32 model at half the memory traffic. int8 has one
+scale per output (symmetric, absolute maximum) and applies to weights only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal
 
 import torch
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import override
 
+from runners.hf.dtypes import HALF, cast_to_float32, computes_in_float32, remove_hooks
+from runners.protocol.process import give_back_memory
 from runners.text.cpu import Kernels
 from runners.text.cpu.library import WEIGHT_TYPES, LinearWeights
 
@@ -44,6 +46,8 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = packed.shape[1], out_features
         self.scale, self.bias = scale, bias
         self.kernels = kernels
+        self.is_read = False
+        """Whether a module has read `weight`, which unpacks it each time."""
         self.set_packed(packed)
 
     def set_packed(self, packed: torch.Tensor) -> None:
@@ -64,6 +68,12 @@ class PackedLinear(nn.Module):
         self.kernels.linear(self.weights, x.data_ptr(), out.data_ptr(), rows)
         return out
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """`unpacked`, for a module that reads the weights of another, as some routers do."""
+        self.is_read = True
+        return self.unpacked()
+
     def unpacked(self) -> torch.Tensor:
         """The weight as float32 `[out, in]`; exact, except for the rounding of int8."""
         panels, depth, width = self.packed.shape
@@ -77,10 +87,10 @@ def pack_linear(
     kernels: Kernels,
     quantization: Quantization | None = None,
 ) -> PackedLinear:
-    """A linear layer with weight `[out, in]` and bias `[out]`, both float32."""
+    """A linear layer with weight `[out, in]` and bias `[out]`, each float32 or 16-bit."""
     compact, scale = _compact(weight, quantization)
     if bias is not None:
-        bias = bias.detach().clone()
+        bias = bias.detach().to(torch.float32, copy=True)
     return PackedLinear(_pack(compact, kernels.panel_width), scale, bias, weight.shape[0], kernels)
 
 
@@ -118,16 +128,25 @@ def join(*layers: PackedLinear) -> PackedLinear | None:
 def pack_linears(
     model: PreTrainedModel, kernels: Kernels, quantization: Quantization | None = None
 ) -> int:
-    """Replace the linear layers that are in float32 on the CPU; returns their number.
+    """Replace the linear layers that compute in float32 on the CPU; returns their number.
 
-    Subclasses of Linear, and layers whose forward is wrapped (because a hook brings in their
+    What a model that computes in float32 has in 16 bits besides them is cast. Subclasses of Linear,
+    and layers whose forward is wrapped (because a hook brings in their
     weights, or they are split over ranks), are left alone. The caller checks the model's output.
     """
+    types = [torch.float32]
+    if casts := computes_in_float32(model):
+        types += HALF
+        remove_hooks(model)
     replaced = 0
-    for parent, name in list(_linears(model)):
+    for parent, name in list(_linears(model, types)):
         # No variable refers to the layer, so that it is freed before the next one is packed.
         setattr(parent, name, _packed(getattr(parent, name), kernels, quantization))
+        # Aligned tensors do not fit into the gaps that others of their size leave in the heap.
+        give_back_memory()
         replaced += 1
+    if casts:
+        cast_to_float32(model)
     if replaced:
         _detach_from_files(model)
     return replaced
@@ -149,11 +168,11 @@ def _detach_from_files(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.clone()
 
 
-def unpack_linears(model: PreTrainedModel) -> None:
-    """Replace the packed layers by `nn.Linear` with the same weights."""
+def unpack_linears(model: PreTrainedModel, *, only_read: bool = False) -> None:
+    """Replace the packed layers, or those whose weights are read, by `nn.Linear`."""
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, PackedLinear):
+            if isinstance(layer, PackedLinear) and (layer.is_read or not only_read):
                 linear = nn.Linear(1, 1)
                 linear.out_features, linear.in_features = layer.out_features, layer.in_features
                 linear.weight = nn.Parameter(layer.unpacked(), requires_grad=False)
@@ -164,15 +183,16 @@ def unpack_linears(model: PreTrainedModel) -> None:
                 setattr(parent, name, linear)
 
 
-def _linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
+def _linears(
+    model: PreTrainedModel, types: Collection[torch.dtype]
+) -> Iterator[tuple[nn.Module, str]]:
     for parent in model.modules():
         for name, layer in parent.named_children():
             if type(layer) not in (nn.Linear, Conv1D) or "forward" in vars(layer):
                 continue
             if layer._forward_hooks or layer._forward_pre_hooks:
                 continue
-            weight = layer.weight
-            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+            if layer.weight.device.type == "cpu" and layer.weight.dtype in types:
                 yield parent, name
 
 
@@ -181,9 +201,12 @@ def _compact(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight in the smallest type that keeps its values, and the scale `[out]` of int8."""
     if quantization == "int8":
+        weight = weight.float()
         scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         return (weight / scale[:, None]).round().to(torch.int8), scale.contiguous()
-    for dtype in (torch.bfloat16, torch.float16):
+    if weight.dtype in HALF:
+        return weight, None
+    for dtype in reversed(HALF):
         # The first row first: most weights that do not fit differ there already.
         if all(torch.equal(w.to(dtype).float(), w) for w in (weight[:1], weight)):
             return weight.to(dtype), None
