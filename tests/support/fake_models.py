@@ -44,6 +44,7 @@ class _OneModel:
     """What the fakes below have in common: always ready, with nothing to start."""
 
     version = "1"
+    step_timeout = 300.0
     max_concurrency = 8
 
     def __init__(self) -> None:

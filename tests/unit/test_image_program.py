@@ -137,7 +137,7 @@ def test_a_batch_that_the_machine_cannot_hold_is_refused(
 ) -> None:
     memory = Memory(total=3 * 2**20, free=3 * 2**20)
     monkeypatch.setattr("runners.images.program.machine_memory", lambda: memory)
-    fits = {"max_batch_images": 4, "max_pixels": 2**16}
+    fits: dict[str, Any] = {"max_batch_images": 4, "max_pixels": 2**16}
     assert LocalImageProgram(folder, **fits).info.max_pixels == 2**16
     with pytest.raises(ConfigError, match="GiB of memory on cpu") as caught:
         LocalImageProgram(folder, **fits | {"max_batch_images": 5})
