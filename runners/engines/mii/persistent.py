@@ -8,9 +8,7 @@ import time
 from transformers import AutoConfig
 
 from runners.config.model import MIITextConfig
-from runners.contracts.errors import (
-    ConfigError,
-)
+from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
 from runners.engines.mii.defaults import load_generation_config, mii_defaults
