@@ -44,7 +44,7 @@ class Detokenize(msgspec.Struct, frozen=True, tag=True):
 
 
 class AbortCall(msgspec.Struct, frozen=True, tag=True):
-    """Host: nobody waits for the answer to this call any more. Never answered."""
+    """Host: drop this call. Never answered."""
 
     call_id: int
 

@@ -95,9 +95,7 @@ class TextProgram(RankProgram):
                 self._tokenizers.abort(request_id)
                 self._inbox.put(message)
             case Tokenize() | Detokenize():
-                self._tokenizers.submit(
-                    message.call_id, lambda tokenizer: tokenizer.answer(message), self._emit
-                )
+                self._tokenizers.answer(message, self._emit)
             case AbortCall(call_id):
                 self._tokenizers.abort(call_id)
             case _:

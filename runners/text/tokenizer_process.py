@@ -48,7 +48,7 @@ from runners.text.tokenization import PromptTokenizer
 
 PROCESSES = 2
 POLL_S = 0.25
-"""A call that lasts longer ends with its process as soon as nobody waits for it."""
+"""A call that lasts longer ends with its process as soon as its request is aborted."""
 PROCESS_NAME = "tokenizer"
 
 
@@ -106,7 +106,7 @@ class TokenizerProcess:
         self._limits = limits
         self._process: BaseProcess | None = None
         self.is_wanted: Callable[[], bool] = lambda: True
-        """Whether anybody waits for the current call."""
+        """Whether the current call is not aborted."""
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt. Raises: InvalidRequest, ContextLengthExceeded, EngineFailure."""
@@ -224,6 +224,10 @@ class TokenizerPool:
             self._jobs[key] = _Job(work, deliver)
         self._threads.submit(self._run, key)
 
+    def answer(self, call: Call, deliver: Callable[[Answer], None]) -> None:
+        """Submit a call of the host."""
+        self.submit(call.call_id, lambda process: process.answer(call), deliver)
+
     def abort(self, key: str | int) -> None:
         """Forget a job, unless it is done."""
         with self._lock:
@@ -317,7 +321,7 @@ def _cpu_limit(timer: int, seconds: float) -> Iterator[None]:
 
 def _set_up_process(memory: int) -> None:
     """Name this process and bound its memory."""
-    # With them, a tokenizer in Rust that gets no memory waits for ever for a lock of its own.
+    # With them, a tokenizer in Rust that gets no memory waits for ever for its lock.
     os.environ["RUST_BACKTRACE"] = "0"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if sys.platform != "linux":

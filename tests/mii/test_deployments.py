@@ -23,8 +23,7 @@ from runners.config.files import load_setup_config
 from runners.contracts.errors import ConfigError, RunnerUnavailable
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import TextRunner
-from runners.engines.mii import forwarding
-from runners.engines.mii.deployment import balancer, registry, supervisor
+from runners.engines.mii.deployment import balancer, client, registry, supervisor
 from runners.engines.mii.deployment.balancer import balance
 from runners.engines.mii.deployment.heartbeats import Heartbeats, Watch
 from runners.engines.mii.deployment.plan import (
@@ -339,7 +338,7 @@ async def test_requests_wait_until_all_replicas_are_connected() -> None:
 async def test_a_link_is_lost_once_it_stays_away() -> None:
     port = free_port()
     serving = asyncio.create_task(balance(port, []))
-    deployment = await forwarding.connect("127.0.0.1", port)
+    deployment = await client.connect("127.0.0.1", port)
     lost = asyncio.create_task(deployment.wait_until_lost(2.0))
     await asyncio.sleep(0.1)
     for comes_back in (True, False):
@@ -354,9 +353,9 @@ async def test_a_link_is_lost_once_it_stays_away() -> None:
 
 
 async def test_a_foreign_server_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forwarding, "CONNECT_S", 0.5)
+    monkeypatch.setattr(client, "CONNECT_S", 0.5)
     with (
         socket.create_server(("127.0.0.1", 0)) as foreign,
         pytest.raises(ConfigError, match="is not a deployment of MII"),
     ):
-        await forwarding.connect("127.0.0.1", foreign.getsockname()[1])
+        await client.connect("127.0.0.1", foreign.getsockname()[1])

@@ -56,7 +56,8 @@ async def test_stop_leaves_no_process_and_no_folder(model: Path, tmp_path: Path)
         assert all(f.is_dir() and f.stat().st_mode & 0o077 == 0 for f in folders)
         sockets = [f / "channel.sock" for f in folders]
         assert all(s.stat().st_mode & 0o777 == 0o600 for s in sockets)
-    assert alive(started) == []
+    # The tokenizers end by themselves at the end of their rank.
+    wait_until(lambda: not alive(started), 5, "all processes are gone")
     assert not any(f.exists() for f in folders)
 
 

@@ -22,14 +22,10 @@ from typing_extensions import override
 
 from runners.config.model import MIITextConfig
 from runners.contracts.errors import (
-    ConfigError,
-    EngineFailure,
     InvalidRequest,
-    RunnerUnavailable,
-    TriptychError,
 )
 from runners.contracts.text import FinishReason, GenerationRequest, ModelInfo, TextDelta
-from runners.engines.mii.deployment.client import Deployment
+from runners.engines.mii.deployment.client import as_triptych_error, connect
 from runners.engines.mii.deployment.ports import listens
 from runners.engines.mii.deployment.proto import tokens_of
 from runners.hf.models import (
@@ -52,7 +48,6 @@ from runners.text.requests import token_limit
 from runners.text.tokenization import PromptTokenizer
 from runners.text.tokenizer_process import TokenizerPool, TokenizerProcess
 
-CONNECT_S = 30.0
 POLL_S = 0.25
 LOST_S = 2.0
 """How long a deployment, or all of its replicas, may be unreachable."""
@@ -126,9 +121,7 @@ class PersistentProgram(RankProgram):
                 if (task := self._running.pop(request_id, None)) is not None:
                     task.cancel()
             case Tokenize() | Detokenize():
-                self._tokenizers.submit(
-                    message.call_id, lambda tokenizer: tokenizer.answer(message), self._emit
-                )
+                self._tokenizers.answer(message, self._emit)
             case AbortCall(call_id):
                 self._tokenizers.abort(call_id)
             case _:
@@ -188,7 +181,7 @@ class PersistentProgram(RankProgram):
         except asyncio.CancelledError:
             raise
         except grpc.aio.AioRpcError as error:
-            self._emit(request_failed(request_id, _as_triptych_error(error)))
+            self._emit(request_failed(request_id, as_triptych_error(error)))
         except Exception as error:  # one request's failure must not end the rank
             self._emit(request_failed(request_id, error))
         finally:
@@ -269,20 +262,6 @@ class PersistentProgram(RankProgram):
         return kwargs
 
 
-async def connect(host: str, port: int) -> Deployment:
-    """A connection for use in the current event loop.
-
-    Raises: ConfigError if no deployment answers within `CONNECT_S` seconds.
-    """
-    deployment = Deployment(host, port)
-    try:
-        async with asyncio.timeout(CONNECT_S):
-            await deployment.connect()
-    except TimeoutError:
-        raise ConfigError(f"{host}:{port} is not a deployment of MII") from None
-    return deployment
-
-
 def _resolve(value: float | None, default: float) -> float:
     return default if value is None else value
 
@@ -290,12 +269,3 @@ def _resolve(value: float | None, default: float) -> float:
 def _signed(seed: int) -> int:
     """A seed folded into the signed 64 bits of MII's protocol."""
     return (seed + 2**63) % 2**64 - 2**63
-
-
-def _as_triptych_error(error: grpc.aio.AioRpcError) -> TriptychError:
-    detail = str(error.details())
-    if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
-        return InvalidRequest(f"MII refused this request: {detail}")
-    if error.code() == grpc.StatusCode.UNAVAILABLE:
-        return RunnerUnavailable(f"the MII deployment: {detail}")
-    return EngineFailure(f"the MII deployment failed on this request: {detail}")

@@ -13,7 +13,16 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from runners.contracts.errors import (
+    ConfigError,
+    EngineFailure,
+    InvalidRequest,
+    RunnerUnavailable,
+    TriptychError,
+)
 from runners.engines.mii.deployment.proto import OPTIONS, SERVICE, messages, request
+
+CONNECT_S = 30.0
 
 
 class Deployment:
@@ -60,3 +69,27 @@ class Deployment:
     async def close(self) -> None:
         """Close the connection and abort its calls."""
         await self._channel.close()
+
+
+async def connect(host: str, port: int) -> Deployment:
+    """A connection for use in the current event loop.
+
+    Raises: ConfigError if no deployment answers within `CONNECT_S` seconds.
+    """
+    deployment = Deployment(host, port)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await deployment.connect()
+    except TimeoutError:
+        raise ConfigError(f"{host}:{port} is not a deployment of MII") from None
+    return deployment
+
+
+def as_triptych_error(error: grpc.aio.AioRpcError) -> TriptychError:
+    """What a failed call means for its request."""
+    detail = str(error.details())
+    if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
+        return InvalidRequest(f"MII refused this request: {detail}")
+    if error.code() == grpc.StatusCode.UNAVAILABLE:
+        return RunnerUnavailable(f"the MII deployment: {detail}")
+    return EngineFailure(f"the MII deployment failed on this request: {detail}")
