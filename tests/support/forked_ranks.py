@@ -24,6 +24,7 @@ from runners.protocol.environment import rank_variables
 from runners.protocol.process import child_environment
 from runners.protocol.spec import OUTCOME, Outcome, RankSpec, write_private
 from runners.rank import worker
+from tests.support.processes import FORKED_RANKS
 
 _MODULES = [
     "deepspeed",
@@ -78,6 +79,8 @@ class ForkedRanks:
                 target=_run, args=(str(run_dir), variables), daemon=True
             )
             process.start()
+            assert process.pid is not None
+            FORKED_RANKS.add(process.pid)
         self.stdin = self
 
     def close(self) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-PROCESS_NAME = "tokenizer"
-"""Of the processes that `runners.text.tokenizer_process` starts."""
+FORKED_RANKS: set[int] = set()
+"""The process ids of the ranks that `tests.support.forked_ranks` started."""
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
@@ -27,7 +27,7 @@ def own_ranks() -> list[psutil.Process]:
     """The rank worker processes of this process's own rank groups, not of servers it started."""
     parents = psutil.Process().children()  # launchers, and the server that forks ranks
     children = [child for parent in parents for child in _children(parent)]
-    return [p for p in alive(children) if _is_rank(p) or _is_fork(p)]
+    return [p for p in alive(children) if _is_rank(p) or p.pid in FORKED_RANKS]
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -39,19 +39,6 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 def _is_rank(process: psutil.Process) -> bool:
     return "runners.rank.worker" in " ".join(_cmdline(process))
-
-
-def _is_fork(process: psutil.Process) -> bool:
-    is_fork = "multiprocessing.forkserver" in " ".join(_cmdline(process))
-    return is_fork and not is_tokenizer(process)
-
-
-def is_tokenizer(process: psutil.Process) -> bool:
-    """Whether it is the process of a `TokenizerProcess`."""
-    try:
-        return Path("/proc", str(process.pid), "comm").read_text().strip() == PROCESS_NAME
-    except OSError:  # it ended meanwhile
-        return False
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
