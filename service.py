@@ -11,7 +11,7 @@ import asyncio
 import gc
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -50,8 +50,8 @@ from api.native.schemas import (
     TokenizeResponse,
 )
 from model_choice import Runners, chosen_configs, chosen_runners, frozen_tag, is_folder
-from runners.contracts.errors import ConfigError, ModelNotFound, RunnerUnavailable
-from runners.contracts.runner import Runner, RunnerHealth, RunnerState
+from runners.contracts.errors import ConfigError, ModelNotFound
+from runners.contracts.runner import Runner, RunnerState
 from runners.protocol.folders import remove_process_folder
 from runners.protocol.logs import configure_logging
 from settings import Settings, get_settings, unknown_variables
@@ -207,25 +207,14 @@ class Triptych:
 
     async def __is_alive__(self) -> bool:
         """503 on `/livez` once a runner has failed for good: only a new process can help."""
-        self._refuse_if(lambda health: health.state is RunnerState.FAILED)
+        self.served.refuse_if(lambda health: health.state is RunnerState.FAILED)
         return True
 
     async def __is_ready__(self) -> bool:
         """503 on `/readyz`, with the state of the runners, unless all of them are ready."""
         refuse_if_draining()
-        self._refuse_if(lambda health: not health.ready)
+        self.served.refuse_if(lambda health: not health.ready)
         return True
-
-    def _refuse_if(self, is_bad: Callable[[RunnerHealth], bool]) -> None:
-        """503 that names the state of each runner whose health is bad, if there is one."""
-        texts = []
-        for runner, _ in self.runners:
-            health = runner.health()
-            if is_bad(health):
-                name = f"{runner.name}: " if len(self.runners) > 1 else ""
-                texts.append(f"{name}{health.state}: {health.detail}")
-        if texts:
-            raise RunnerUnavailable("; ".join(texts))
 
     async def __metrics__(self, collected: str) -> str:
         """The state of the runners, appended to what BentoML collects for `/metrics`."""
@@ -305,5 +294,6 @@ _service().add_asgi_middleware(
     route=TASK_ROUTE,
     admit=lambda body: images.admit_image_request(mounted_app.state.served, body),
     max_result_bytes=settings.max_result_bytes,
+    timeout=settings.task_timeout,
 )
 _service().add_asgi_middleware(BentoErrorsMiddleware)

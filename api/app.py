@@ -24,7 +24,7 @@ from api.openai.requests import ChatRequest, CompletionRequest
 from api.openai.responses import Model, ModelList
 from api.tasks.routes import ROUTES, TaskRoute
 from api.torchserve.routes import add_routes
-from runners.contracts.errors import ModelNotServed, RunnerUnavailable
+from runners.contracts.errors import ModelNotServed
 
 STARTED = int(time.time())
 
@@ -91,9 +91,7 @@ def create_app() -> FastAPI:
     async def health(request: Request) -> Response:
         """Whether all models serve, as `/readyz` tells, under the path of vLLM."""
         refuse_if_draining()
-        for model in _served(request).models:
-            if not (health := model.runner.health()).ready:
-                raise RunnerUnavailable(f"{model.name}: {health.state}: {health.detail}")
+        _served(request).refuse_if(lambda health: not health.ready)
         return Response()
 
     for task, route in ROUTES.items():

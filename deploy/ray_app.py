@@ -33,6 +33,7 @@ def service_app() -> ASGIApp:
     try:
         # Imported in the replica only: the import reads the replica's settings.
         import service
+        from api.http.metrics import label_by_route
 
         triptych: Any = service.Triptych  # the decorator is untyped
         triptych.inner.check_model()
@@ -41,7 +42,8 @@ def service_app() -> ASGIApp:
         raise RuntimeError(str(stop)) from None
     results = Path(os.environ[TASK_RESULTS])
     _make_table(results)
-    inner: ASGIApp = triptych.to_asgi()
+    inner: Any = triptych.to_asgi()
+    label_by_route(inner)
 
     async def until_ready(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_when_ready(message: Message) -> None:

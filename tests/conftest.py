@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -57,6 +59,12 @@ def forked_ranks() -> Iterator[None]:
 
     with forking():
         yield
+
+
+@pytest.fixture(scope="session")
+def checks() -> ModuleType:
+    """`tests.support.openapi`, whose import takes seconds: all test files are imported at first."""
+    return importlib.import_module("tests.support.openapi")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import sqlite3
@@ -26,6 +27,8 @@ from runners.protocol.folders import process_folder
 
 RESULT_STORE = "BENTOML_RESULT_STORE"
 """The environment variable that names the database of results."""
+LOST_AFTER_S = 60.0
+"""Seconds beyond its timeout after which a job without a result is lost."""
 
 
 def choose_result_store() -> None:
@@ -55,7 +58,10 @@ class ResultSerde(JSONSerde):  # type: ignore[misc]  # bentoml's is Any
     @override
     async def deserialize_response(self, data: bytes) -> Response:
         head, _, content = data.partition(b"\n")
-        status, headers = json.loads(head)
+        stored = json.loads(head)
+        if isinstance(stored, dict):  # by BentoML, in a file that outlives a release
+            return await super().deserialize_response(data)  # type: ignore[no-any-return]
+        status, headers = stored
         response = Response(content, status)
         response.raw_headers = [
             (name.encode(self.HEADERS_ENCODING), value.encode(self.HEADERS_ENCODING))
@@ -77,13 +83,21 @@ class JobResults:
             row = rows.fetchone()
         return None if row is None else base64.b64decode(json.loads(row[0])["content"])
 
-    def prune(self, max_bytes: int) -> None:
+    def prune(self, max_bytes: int, max_age_s: float) -> None:
         """Delete the jobs that ended first, until what the others have is less than `max_bytes`.
 
-        The job that ended last is kept. The file does not shrink, but its space is used again.
+        The job that ended last is kept. The file does not shrink, but its space is used again. Jobs
+        that have run for longer than `max_age_s` were lost with their process: they are deleted.
         """
         with self._connect() as connection:
             connection.execute(_PRUNE, [max_bytes])
+            connection.execute(_PRUNE_LOST, [f"-{max_age_s} seconds"])
+            connection.commit()
+
+    def forget_unfinished(self) -> None:
+        """Delete the jobs that have not ended: those of the worker that this one replaces."""
+        with self._connect() as connection:
+            connection.execute("DELETE FROM result WHERE completed_at IS NULL")
             connection.commit()
 
     def _connect(self) -> AbstractContextManager[sqlite3.Connection]:
@@ -99,10 +113,21 @@ DELETE FROM result WHERE task_id IN (
     ) WHERE newer_bytes >= ?
 )
 """
+_PRUNE_LOST = """
+DELETE FROM result WHERE completed_at IS NULL AND datetime(executed_at) < datetime('now', ?)
+"""
+
+
+def forget_lost_jobs() -> None:
+    """Delete the jobs of an earlier worker, in the only worker of a server."""
+    with contextlib.suppress(sqlite3.OperationalError):  # there is no table yet
+        JobResults(os.environ[RESULT_STORE]).forget_unfinished()
 
 
 class JobMiddleware:
     """Admits jobs when they are submitted, refuses to cancel one, and bounds their results.
+
+    `timeout`: of a job, in seconds.
 
     BentoML accepts any job and reports its error with the result. It marks a job as cancelled, but
     does not stop it. It runs a job after it has answered, in the same call of the app: the job's
@@ -110,12 +135,19 @@ class JobMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, *, route: str, admit: Callable[[bytes], None], max_result_bytes: int
+        self,
+        app: ASGIApp,
+        *,
+        route: str,
+        admit: Callable[[bytes], None],
+        max_result_bytes: int,
+        timeout: float,
     ) -> None:
         self.app = app
         self.route = route
         self.admit = admit
         self.max_result_bytes = max_result_bytes
+        self.timeout = timeout
         self._results = JobResults(os.environ[RESULT_STORE])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -144,6 +176,9 @@ class JobMiddleware:
                 self.admit(body)
         except Exception as error:
             await error_response(error)(scope, receive, send)
-        else:
+            return
+        try:
             await self.app(scope, replay, send)
-            await asyncio.to_thread(self._results.prune, self.max_result_bytes)
+        finally:
+            max_age_s = self.timeout + LOST_AFTER_S
+            await asyncio.to_thread(self._results.prune, self.max_result_bytes, max_age_s)

@@ -12,6 +12,7 @@ import bentoml
 import click
 from bentoml._internal.configuration.containers import BentoMLContainer
 
+from api.http.async_tasks import forget_lost_jobs
 from runners.contracts.errors import ConfigError
 from runners.protocol.folders import check_room, process_folder
 from runners.protocol.process import die_with_parent
@@ -50,13 +51,14 @@ def prepare_server(name: str) -> None:
 
 
 def prepare_worker() -> None:
-    """In a worker of BentoML, end with the server, however that ends.
+    """In a worker of BentoML, end with the server, however that ends, and forget lost jobs.
 
     Does nothing in a process that BentoML did not start, such as a replica of Ray Serve.
     """
     if bentoml.server_context.worker_index is not None:
         die_with_parent(int(os.environ.get(_SERVER_PID, os.getppid())))
         tempfile.tempdir = str(process_folder())
+        forget_lost_jobs()
 
 
 def _command_line() -> dict[str, Any]:

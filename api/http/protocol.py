@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 import httptools
 from starlette.types import Message, Send
 from typing_extensions import override
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -81,6 +82,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_deaf = False
         """Whether what else the client sends is discarded."""
         self._is_draining = False
+        self._running: RequestResponseCycle | None = None
+        """The request whose handler runs; `cycle` is the last one that was read."""
         self._refusal = MALFORMED
 
     @override
@@ -91,6 +94,9 @@ class BoundedProtocol(HttpToolsProtocol):
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     @override
@@ -146,6 +152,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is previous:  # a WebSocket
             return
+        if 0 < len(self.pipeline) < MAX_PIPELINED:
+            self.flow.resume_reading()  # only who reads notices a client that leaves
         if self._is_draining:
             self.cycle.keep_alive = False
         if self.scope["http_version"] == "1.0":
@@ -178,6 +186,11 @@ class BoundedProtocol(HttpToolsProtocol):
         """Called when the parser fails, or a callback of it."""
         self._refuse(self._refusal)
 
+    @override
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def _count(self, size: int) -> None:
         self._unparsed = 0
         self._head_bytes += size
@@ -206,7 +219,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _refuse(self, refusal: _Refusal) -> None:
-        """Answer with an error after the responses that are due, and read no further request."""
+        """Close after the due responses, or answer with an error; read no further request."""
         self._is_deaf = True
         self._stop_timer()
         is_in_body = not self._expects_head

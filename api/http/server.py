@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from api.http.context import abort_requests
 from api.http.metrics import label_by_route
-from api.http.protocol import BoundedProtocol
+from api.http.protocol import DRAIN_IDLE_S, BoundedProtocol
 from runners.contracts.errors import RunnerUnavailable
 
 ABORT_GRACE_S = 5
@@ -46,7 +46,6 @@ class HttpServer(uvicorn.Server):
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         HttpServer.is_draining = True
-        await self._refuse_connections(sockets or [])
         grace = self.config.timeout_graceful_shutdown
         if grace is not None:
             loop = asyncio.get_running_loop()
@@ -54,6 +53,7 @@ class HttpServer(uvicorn.Server):
             loop.call_later(grace, abort_requests, reason)
             loop.call_later(grace + ABORT_GRACE_S, self._abort_connections)
             self.config.timeout_graceful_shutdown = grace + 2 * ABORT_GRACE_S
+        await self._refuse_connections(sockets or [])
         await super().shutdown(sockets)
 
     async def _refuse_connections(self, listeners: Iterable[socket.socket]) -> None:
@@ -68,15 +68,24 @@ class HttpServer(uvicorn.Server):
             with contextlib.suppress(OSError):
                 while True:
                     accepted.append(listener.accept()[0])
+                    accepted[-1].setblocking(False)
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)
         for server in self.servers:
             server.close()
         loop = asyncio.get_running_loop()
-        for connection in accepted:
-            connection.setblocking(False)
-            with contextlib.suppress(OSError):
-                await loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+        opened = [
+            asyncio.ensure_future(
+                loop.connect_accepted_socket(self._protocol, connection, ssl=self.config.ssl)
+            )
+            for connection in accepted
+        ]
+        if opened:
+            # With TLS, a client that does not shake hands would keep the server from ending.
+            _, pending = await asyncio.wait(opened, timeout=DRAIN_IDLE_S)
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*opened, return_exceptions=True)
 
     def _protocol(self) -> BoundedProtocol:
         return BoundedProtocol(self.config, self.server_state, self.lifespan.state)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from api.models.images import ImageModel
 from api.models.tasks import TaskModel
 from api.models.text import TextModel
-from runners.contracts.errors import ModelNotServed
+from runners.contracts.errors import ModelNotServed, RunnerUnavailable
+from runners.contracts.runner import RunnerHealth
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,17 @@ class ServedModels:
         """All models."""
         models = (self.text_model, self.task_model, self.image_model)
         return [model for model in models if model is not None]
+
+    def refuse_if(self, is_bad: Callable[[RunnerHealth], bool]) -> None:
+        """Raises: RunnerUnavailable with the state of each model whose health is bad, if any is."""
+        texts = []
+        for model in self.models:
+            health = model.runner.health()
+            if is_bad(health):
+                name = f"{model.name}: " if len(self.models) > 1 else ""
+                texts.append(f"{name}{health.state}: {health.detail}")
+        if texts:
+            raise RunnerUnavailable("; ".join(texts))
 
     @property
     def text(self) -> TextModel:

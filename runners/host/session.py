@@ -33,8 +33,10 @@ RANK_EXIT_S = 3.0
 LAUNCHER_EXIT_S = 6.0
 LOST_RANK_S = 0.5
 """How long a report of a lost rank may precede the end of that rank's own connection."""
-MAX_SOCKET_PATH = 100
-"""Unix socket paths are short: 108 bytes on Linux, 104 on macOS."""
+MAX_SOCKET_PATH = 103
+"""Unix socket paths are short: 108 bytes on Linux, 104 on macOS, with a zero at the end."""
+LONGEST_SOCKET = "pymp-12345678/listener-12345678"
+"""Of the sockets in a session's folder: that of multiprocessing in a rank."""
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
 
 
@@ -226,7 +228,7 @@ def _new_run_dir() -> Path:
     """A private folder for one session. Raises: OSError."""
     parent = process_folder()
     run_dir = Path(tempfile.mkdtemp(prefix="", dir=parent))  # a short path, for the socket
-    if len(str(run_dir / SOCKET)) > MAX_SOCKET_PATH:
+    if len(str(run_dir / LONGEST_SOCKET)) > MAX_SOCKET_PATH:
         run_dir.rmdir()
         raise OSError(
             f"{parent.parent} is too long a path for a socket; set TMPDIR to a shorter one"

@@ -56,34 +56,28 @@ class _Rank:
             _start(_copy, self.process.stderr, sys.stderr.buffer, prefix, self._tail),
         )
 
-    def kill(self) -> None:
-        """End this rank; returns once all that it has written is copied."""
-        self.process.kill()
+    def join(self) -> None:
+        """Wait for its end; returns once what it has written is copied."""
         self.process.wait()
-        self._join()
+        for copier in self._copiers:
+            # Not without a limit: a process that the rank has started may hold its stderr open.
+            copier.join(OUTPUT_S)
 
     def failure(self) -> Outcome:
         """How this rank, which has failed, ended."""
-        self._join()
-        code = self.process.wait()
+        self.join()
+        code = self.process.returncode or 0
         how = f"exited with status {code}"
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         tail = [line.decode(errors="replace").rstrip("\n") for line in [*self._tail]]
         return Outcome(reason=f"rank {self._rank} {how}", stderr_tail=tail, rank=self._rank)
 
-    def _join(self) -> None:
-        for copier in self._copiers:
-            # Not without a limit: a process that the rank has started may hold its stderr open.
-            copier.join(OUTPUT_S)
-
 
 def main() -> None:
     """Run until the ranks end or the host closes stdin."""
     run_dir = Path(sys.argv[1])
     die_with_parent(int(sys.argv[2]))
-    # uvloop has its children inherit the server's listening socket, which would stay open.
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     ignore_signals()
     spec = read_spec(run_dir)
     config = spec.load_config()
@@ -94,11 +88,15 @@ def main() -> None:
         for local, rank in enumerate(local_ranks)
     ]
     outcome = _watch(ranks)
+    # All at once, and with the outcome first: a rank may need seconds to free a GPU.
     for rank in ranks:
-        rank.kill()
+        rank.process.kill()
     if outcome is not None:
         write_private(run_dir / OUTCOME, outcome)
-        sys.exit(0 if outcome.rank is None else 1)
+    for rank in ranks:
+        rank.join()
+    if outcome is not None and outcome.rank is not None:
+        sys.exit(1)
 
 
 def _watch(ranks: list[_Rank]) -> Outcome | None:
@@ -153,7 +151,7 @@ def _copy(source: IO[bytes], target: BinaryIO, prefix: bytes, tail: deque[bytes]
     """Copy each line, and keep it in `tail`."""
     while line := source.readline(MAX_LINE):
         tail.append(line)
-        # A rank must not wait because no process reads this process's output.
+        # A closed output must not stop the rank; one that is not read stops the server, too.
         with contextlib.suppress(OSError, ValueError):
             target.write(prefix + line)
             target.flush()

@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -41,6 +42,8 @@ logger = logging.getLogger("triptych.rank")
 def main() -> None:
     """Load the program that the spec names and step it until the host closes the channel."""
     run_dir = Path(sys.argv[1])
+    # A rank has no chance to clean up: what libraries put there is removed with the session.
+    tempfile.tempdir = str(run_dir)
     die_with_parent(int(sys.argv[2]))
     ignore_signals()
     rank = int(os.environ["RANK"])

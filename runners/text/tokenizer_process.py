@@ -44,6 +44,7 @@ from runners.contracts.text import ChatPrompt, Prompt
 from runners.protocol.logs import configure_logging
 from runners.protocol.messages import CallFailed, Detokenize, Text, Tokenize, Tokens, call_failed
 from runners.protocol.process import ignore_signals
+from runners.rank.memory import machine_memory
 from runners.text.tokenization import PromptTokenizer
 
 PROCESSES = 2
@@ -68,16 +69,22 @@ class CallLimits:
     """A process that has grown by more bytes than this after a call is replaced."""
 
 
-DEFAULT_LIMITS = CallLimits()
-
 Call = Tokenize | Detokenize
 Answer = Tokens | Text | CallFailed
 T = TypeVar("T")
 
 logger = logging.getLogger("triptych.text")
+_starting_or_ending = threading.Lock()
+"""multiprocessing looks for all ended children whenever it starts one: of two threads that read the
+exit code of a process, one gets none."""
 _encoder = msgspec.msgpack.Encoder()
 _calls = msgspec.msgpack.Decoder(Call)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+def default_limits() -> CallLimits:
+    """The limits on this machine, of whose memory a call gets an eighth at most."""
+    return CallLimits(memory=min(CallLimits.memory, machine_memory().total // 8))
 
 
 def start_fork_server() -> None:
@@ -98,12 +105,12 @@ class TokenizerProcess:
     for a tokenizer that cannot be pickled.
     """
 
-    def __init__(self, tokenizer: PromptTokenizer, limits: CallLimits = DEFAULT_LIMITS) -> None:
+    def __init__(self, tokenizer: PromptTokenizer, limits: CallLimits | None = None) -> None:
         self._tokenizer = tokenizer
         what = f"{type(tokenizer.tokenizer).__name__} cannot be copied into another process"
         with reraise_as(ConfigError, what):
             self._pickled = bytes(ForkingPickler.dumps(tokenizer))
-        self._limits = limits
+        self._limits = limits or default_limits()
         self._process: BaseProcess | None = None
         self.is_wanted: Callable[[], bool] = lambda: True
         """Whether the current call is not aborted."""
@@ -152,7 +159,8 @@ class TokenizerProcess:
             process = context.Process(
                 target=_serve, args=(other_end, self._pickled, self._limits), daemon=True
             )
-            process.start()
+            with _starting_or_ending:
+                process.start()
         self._process = process
         try:
             if not self._connection.poll(self._limits.wall_s):
@@ -170,7 +178,8 @@ class TokenizerProcess:
             return None
         self._connection.close()
         process.kill()  # one that has ended keeps its exit code
-        process.join()
+        with _starting_or_ending:
+            process.join()
         return process.exitcode
 
     def _memory(self) -> int:
@@ -195,7 +204,7 @@ class TokenizerPool:
     tokenizer that cannot be pickled.
     """
 
-    def __init__(self, tokenizer: PromptTokenizer, limits: CallLimits = DEFAULT_LIMITS) -> None:
+    def __init__(self, tokenizer: PromptTokenizer, limits: CallLimits | None = None) -> None:
         self._jobs: dict[str | int, _Job[Any]] = {}
         self._lock = threading.Lock()
         self._idle: queue.LifoQueue[TokenizerProcess] = queue.LifoQueue()
@@ -328,7 +337,7 @@ def _set_up_process(memory: int) -> None:
         return
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(PROCESS_NAME)
-        # Where memory is short, the kernel ends this process and not the rank.
+        # Where memory is short, the kernel ends this process first.
         Path("/proc/self/oom_score_adj").write_text("1000")
     limit = psutil.Process().memory_info().vms + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

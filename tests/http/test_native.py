@@ -12,7 +12,6 @@ import httpx
 
 from api.document import OPERATIONS, openapi
 from tests.support.models import greedy
-from tests.support.openapi import statuses
 from tests.support.server import HTTP, Server
 
 PROMPT = "hello world, the cat"
@@ -193,11 +192,13 @@ def test_the_docs_describe_all_routes(server: Server) -> None:
     assert server.get("/").status_code == 200
 
 
-def test_answers_of_a_real_server_are_those_that_the_docs_describe(server: Server) -> None:
+def test_answers_of_a_real_server_are_those_that_the_docs_describe(
+    checks: Any, server: Server
+) -> None:
     [model] = server.get("/models").json()["models"]
     known = {"model_name": model["modelName"], "model_id": model["modelName"]}
     paths = ("/tokenize", "/detokenize", "/v1/models", "/models", "/ping", "/readyz", "/metrics")
     with httpx.Client(base_url=server.url, timeout=30) as client:
         for operation in OPERATIONS:
             if operation.path in paths:
-                assert statuses(operation, client, known, 2).total() > 0
+                assert checks.statuses(operation, client, known, 2).total() > 0

@@ -55,6 +55,7 @@ def test_folders_of_killed_processes_are_removed(tmp_path: Path, dead_pid: int) 
         tmp_path / f"triptych-{os.getppid()}-a",  # of a process that lives
         tmp_path / f"triptych-{dead_pid}-locked",  # of one that lives in another container
         tmp_path / "triptych-demo-a",
+        tmp_path / "triptych-²-a",
         tmp_path / "other",
     ]
     for folder in kept:

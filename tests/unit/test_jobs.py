@@ -17,6 +17,7 @@ from _bentoml_impl.tasks import (  # type: ignore[import-untyped]
     Sqlite3Store,
     result,
 )
+from _bentoml_impl.tasks.serde import JSONSerde  # type: ignore[import-untyped]
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -31,6 +32,7 @@ from api.http.async_tasks import (
     JobResults,
     ResultSerde,
     choose_result_store,
+    forget_lost_jobs,
 )
 from api.http.context import current_request
 from api.http.json_pieces import Base64, json_response
@@ -131,6 +133,7 @@ class Jobs:
             route=ROUTE,
             admit=lambda body: admit_image_request(self.served, body),
             max_result_bytes=1000,
+            timeout=60.0,
         )
         return RequestContextMiddleware(BodyMiddleware(jobs, max_bytes=1000), timeout=60.0)
 
@@ -235,7 +238,7 @@ async def test_the_newest_results_are_kept_within_the_limit(
 ) -> None:
     running = await store(database, b"", None)
     ended = [await store(database, b"", "x" * 1500) for _ in range(5)]  # 2,100 bytes each
-    JobResults(str(database)).prune(max_bytes)
+    JobResults(str(database)).prune(max_bytes, 60.0)
     with sqlite3.connect(database) as connection:
         left = [row[0] for row in connection.execute("SELECT task_id FROM result ORDER BY rowid")]
     connection.close()
@@ -249,6 +252,41 @@ async def test_results_are_pruned_when_a_job_ends(database: Path) -> None:
     await Call(Jobs(runner, Admission(1)).app(database), f"{ROUTE}/submit", {"prompt": "a"}).task
     results = JobResults(str(database))
     assert [results.input_of(job_id) is not None for job_id in old] == [False, False, True]
+
+
+async def test_jobs_that_were_lost_with_their_worker_are_forgotten(database: Path) -> None:
+    old, new = [await store(database, b"input", None) for _ in range(2)]
+    ended = await store(database, b"input", "x")
+    with sqlite3.connect(database) as connection:
+        connection.execute(
+            "UPDATE result SET executed_at = datetime('now', '-2 hours') WHERE task_id = ?", [old]
+        )
+    connection.close()
+
+    def known() -> list[bool]:
+        results = JobResults(str(database))
+        return [results.input_of(job_id) is not None for job_id in (old, new, ended)]
+
+    JobResults(str(database)).prune(10**6, 7201.0)
+    assert known() == [True, True, True]
+    JobResults(str(database)).prune(10**6, 7199.0)
+    assert known() == [False, True, True]
+    forget_lost_jobs()
+    assert known() == [False, False, True]
+
+
+def test_a_new_database_has_no_lost_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RESULT_STORE, str(tmp_path / "new.db"))
+    forget_lost_jobs()
+
+
+async def test_a_result_that_bentoml_stored_is_read(database: Path) -> None:
+    async with Sqlite3Store(str(database), JSONSerde()) as jobs:
+        job_id = await jobs.new_entry("generate_image_task", request_of(b""))
+        await jobs.set_result(job_id, Response("x", 201), ResultStatus.COMPLETED)
+    async with Sqlite3Store(str(database), ResultSerde()) as jobs:
+        answer = (await jobs.get(job_id)).result
+    assert (answer.status_code, answer.body) == (201, b"x")
 
 
 async def test_the_pixels_of_all_images_together_are_bounded(database: Path) -> None:

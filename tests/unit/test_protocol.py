@@ -186,6 +186,25 @@ async def test_the_requests_that_wait_on_one_connection_are_bounded(running: Run
     assert response.count(b"HTTP/1.1 200") == MAX_PIPELINED + 1
 
 
+@pytest.mark.parametrize("waiting", [0, 1, 3])
+async def test_a_client_that_leaves_is_noticed(running: Running, waiting: int) -> None:
+    """Also if it has sent requests that wait for the response to the first."""
+    started, left = asyncio.Event(), asyncio.Event()
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        started.set()
+        assert (await receive())["type"] == "http.request"
+        assert (await receive())["type"] == "http.disconnect"
+        left.set()
+
+    running.server.config.loaded_app = endless
+    _, writer = await asyncio.open_connection(*running.address)
+    writer.write((HEAD + b"\r\n") * (1 + waiting))
+    await asyncio.wait_for(started.wait(), 5)
+    writer.close()
+    await asyncio.wait_for(left.wait(), 5)
+
+
 async def test_a_response_can_be_read_by_a_client_that_still_sends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

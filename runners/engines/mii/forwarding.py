@@ -177,7 +177,7 @@ class PersistentProgram(RankProgram):
             )
             call = self._deployment.stream(prepared.text, **prepared.kwargs)
             async for reply in call:
-                self._emit(Events([self._delta(request_id, reply.response[0])]))
+                self._emit(Events([await self._delta(request_id, reply.response[0])]))
         except asyncio.CancelledError:
             raise
         except grpc.aio.AioRpcError as error:
@@ -188,10 +188,11 @@ class PersistentProgram(RankProgram):
             if call is not None:
                 call.cancel()
 
-    def _delta(self, request_id: str, reply: Any) -> TextDelta:
+    async def _delta(self, request_id: str, reply: Any) -> TextDelta:
         tokens = tokens_of(reply)
         if tokens is None:  # stock MII sends none
-            tokens = self._tokenizer.encode(reply.response, add_special_tokens=False)
+            encode = functools.partial(self._tokenizer.encode, add_special_tokens=False)
+            tokens = await asyncio.to_thread(encode, reply.response)
         return TextDelta(
             request_id=request_id,
             text=reply.response,

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import os
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,27 @@ def _run(
         heartbeats.start(slot, lambda: pipeline.step_clock.age)
         _serve(pipeline, plan.replicas[number], rank)
         return
-    heartbeats.start(slot)
     if role == "balancer":
         ports = [replica.port for replica in plan.replicas]
         slots = replica_slots(plan)
         watch = Watch(heartbeats, itertools.chain(*slots))
-        asyncio.run(balance(plan.port, ports, watch, slots))
+        work = balance(plan.port, ports, watch, slots)
     else:
         # FastAPI would delay the start of the other roles.
         from runners.engines.mii.deployment.gateway import serve_gateway
 
-        asyncio.run(serve_gateway(plan))
+        work = serve_gateway(plan)
+    asyncio.run(_with_heartbeats(work, heartbeats, slot))
+
+
+async def _with_heartbeats(
+    work: Coroutine[Any, Any, None], heartbeats: Heartbeats, slot: int
+) -> None:
+    sending = asyncio.create_task(heartbeats.send_from_loop(slot))
+    try:
+        await work
+    finally:
+        sending.cancel()
 
 
 def _load(plan: DeploymentPlan, replica: ReplicaPlan) -> Any:

@@ -7,6 +7,8 @@ would a call: a server whose threads are all busy answers late.
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import mmap
 import os
 import struct
@@ -59,8 +61,8 @@ class Heartbeats:
         count, step_age = _SLOT.unpack_from(self._memory, slot * _SLOT.size)
         return count, step_age
 
-    def start(self, slot: int, step_age: Callable[[], float] = lambda: 0.0) -> None:
-        """Send this process's heartbeats, until it ends."""
+    def start(self, slot: int, step_age: Callable[[], float]) -> None:
+        """Send this process's heartbeats from a thread, until it ends."""
 
         def send() -> None:
             count = 0
@@ -70,6 +72,12 @@ class Heartbeats:
                 time.sleep(HEARTBEAT_S)
 
         threading.Thread(target=send, daemon=True).start()
+
+    async def send_from_loop(self, slot: int) -> None:
+        """Send the heartbeats of an event loop, which end if it is blocked, until cancelled."""
+        for count in itertools.count(1):
+            self.write(slot, count)
+            await asyncio.sleep(HEARTBEAT_S)
 
 
 class Watch:
