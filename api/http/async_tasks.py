@@ -120,8 +120,9 @@ DELETE FROM result WHERE completed_at IS NULL AND datetime(executed_at) < dateti
 
 def forget_lost_jobs() -> None:
     """Delete the jobs of an earlier worker, in the only worker of a server."""
-    with contextlib.suppress(sqlite3.OperationalError):  # there is no table yet
-        JobResults(os.environ[RESULT_STORE]).forget_unfinished()
+    if (database := os.environ.get(RESULT_STORE)) is not None:
+        with contextlib.suppress(sqlite3.OperationalError):  # there is no table yet
+            JobResults(database).forget_unfinished()
 
 
 class JobMiddleware:

@@ -65,8 +65,8 @@ def _remove_stale(parent: Path) -> None:
     for old in parent.glob(f"{_PREFIX}*-*"):
         owner = old.name.removeprefix(_PREFIX).partition("-")[0]
         with contextlib.suppress(OSError, psutil.Error):  # it was removed meanwhile
-            is_ours = old.lstat().st_uid == os.getuid() and owner.isascii() and owner.isdecimal()
-            if is_ours and not _lives(int(owner)) and (lock := _lock(old)) is not None:
+            may_remove = old.lstat().st_uid == os.getuid() and owner.isascii() and owner.isdecimal()
+            if may_remove and not _lives(int(owner)) and (lock := _lock(old)) is not None:
                 shutil.rmtree(old, ignore_errors=True)
                 os.close(lock)
 

@@ -49,7 +49,7 @@ class _Rank:
             stderr=subprocess.PIPE,
         )
         # A rank's name before a line of JSON would make it none.
-        prefix = b"" if is_json() else f"[rank{rank}]: ".encode()
+        prefix = b"" if is_json() else f"[rank{rank}]:".encode()
         assert self.process.stdout and self.process.stderr  # noqa: S101, PT018 - both are pipes
         self._copiers = (
             _start(_copy, self.process.stdout, sys.stdout.buffer, prefix, deque(maxlen=0)),

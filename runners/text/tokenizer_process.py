@@ -93,9 +93,21 @@ def start_fork_server() -> None:
     It needs a second or two until it has imported what they need, which is no torch; after that a
     fork takes milliseconds.
     """
-    # The worker is the rank's main module, which multiprocessing imports in each fork.
-    multiprocessing.set_forkserver_preload(["runners.rank.worker", __name__])
-    forkserver.ensure_running()
+    multiprocessing.set_forkserver_preload([__name__])
+    with _hidden_main():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep multiprocessing from importing the rank's main module in a process that it starts."""
+    main = sys.modules["__main__"]
+    spec, file = main.__spec__, getattr(main, "__file__", None)
+    main.__spec__ = main.__file__ = None
+    try:
+        yield
+    finally:
+        main.__spec__, main.__file__ = spec, file
 
 
 class TokenizerProcess:
@@ -159,7 +171,7 @@ class TokenizerProcess:
             process = context.Process(
                 target=_serve, args=(other_end, self._pickled, self._limits), daemon=True
             )
-            with _starting_or_ending:
+            with _starting_or_ending, _hidden_main():
                 process.start()
         self._process = process
         try:
@@ -274,8 +286,8 @@ def _serve(connection: Connection, pickled: bytes, limits: CallLimits) -> None:
     configure_logging(rank=int(os.environ.get("RANK", "0")))
     tokenizer: PromptTokenizer = ForkingPickler.loads(pickled)
     _set_up_process(limits.memory)
-    connection.send_bytes(b"")
     with contextlib.suppress(EOFError, ConnectionError):
+        connection.send_bytes(b"")
         while True:
             call = _calls.decode(connection.recv_bytes())
             with _ending_with(connection), _cpu_limit(signal.ITIMER_PROF, limits.cpu_s):

@@ -38,7 +38,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _is_rank(process: psutil.Process) -> bool:
-    return "runners.rank.worker" in " ".join(_cmdline(process))
+    return "runners.rank.worker" in _cmdline(process)
 
 
 def _cmdline(process: psutil.Process) -> list[str]:
