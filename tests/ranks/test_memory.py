@@ -57,9 +57,11 @@ def watching() -> Iterator[dict[int, int]]:
 
     def watch() -> None:
         while not done.is_set():
-            for rank in own_ranks():
-                most[rank.pid] = max(most.get(rank.pid, 0), anonymous(rank))
-            time.sleep(0.02)
+            ranks = own_ranks()  # takes longer than to read what they hold
+            for _ in range(20):
+                for rank in ranks:
+                    most[rank.pid] = max(most.get(rank.pid, 0), anonymous(rank))
+                time.sleep(0.02)
 
     thread = threading.Thread(target=watch)
     thread.start()
