@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -31,6 +32,8 @@ from tests.support.server import ROOT
 pytest.importorskip("deepspeed")
 
 COUNT = 12
+HEARTBEAT_S = 5
+"""Busy machines miss shorter ones."""
 OUTER, INNER = "10.231.7.1", "10.231.7.2"
 
 
@@ -85,7 +88,7 @@ def options(endpoint: str) -> dict[str, Any]:
         "tensor_parallel": 2,
         "nnodes": 2,
         "rdzv_endpoint": endpoint,
-        "heartbeat_timeout": 3,
+        "heartbeat_timeout": HEARTBEAT_S,
         "start_timeout": 60,
     }
 
@@ -105,7 +108,8 @@ async def never_ready(folder: Path, **overrides: Any) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = write_model("llama", tmp_path / "llama")
-    (folder / "setup_config.json").write_text('{"engine": "deepspeed", "heartbeat_timeout": 3}')
+    setup = {"engine": "deepspeed", "heartbeat_timeout": HEARTBEAT_S}
+    (folder / "setup_config.json").write_text(json.dumps(setup))
     return folder
 
 
@@ -295,7 +299,7 @@ async def test_a_node_that_is_cut_off_is_missed(
             with pytest.raises(RunnerUnavailable, match="rank 1 on another node hangs or is cut"):
                 while True:
                     await anext(iterator)
-            assert time.monotonic() - cut_at < 6
+            assert time.monotonic() - cut_at < 2 * HEARTBEAT_S
             network.plug("up")
             await wait_ready(runner)
             deltas = await collect(runner, "hello", max_new_tokens=COUNT, ignore_eos=True)

@@ -149,7 +149,6 @@ def test_a_note_says_what_is_computed_and_what_takes_more_memory(
     if not kernels:
         monkeypatch.setattr("runners.text.parity.load_kernels", lambda: None)
     caplog.set_level(logging.INFO, "triptych.hf")
-    monkeypatch.setattr(logging.getLogger("triptych"), "propagate", True)
     folder = write_model("llama", tmp_path / "llama", dtype=torch.bfloat16)
     config: Any = load_setup_config(folder, name="tiny", overrides={"max_kv_tokens": 64})[0]
     model = load_model(config, tmp_path)
