@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import logging
 import multiprocessing
 import os
 import queue
 import resource
+import select
 import signal
 import sys
 import threading
@@ -285,12 +285,13 @@ def _serve(connection: Connection, pickled: bytes, limits: CallLimits) -> None:
     ignore_signals()
     configure_logging(rank=int(os.environ.get("RANK", "0")))
     tokenizer: PromptTokenizer = ForkingPickler.loads(pickled)
+    threading.Thread(target=_end_with_rank, args=(connection,), daemon=True).start()
     _set_up_process(limits.memory)
     with contextlib.suppress(EOFError, ConnectionError):
         connection.send_bytes(b"")
         while True:
             call = _calls.decode(connection.recv_bytes())
-            with _ending_with(connection), _cpu_limit(signal.ITIMER_PROF, limits.cpu_s):
+            with _cpu_limit(signal.ITIMER_PROF, limits.cpu_s):
                 answer = _answer(tokenizer, call, limits)
             connection.send_bytes(_encoder.encode(answer))
 
@@ -313,21 +314,12 @@ def _answer(tokenizer: PromptTokenizer, call: Call, limits: CallLimits) -> Answe
         return call_failed(call.call_id, error)
 
 
-@contextlib.contextmanager
-def _ending_with(connection: Connection) -> Iterator[None]:
-    """End this process, by SIGIO, if the rank ends during the block; it sends nothing meanwhile.
-
-    Raises: EOFError if the rank has ended.
-    """
-    flags = fcntl.fcntl(connection, fcntl.F_GETFL)
-    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(connection, fcntl.F_SETFL, flags | os.O_ASYNC)
-    try:
-        if connection.poll():
-            raise EOFError
-        yield
-    finally:
-        fcntl.fcntl(connection, fcntl.F_SETFL, flags)
+def _end_with_rank(connection: Connection) -> None:
+    """In a thread: end this process when the rank ends, also in the middle of a call."""
+    poller = select.poll()
+    poller.register(connection, 0)  # the end of the other side is always reported
+    poller.poll()
+    os._exit(0)
 
 
 @contextlib.contextmanager
