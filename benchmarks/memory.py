@@ -10,10 +10,9 @@ from typing import Any
 import psutil
 
 from benchmarks import workload
-from benchmarks.cache import Unavailable
 from benchmarks.client import run_closed_loop
 from benchmarks.model import KV_BYTES_PER_TOKEN, model_folder, words
-from benchmarks.processes import ProcessTree, proportional_memory
+from benchmarks.processes import RANK, proportional_memory
 from benchmarks.servers.base import RunningServer, run_server
 from benchmarks.servers.triptych import Triptych
 
@@ -37,7 +36,7 @@ async def _measure(server: Triptych, threads: int, count: int) -> dict[str, Any]
         await run_closed_loop(
             instance.url, instance.dialect, warm, concurrency=4, tree=instance.tree
         )
-        rank = _rank(instance.tree)
+        [rank] = instance.tree.running(RANK)
         ready = proportional_memory(rank.pid)
         start = time.monotonic()
         peak, failed = await _flood(instance, rank, _requests(all_words, count))
@@ -80,11 +79,3 @@ def _requests(all_words: list[str], count: int) -> list[workload.Request]:
         )
         for _ in range(count)
     ]
-
-
-def _rank(tree: ProcessTree) -> psutil.Process:
-    """The process that holds the model."""
-    for process in tree.members():
-        if "runners.rank.worker" in process.cmdline():
-            return process
-    raise Unavailable("there is no rank process")

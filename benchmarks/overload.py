@@ -17,7 +17,7 @@ from benchmarks import workload
 from benchmarks.client import client_session
 from benchmarks.metrics import percentile
 from benchmarks.model import model_folder, words
-from benchmarks.processes import ProcessTree, proportional_memory
+from benchmarks.processes import HTTP_WORKER, RANK, proportional_memory
 from benchmarks.servers.base import RunningServer, run_server
 from benchmarks.servers.triptych import MODEL, Triptych
 
@@ -25,7 +25,6 @@ SECONDS = 60.0
 CAPACITY, TIMES = 32, 10
 OUTPUT_TOKENS = 32
 PROBE_PERIOD_S = 0.2
-WORKER, RANK = "_bentoml_impl.worker.service", "runners.rank.worker"
 
 
 @dataclass
@@ -64,7 +63,7 @@ async def _run(
     instance: RunningServer, all_words: list[str], clients: int, seconds: float
 ) -> dict[str, Any]:
     tally = _Tally()
-    worker, rank = (_process(instance.tree, module) for module in (WORKER, RANK))
+    ([worker], [rank]) = map(instance.tree.running, (HTTP_WORKER, RANK))
     memory, cpu = proportional_memory(worker.pid), _cpu_s(rank)
     end = time.monotonic() + seconds
     async with client_session() as session:
@@ -115,10 +114,6 @@ async def _probe(session: aiohttp.ClientSession, url: str, tally: _Tally) -> flo
         await response.read()
     tally.probes_s.append(time.monotonic() - start)
     return PROBE_PERIOD_S
-
-
-def _process(tree: ProcessTree, module: str) -> psutil.Process:
-    return next(process for process in tree.members() if module in process.cmdline())
 
 
 def _cpu_s(process: psutil.Process) -> float:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+HTTP_WORKER, RANK = "_bentoml_impl.worker.service", "runners.rank.worker"
+"""The modules of two kinds of Triptych's processes."""
 TERM_S = 20.0
 SAMPLE_S = 1.0
 
@@ -28,6 +30,15 @@ class ProcessTree:
         with contextlib.suppress(psutil.Error):
             return [self._root, *self._root.children(recursive=True)]
         return []
+
+    def running(self, module: str) -> list[psutil.Process]:
+        """Those that run `python -m module`, the oldest first."""
+        matches = []
+        for process in self.members():
+            with contextlib.suppress(psutil.Error):
+                if module in process.cmdline():
+                    matches.append((process.create_time(), process.pid, process))
+        return [process for _, _, process in sorted(matches)]
 
     def cpu_seconds(self) -> float:
         """User and system time of all, including processes that ended after an earlier call."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import signal
 import statistics
@@ -25,7 +24,7 @@ import psutil
 
 from benchmarks import machine, report, results
 from benchmarks.cache import ROOT, cache, cached, run
-from benchmarks.processes import ProcessTree, proportional_memory, spawn
+from benchmarks.processes import HTTP_WORKER, RANK, ProcessTree, proportional_memory, spawn
 from benchmarks.servers.base import environment, executable, free_port
 from benchmarks.servers.triptych import store_at
 from benchmarks.soak_clients import IMAGES, Clients, text_references
@@ -47,8 +46,7 @@ SETTINGS = {
     "TRIPTYCH_REQUEST_TIMEOUT": "60",
 }
 GAUGES = ("admitted_sequences", "running_sequences", "waiting_sequences", "kv_tokens_used")
-WORKER = "_bentoml_impl.worker.service"
-RANK, LAUNCHER = "runners.rank.worker", "runners.rank.launcher"
+LAUNCHER = "runners.rank.launcher"
 KILLS = ((RANK, signal.SIGKILL), (RANK, signal.SIGSTOP), (LAUNCHER, signal.SIGKILL))
 
 
@@ -111,7 +109,7 @@ async def _load(
     for number in range(int(seconds // KILL_EVERY_S)):
         await asyncio.sleep(start + KILL_EVERY_S * (number + 0.5) - time.monotonic())
         module, sent = KILLS[number % len(KILLS)]
-        targets = _processes(tree, module)
+        targets = tree.running(module)
         killed = time.monotonic()
         clients.disturb()
         # The models take turns.
@@ -144,7 +142,7 @@ Sample = tuple[float, int, int, int]
 
 async def _sample(tree: ProcessTree, start: float, samples: list[Sample]) -> None:
     while True:
-        for process in _processes(tree, WORKER):
+        for process in tree.running(HTTP_WORKER):
             memory = await asyncio.to_thread(proportional_memory, process.pid)
             samples.append(
                 (time.monotonic() - start, memory, process.num_fds(), process.num_threads())
@@ -160,15 +158,6 @@ def _growth(samples: list[Sample]) -> dict[str, Any]:
         name: [statistics.median(s[i] for s in part) for part in (warm[:quarter], warm[-quarter:])]
         for i, name in ((1, "worker_bytes"), (2, "worker_descriptors"), (3, "worker_threads"))
     }
-
-
-def _processes(tree: ProcessTree, module: str) -> list[psutil.Process]:
-    matches = []
-    for process in tree.members():
-        with contextlib.suppress(psutil.Error):
-            if module in process.cmdline():
-                matches.append(process)
-    return sorted(matches, key=lambda process: process.pid)
 
 
 async def _ready(session: aiohttp.ClientSession, url: str) -> None:

@@ -19,7 +19,6 @@ from runners.protocol.messages import (
     Accepted,
     Detokenize,
     Events,
-    Failed,
     HostMessage,
     RankMessage,
     Submit,
@@ -34,7 +33,8 @@ from runners.text.requests import token_limit
 from runners.text.sampling import SamplerState
 from runners.text.scheduler import Limits, Scheduler, Sequence
 from runners.text.tokenization import PromptTokenizer
-from runners.text.tokenizer_process import TokenizerPool, TokenizerProcess
+from runners.text.tokenizer_pool import TokenizerPool
+from runners.text.tokenizer_process import TokenizerProcess
 
 CONTEXT_TOKENS = 6
 """Tokens at the end of a prompt that the text of its continuation may depend on."""
@@ -89,8 +89,8 @@ class TextProgram(RankProgram):
     def receive(self, message: HostMessage) -> None:
         match message:
             case Submit(GenerationRequest() as request):
-                prepare = functools.partial(self._prepare, request)
-                self._tokenizers.submit(request.request_id, prepare, self._accept)
+                sequence = functools.partial(self._sequence, request)
+                self._tokenizers.prepare(request.request_id, sequence, self._accept, self._emit)
             case Abort(request_id):
                 self._tokenizers.abort(request_id)
                 self._inbox.put(message)
@@ -123,26 +123,15 @@ class TextProgram(RankProgram):
             kv_tokens_total=self._engine.total_tokens,
         )
 
-    def _prepare(
-        self, request: GenerationRequest, tokenizer: TokenizerProcess
-    ) -> Sequence | Failed:
-        """In a tokenizer thread: validate the request."""
-        try:
-            return self._sequence(request, tokenizer.encode(request.prompt))
-        except Exception as error:  # the tokenizer's error for one request must not end the rank
-            return request_failed(request.request_id, error)
-
-    def _accept(self, outcome: Sequence | Failed) -> None:
+    def _accept(self, sequence: Sequence) -> None:
         """In a tokenizer thread: queue the request, before an abort of it can be queued."""
-        if isinstance(outcome, Failed):
-            self._emit(outcome)
-            return
-        self._emit(Accepted(outcome.request_id, len(outcome.prompt_ids), outcome.max_new_tokens))
-        self._inbox.put(outcome)
+        self._emit(Accepted(sequence.request_id, len(sequence.prompt_ids), sequence.max_new_tokens))
+        self._inbox.put(sequence)
 
-    def _sequence(self, request: GenerationRequest, ids: list[int]) -> Sequence:
+    def _sequence(self, request: GenerationRequest, tokenizer: TokenizerProcess) -> Sequence:
+        """In a tokenizer thread. Raises: what refuses the request."""
         params = request.sampling
-        ids = self._tokenizer.ensure_not_empty(ids)
+        ids = self._tokenizer.ensure_not_empty(tokenizer.encode(request.prompt))
         stop = self._defaults.stop if params.stop is None else params.stop
         end_ids = self._tokenizer.special_ids(stop)
         sampler = SamplerState(params, self._defaults, ids, end_ids | self._eos_ids)

@@ -1,18 +1,15 @@
 """Processes that render chat templates and tokenise for a rank, each call within bounds.
 
 A chat template is a program that comes with the model, and a tokenizer may need very long for a
-text. A thread cannot be stopped in either; a process can. `TokenizerPool` is what the rank's
-programs use.
+text. A thread cannot be stopped in either; a process can. `tokenizer_pool` gives them work.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import multiprocessing
 import os
-import queue
 import resource
 import select
 import signal
@@ -20,14 +17,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 import psutil
@@ -47,7 +43,6 @@ from runners.protocol.process import ignore_signals
 from runners.rank.memory import machine_memory
 from runners.text.tokenization import PromptTokenizer
 
-PROCESSES = 2
 POLL_S = 0.25
 """A call that lasts longer ends with its process as soon as its request is aborted."""
 PROCESS_NAME = "tokenizer"
@@ -71,7 +66,6 @@ class CallLimits:
 
 Call = Tokenize | Detokenize
 Answer = Tokens | Text | CallFailed
-T = TypeVar("T")
 
 logger = logging.getLogger("triptych.text")
 _starting_or_ending = threading.Lock()
@@ -201,83 +195,6 @@ class TokenizerProcess:
             return int(psutil.Process(self._process.pid).memory_info().rss)
         except psutil.NoSuchProcess:  # killed by somebody else: the next call will see it
             return 0
-
-
-@dataclass(frozen=True)
-class _Job(Generic[T]):
-    work: Callable[[TokenizerProcess], T]
-    deliver: Callable[[T], None]
-
-
-class TokenizerPool:
-    """Gives jobs, in the order in which they come, to `PROCESSES` processes. Thread-safe.
-
-    A job is what a request or a call of the host needs a tokenizer for. Raises: ConfigError for a
-    tokenizer that cannot be pickled.
-    """
-
-    def __init__(self, tokenizer: PromptTokenizer, limits: CallLimits | None = None) -> None:
-        self._jobs: dict[str | int, _Job[Any]] = {}
-        self._lock = threading.Lock()
-        self._idle: queue.LifoQueue[TokenizerProcess] = queue.LifoQueue()
-        process = TokenizerProcess(tokenizer, limits)
-        for _ in range(PROCESSES):
-            self._idle.put(copy.copy(process))
-        self._threads = ThreadPoolExecutor(PROCESSES, thread_name_prefix=PROCESS_NAME)
-        self._threads.submit(self._warm_up)
-
-    def __len__(self) -> int:
-        """Number of jobs that wait or run."""
-        return len(self._jobs)
-
-    def submit(
-        self,
-        key: str | int,
-        work: Callable[[TokenizerProcess], T],
-        deliver: Callable[[T], None],
-    ) -> None:
-        """Have a thread call `work`, which must not raise, and then `deliver` with its result.
-
-        Neither is called once the job is aborted. An abort waits while `deliver` runs. `key` names
-        the job: a request's id, or a call's.
-        """
-        with self._lock:
-            self._jobs[key] = _Job(work, deliver)
-        self._threads.submit(self._run, key)
-
-    def answer(self, call: Call, deliver: Callable[[Answer], None]) -> None:
-        """Submit a call of the host."""
-        self.submit(call.call_id, lambda process: process.answer(call), deliver)
-
-    def abort(self, key: str | int) -> None:
-        """Forget a job, unless it is done."""
-        with self._lock:
-            self._jobs.pop(key, None)
-
-    def _run(self, key: str | int) -> None:
-        job = self._jobs.get(key)
-        if job is None:
-            return
-        with self._borrow() as process:
-            process.is_wanted = lambda: self._jobs.get(key) is job
-            result = job.work(process)
-        with self._lock:
-            if self._jobs.get(key) is job:
-                del self._jobs[key]
-                job.deliver(result)
-
-    @contextlib.contextmanager
-    def _borrow(self) -> Iterator[TokenizerProcess]:
-        process = self._idle.get()
-        try:
-            yield process
-        finally:
-            self._idle.put(process)
-
-    def _warm_up(self) -> None:
-        """Start a process before the first request needs it."""
-        with self._borrow() as process, contextlib.suppress(OSError, EOFError):
-            process.start()
 
 
 def _serve(connection: Connection, pickled: bytes, limits: CallLimits) -> None:

@@ -40,6 +40,26 @@ class FakeChatRunner(FakeTextRunner):
         return await super().detokenize(token_ids, skip_special_tokens=skip_special_tokens)
 
 
+IMAGE_INFO = ImageModelInfo(
+    architecture="Fake",
+    engine="fake",
+    parameters=0,
+    dtype="float32",
+    devices=["cpu"],
+    height=8,
+    width=8,
+    num_inference_steps=1,
+    guidance_scale=1.0,
+    scheduler="ddim",
+    schedulers=["ddim"],
+    takes_negative_prompt=True,
+    size_multiple=8,
+    max_pixels=64 * 64,
+    max_inference_steps=1000,
+)
+"""What the ranks of a fake image model report."""
+
+
 class _OneModel:
     """What the fakes below have in common: always ready, with nothing to start."""
 
@@ -66,23 +86,7 @@ class FakeImageRunner(_OneModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.info = ImageModelInfo(
-            architecture="Fake",
-            engine="fake",
-            parameters=0,
-            dtype="float32",
-            devices=["cpu"],
-            height=8,
-            width=8,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-            scheduler="ddim",
-            schedulers=["ddim"],
-            takes_negative_prompt=True,
-            size_multiple=8,
-            max_pixels=64 * 64,
-            max_inference_steps=1000,
-        )
+        self.info = IMAGE_INFO
 
     async def submit(self, request: ImageRequest) -> FakeEvents[ImageEvent]:
         checked = self.info.checked(request)

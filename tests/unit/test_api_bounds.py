@@ -19,7 +19,8 @@ from api.http import schemas
 from api.http.schemas import MAX_NODES, WireModel, read_json
 from api.openai.images import ImageGenerationRequest
 from runners.contracts.errors import InvalidRequest
-from runners.contracts.images import ImageModelInfo, ImageRequest
+from runners.contracts.images import ImageRequest
+from tests.support.fake_models import IMAGE_INFO
 
 assert api.tasks.routes
 assert api.torchserve.predictions
@@ -92,23 +93,7 @@ def test_a_size_that_is_none_is_refused(size: str) -> None:
 
 @pytest.mark.parametrize("side", ["height", "width"])
 def test_a_side_of_zero_is_not_the_default(side: str) -> None:
-    info = ImageModelInfo(
-        architecture="Fake",
-        engine="fake",
-        parameters=0,
-        dtype="float32",
-        devices=["cpu"],
-        height=64,
-        width=64,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        scheduler="",
-        schedulers=[],
-        takes_negative_prompt=True,
-        size_multiple=8,
-        max_pixels=4096,
-        max_inference_steps=10,
-    )
+    info = msgspec.structs.replace(IMAGE_INFO, height=64, width=64)
     request = ImageRequest(request_id="r", prompt="a")
     assert (info.checked(request).height, info.checked(request).width) == (64, 64)
     with pytest.raises(InvalidRequest, match=side):

@@ -49,27 +49,10 @@ from runners.contracts.images import (
     RawImage,
 )
 from runners.contracts.runner import RunnerHealth, RunnerState
+from tests.support.fake_models import IMAGE_INFO
 
 ROUTE = "/generate_image_task"
-INFO = ImageModelInfo(
-    architecture="Fake",
-    engine="fake",
-    parameters=0,
-    dtype="float32",
-    devices=["cpu"],
-    height=8,
-    width=8,
-    num_inference_steps=1,
-    guidance_scale=1.0,
-    scheduler="",
-    schedulers=[],
-    takes_negative_prompt=True,
-    size_multiple=8,
-    max_pixels=64,
-    max_inference_steps=1,
-)
-
-
+INFO = msgspec.structs.replace(IMAGE_INFO, max_pixels=64, max_inference_steps=1)
 ROUTED = Starlette(
     routes=[
         Route(f"{ROUTE}/{name}", lambda _: Response(), methods=["POST"])

@@ -25,9 +25,9 @@ from runners.contracts.errors import (
 )
 from runners.contracts.text import ChatMessage, ChatPrompt
 from runners.protocol.messages import Detokenize, Text, Tokenize, Tokens
-from runners.text import tokenizer_process
 from runners.text.tokenization import MAX_REASON, PromptTokenizer
-from runners.text.tokenizer_process import CallLimits, TokenizerPool, TokenizerProcess
+from runners.text.tokenizer_pool import PROCESSES, TokenizerPool
+from runners.text.tokenizer_process import CallLimits, TokenizerProcess
 from tests.support.models import write_tokenizer
 from tests.support.processes import alive, wait_until
 
@@ -258,7 +258,7 @@ def test_aborted_jobs_make_room_and_are_never_begun(pool: TokenizerPool) -> None
 
         return work
 
-    endless = [f"endless {i}" for i in range(tokenizer_process.PROCESSES)]
+    endless = [f"endless {i}" for i in range(PROCESSES)]
     for name in endless:
         pool.submit(name, job(name, chat("loop")), delivered.put)
         assert running.acquire(timeout=60)

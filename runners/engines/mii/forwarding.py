@@ -37,7 +37,6 @@ from runners.protocol.messages import (
     Accepted,
     Detokenize,
     Events,
-    Failed,
     HostMessage,
     Submit,
     Tokenize,
@@ -46,7 +45,8 @@ from runners.protocol.messages import (
 from runners.rank.program import Occupancy, RankContext, RankProgram
 from runners.text.requests import token_limit
 from runners.text.tokenization import PromptTokenizer
-from runners.text.tokenizer_process import TokenizerPool, TokenizerProcess
+from runners.text.tokenizer_pool import TokenizerPool
+from runners.text.tokenizer_process import TokenizerProcess
 
 POLL_S = 0.25
 LOST_S = 2.0
@@ -115,7 +115,7 @@ class PersistentProgram(RankProgram):
         match message:
             case Submit(GenerationRequest() as request):
                 prepare = functools.partial(self._prepare, request)
-                self._tokenizers.submit(request.request_id, prepare, self._run)
+                self._tokenizers.prepare(request.request_id, prepare, self._run, self._emit)
             case Abort(request_id):
                 self._tokenizers.abort(request_id)
                 if (task := self._running.pop(request_id, None)) is not None:
@@ -149,22 +149,13 @@ class PersistentProgram(RankProgram):
     def _spawn(self, work: Coroutine[Any, Any, None]) -> Future[None]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _prepare(
-        self, request: GenerationRequest, tokenizer: TokenizerProcess
-    ) -> _Prepared | Failed:
-        """In a tokenizer thread: validate the request."""
-        try:
-            ids, text = self._prompt(request, tokenizer)
-            kwargs = self._kwargs(request, len(ids))
-        except Exception as error:  # the tokenizer's error for one request must not end the rank
-            return request_failed(request.request_id, error)
-        return _Prepared(request.request_id, text, len(ids), kwargs)
+    def _prepare(self, request: GenerationRequest, tokenizer: TokenizerProcess) -> _Prepared:
+        """In a tokenizer thread. Raises: what refuses the request."""
+        ids, text = self._prompt(request, tokenizer)
+        return _Prepared(request.request_id, text, len(ids), self._kwargs(request, len(ids)))
 
-    def _run(self, prepared: _Prepared | Failed) -> None:
+    def _run(self, prepared: _Prepared) -> None:
         """In a tokenizer thread: run the request."""
-        if isinstance(prepared, Failed):
-            self._emit(prepared)
-            return
         request_id = prepared.request_id
         self._running[request_id] = work = self._spawn(self._generate(prepared))
         work.add_done_callback(lambda _: self._running.pop(request_id, None))
