@@ -16,6 +16,7 @@ Engine = Literal["accelerate", "deepspeed", "mii"]
 TextTask = Literal["text-generation", "conversational"]
 ImageTask = Literal["text-to-image"]
 Task = Literal[TextTask, ImageTask, PipelineTask]
+AttentionKernel = Literal["auto", "cpu", "triton", "varlen", "flashinfer", "torch"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 
 DTYPES = {
@@ -75,6 +76,9 @@ class BaseRunnerConfig(BaseModel, ABC):
     """Seconds without a heartbeat, after which a rank is considered hung and is replaced."""
     step_timeout: Annotated[float, Field(ge=1)] = 300.0
     """Seconds one step may take before its rank is considered hung."""
+    gpu_memory_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each GPU's memory that the model may take, its KV cache included. Default: 0.9, or
+    where several models have to share GPUs, its part of that."""
     gpus: Annotated[int, Field(ge=0, le=1024)] | None = None
     """GPUs that a deployment requests on each machine; 0: none, the model runs on CPUs. Default:
     one per rank and replica, or as many as `device_map` and `max_memory` name, `auto` alone one."""
@@ -143,6 +147,20 @@ class TextConfig(BaseRunnerConfig):
     """Whether a model on a CPU runs on Triptych's own kernels, which are compiled at the first
     start and need a C++ compiler; otherwise it runs on torch's, and 16-bit weights take twice the
     memory."""
+    attention_kernel: AttentionKernel = "auto"
+    """What computes attention: on a GPU Triptych's own kernel `triton`, torch's FlashAttention
+    `varlen`, `flashinfer` if that is installed, or `torch`, slowly, for what no kernel can; `auto`
+    is the fastest that is proved equal at the start. On a CPU `auto` and `cpu` are Triptych's
+    kernels for CPUs; `torch` and `triton`, in Triton's interpreter, try the path of a GPU there."""
+    cuda_graphs: bool = True
+    """Whether decoding steps on a GPU run as CUDA graphs, captured while the model serves."""
+    graph_memory: Annotated[int, Field(ge=0)] = 1024
+    """MiB of each GPU that the graphs may take."""
+    overlap: bool = True
+    """Whether a step on a GPU is submitted while the one before runs."""
+    batch_invariant: bool = True
+    """Whether a GPU computes a request with the same bits alone and in any batch. `false` takes
+    the libraries' own matrix products, whose rounding depends on the batch."""
 
     @property
     @override

@@ -15,6 +15,8 @@ SPIN_COUNT = "20000"
 """Iterations that a waiting thread spins before it sleeps: half a millisecond. GNU OpenMP's default
 is fifteen times as long, all of it lost when another process has the core."""
 GPUS = "CUDA_VISIBLE_DEVICES"
+SHARED_GPUS = "TRIPTYCH_SHARED_GPUS"
+"""Set in ranks whose GPUs other models use, too."""
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
@@ -42,11 +44,13 @@ def rank_variables(config: BaseRunnerConfig, num_threads: int) -> dict[str, str]
 def visible_gpus(share: GpuShare | None, available: int) -> dict[str, str]:
     """The variable that limits a model's ranks to their share of the GPUs.
 
-    Empty if the machine has another number of GPUs than all models together expect: they then share
-    what there is.
+    If the machine has another number of GPUs than all models together expect, they share what there
+    is, and `SHARED_GPUS` is set instead.
     """
-    if share is None or available != share.total:
+    if share is None:
         return {}
+    if available != share.total:
+        return {SHARED_GPUS: "1"}
     names = os.environ.get(GPUS, ",".join(map(str, range(available)))).split(",")
     return {GPUS: ",".join(names[share.first : share.first + share.size])}
 

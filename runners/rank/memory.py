@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
+from runners.config.base import BaseRunnerConfig
 from runners.contracts.errors import ConfigError
+from runners.protocol.environment import SHARED_GPUS
 
 logger = logging.getLogger("triptych.rank")
 
+GPU_MEMORY_SHARE = 0.9
+"""The rest is for CUDA's own memory and for what fragmentation wastes."""
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS_CGROUPS = Path("/proc/self/cgroup")
 
@@ -33,6 +38,16 @@ def machine_memory(cgroups: Path = CGROUPS, process_groups: Path = PROCESS_CGROU
     machine = psutil.virtual_memory()
     limits = [Memory(machine.total, machine.available), *_group_memories(cgroups, process_groups)]
     return Memory(min(m.total for m in limits), max(0, min(m.free for m in limits)))
+
+
+def gpu_memory_share(config: BaseRunnerConfig) -> float:
+    """The share of each GPU's memory that the model of this rank may take."""
+    if config.gpu_memory_share is not None:
+        return config.gpu_memory_share
+    share = config.gpu_share
+    if share is None or SHARED_GPUS not in os.environ:
+        return GPU_MEMORY_SHARE
+    return GPU_MEMORY_SHARE * share.size / share.total
 
 
 def check_fits(field: str, count: int, size: int, memory: Memory, device: str = "cpu") -> None:

@@ -8,7 +8,6 @@ place; elsewhere they are gathered for torch's attention, for all decoding rows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,6 +17,8 @@ from transformers import AttentionInterface
 
 from runners.text.cpu import Kernels, load_kernels
 from runners.text.cpu.library import AttentionShape, Heads, KVPointers
+from runners.text.gpu.attention import AttentionOptions
+from runners.text.gpu.step import StepContext
 from runners.text.paging.batch import ForwardContext, Segment, forward_context
 from runners.text.paging.kv import LayerKV
 
@@ -50,13 +51,15 @@ def packed_attention(
     if attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED):
         raise NotImplementedError("attention with a mask that the model makes")
     context = forward_context.get()
-    layer = context.pool.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options = AttentionOptions(scale, sliding_window, softcap, s_aux)
+    if isinstance(context, StepContext):
+        return context.attend(module.layer_idx, query, key, value, options), None  # type: ignore[arg-type]
+    layer = context.pool.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
     kernels = load_kernels()
     if kernels is not None and layer.native and query.dtype == torch.float32:
         shape = (*query.shape[1::2], key.shape[1], value.shape[3], sliding_window, scale, softcap)
         return _by_kernel(kernels, context, layer, (query, key, value), shape, s_aux), None
-    options = _Options(scale, sliding_window, softcap, s_aux)
     context.write(layer, key[0], value[0])
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
     if context.singles:
@@ -70,16 +73,6 @@ def packed_attention(
             context, layer, segment, query, value.shape[3], options
         )
     return out, None
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """Variants of attention among architectures."""
-
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: torch.Tensor | None
 
 
 def _by_kernel(
@@ -130,7 +123,7 @@ def _chunk(
     segment: Segment,
     query: torch.Tensor,
     value_size: int,
-    options: _Options,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """Attention `[count, H, D_v]` of one chunk of a prompt."""
     keys, values = context.read(layer, [segment], value_size)
@@ -145,7 +138,7 @@ def _attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor,
-    options: _Options,
+    options: AttentionOptions,
 ) -> torch.Tensor:
     """Attention `[n, H, rows, D_v]` of queries `[n, H, rows, D]` over `[n, H_kv, columns, D]`."""
     if options.softcap is None and options.sinks is None:

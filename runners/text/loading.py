@@ -11,6 +11,7 @@ import msgspec
 from transformers import GenerationConfig, PreTrainedModel
 
 from runners.config.base import TextConfig
+from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.contracts.text import ModelInfo
 from runners.hf.dtypes import log_dtypes, weight_dtype
@@ -27,11 +28,11 @@ from runners.protocol.process import give_back_memory
 from runners.rank.program import RankContext
 from runners.text.cpu import switch_off_kernels
 from runners.text.engine import Engine, PagedEngine
+from runners.text.execution import Execution, GPUExecution, SizedRunner, choose_execution
 from runners.text.lockstep import Follower, Leader, TPGroup
 from runners.text.memory import kv_tokens
-from runners.text.model_runner import HFModelRunner
 from runners.text.paging.blocks import BLOCK_SIZE
-from runners.text.parity import ParityCheck, check_and_pack
+from runners.text.parity import ParityCheck, check_and_pack, choose_gpu_kernels
 from runners.text.program import TextProgram
 from runners.text.scheduler import Limits
 from runners.text.tokenization import PromptTokenizer
@@ -84,7 +85,9 @@ def program_for_model(
 class BatchedModel:
     """A model in its layout, and the size of its KV cache."""
 
-    runner: HFModelRunner
+    model: PreTrainedModel
+    execution: Execution
+    runner: SizedRunner
     blocks: int
     """Number of KV blocks."""
     max_context: int
@@ -95,8 +98,10 @@ class BatchedModel:
         """An engine over the model; with `group`, that of rank 0, whose batches all ranks run."""
         return PagedEngine(
             self.runner if group is None else Leader(self.runner, group),
+            self.execution.sampler(self.model),
             blocks=self.blocks,
             prefix_caching=self.prefix_caching,
+            overlap=self.execution.overlap,
         )
 
 
@@ -113,16 +118,23 @@ def prepare_model(
     """
     if not config.cpu_kernels:
         switch_off_kernels()
-    layout = check_and_pack(model, config.weight_quantization, parity)
+    max_context = context_length(model.config)
+    execution: Execution = choose_execution(model, config, max_context=max_context, group=group)
+    if isinstance(execution, GPUExecution):
+        if config.weight_quantization is not None:
+            raise ConfigError("is for models on a CPU", field="weight_quantization")
+        kernel = config.attention_kernel
+        layout, execution = choose_gpu_kernels(model, execution, kernel, parity)
+    else:
+        layout = check_and_pack(model, config.weight_quantization, parity)
     give_back_memory()
     log_dtypes(config.name, model)
-    max_context = context_length(model.config)
-    tokens = kv_tokens(model, layout, config, max_context=max_context)
+    tokens = kv_tokens(model, layout, config, max_context=max_context, execution=execution)
     if group is not None:
         tokens = group.all_reduce_min(tokens)
     blocks = max(1, tokens // BLOCK_SIZE)
-    runner = HFModelRunner(model, layout, blocks=blocks)
-    return BatchedModel(runner, blocks, max_context, config.prefix_caching)
+    runner = execution.runner(model, layout, blocks=blocks, graphs=True)
+    return BatchedModel(model, execution, runner, blocks, max_context, config.prefix_caching)
 
 
 def program_for_engine(

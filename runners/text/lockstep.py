@@ -7,6 +7,7 @@ integers in a tensor of fixed size, and the rest of a long one in a second tenso
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -55,6 +56,11 @@ class TPGroup:
         dist.broadcast(tensor, 0, group=self._group)
         return tensor
 
+    def share(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rank 0's sampled tokens, on the device of the model."""
+        dist.broadcast(tokens, 0)
+        return tokens
+
     def send(self, batch: Batch | None) -> None:
         """In rank 0: send the next batch to the others, or None to keep the connection alive."""
         numbers = [] if batch is None else encode(batch)
@@ -74,22 +80,25 @@ class TPGroup:
 
 
 def encode(batch: Batch) -> list[int]:
-    """A batch as integers: the number of sequences, then each one's counts, past, tokens, table."""
-    numbers = [len(batch.tokens)]
-    for tokens, past, table in zip(batch.tokens, batch.past, batch.block_tables, strict=True):
-        numbers += (len(tokens), len(table), past, *tokens, *table)
+    """A batch as integers: `shared` and the number of sequences, then per sequence the numbers of
+    its tokens and blocks, its past, whether its logits are wanted, tokens, table."""
+    numbers = [batch.shared, len(batch.tokens)]
+    rows = zip(batch.tokens, batch.past, batch.block_tables, batch.wanted, strict=True)
+    for tokens, past, table, wanted in rows:
+        numbers += (len(tokens), len(table), past, wanted, *tokens, *table)
     return numbers
 
 
 def decode(numbers: list[int]) -> Batch:
     """The batch that was encoded; what follows it is ignored."""
     rest = iter(numbers)
-    batch = Batch([], [], [])
+    batch = Batch([], [], [], [], shared=bool(next(rest)))
     for _ in range(next(rest)):
-        count, blocks, past = next(rest), next(rest), next(rest)
+        count, blocks, past, wanted = (next(rest) for _ in range(4))
         batch.tokens.append(_take(rest, count))
         batch.past.append(past)
-        batch.block_tables.append(_take(rest, blocks))
+        batch.wanted.append(bool(wanted))
+        batch.block_tables.append(array("i", _take(rest, blocks)))
     return batch
 
 
@@ -131,10 +140,20 @@ class Leader(ModelRunner):
             return self._model.run(batch)
 
     @override
+    def feed(self, tokens: torch.Tensor) -> None:
+        with detect_rank_loss():
+            self._model.feed(self._group.share(tokens))
+
+    @override
+    def shrink(self) -> int | None:
+        return None  # the other ranks may have had memory, and wait in a collective
+
+    @override
     def idle(self) -> None:
         # The others would take a silent rank 0 for lost.
         with detect_rank_loss():
             self._group.send(None)
+            self._model.idle()
 
 
 class Follower(RankProgram):
@@ -159,8 +178,13 @@ class Follower(RankProgram):
     def step(self) -> None:
         with detect_rank_loss():
             batch = self._group.receive()
-            if batch is not None:
-                self._model.run(batch)
+            if batch is None:
+                self._model.idle()
+                return
+            logits = self._model.run(batch)
+            if batch.shared and len(logits):
+                tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+                self._model.feed(self._group.share(tokens))
 
     @override
     def occupancy(self) -> Occupancy:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -31,17 +32,24 @@ class HFModelRunner(ModelRunner):
         self.layout = layout
         self.vocab_size = len(cast(torch.Tensor, model.get_input_embeddings().weight))
         self._pool = KVPool(blocks)
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_position_ids = "position_ids" in parameters
-        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self._inputs = ForwardInputs.of(model)
         self._length_scale: Any = next(scaled_by_length(model), None)
         self._device = input_device(model)
+        self._sampled = torch.empty(0, dtype=torch.int64, device=self._device)
 
     @override
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         run = self._run_packed if self.layout == "packed" else self._run_padded
-        return run(batch).float().cpu()
+        return run(batch)
+
+    @override
+    def feed(self, tokens: torch.Tensor) -> None:
+        self._sampled = tokens.to(self._device)
+
+    @override
+    def shrink(self) -> int | None:
+        return None
 
     @override
     def idle(self) -> None:
@@ -57,7 +65,11 @@ class HFModelRunner(ModelRunner):
         segments = context.segments
         ids = [token for tokens in batch.tokens for token in tokens]
         positions = [position for s in segments for position in range(s.past, s.end)]
-        last = [s.start + s.count - 1 for s in segments]
+        last = [
+            s.start + s.count - 1
+            for s, wanted in zip(segments, batch.wanted, strict=True)
+            if wanted
+        ]
         token = forward_context.set(context)
         try:
             return self._forward([ids], last, position_ids=[positions], use_cache=False)[0]
@@ -81,7 +93,8 @@ class HFModelRunner(ModelRunner):
                 use_cache=True,
             )
             logits |= zip(indices, out[:, -1], strict=True)
-        return torch.stack([logits[i] for i in range(len(counts))])
+        rows = [logits[i] for i, wanted in enumerate(batch.wanted) if wanted]
+        return torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
 
     def _padded_groups(self, batch: Batch) -> list[list[int]]:
         """The indices of the sequences that may share a forward.
@@ -105,14 +118,47 @@ class HFModelRunner(ModelRunner):
         **kwargs: object,
     ) -> torch.Tensor:
         """Logits `[len(ids), len(rows), vocab]` of each sequence's `rows`."""
-        if self._takes_position_ids:
-            kwargs["position_ids"] = torch.tensor(position_ids, device=self._device)
-        kept = torch.tensor(rows, device=self._device)
-        if self._takes_logits_to_keep:
+        input_ids = torch.tensor(ids, device=self._device)
+        if any(token < 0 for row in ids for token in row):
+            input_ids = resolve(input_ids, self._sampled)
+        positions = torch.tensor(position_ids, device=self._device)
+        kept = torch.tensor(rows, dtype=torch.int64, device=self._device)
+        return self._inputs.logits(self.model, input_ids, positions, kept, **kwargs)
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """Which inputs the forward of an architecture takes."""
+
+    position_ids: bool
+    logits_to_keep: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ForwardInputs:
+        """Those of a model."""
+        parameters = inspect.signature(model.forward).parameters
+        return cls(*(name in parameters for name in ("position_ids", "logits_to_keep")))
+
+    def logits(
+        self,
+        model: PreTrainedModel,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """Logits `[n, len(kept), vocab]` of the rows `kept` of token ids `[n, rows]`."""
+        if self.position_ids:
+            kwargs["position_ids"] = positions
+        if self.logits_to_keep:
             kwargs["logits_to_keep"] = kept
-        out = self.model(input_ids=torch.tensor(ids, device=self._device), **kwargs).logits
-        logits: torch.Tensor = out if self._takes_logits_to_keep else out[:, kept.to(out.device)]
-        return logits
+        out: torch.Tensor = model(input_ids=ids, **kwargs).logits
+        return out if self.logits_to_keep else out[:, kept.to(out.device)]
+
+
+def resolve(ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    """Token ids, in which `-1 - i` stands for `sampled[i]`."""
+    return torch.where(ids < 0, sampled[(-1 - ids).clamp_min(0)], ids)
 
 
 def scaled_by_length(model: PreTrainedModel) -> Iterator[torch.nn.Module]:

@@ -25,9 +25,11 @@ from runners.text.cpu.decoder import fuse_decoder, unfuse_decoder
 from runners.text.cpu.fusing import fuse_modules, unfuse_modules
 from runners.text.cpu.linear import Quantization, pack_linears, unpack_linears
 from runners.text.engine import PagedEngine
+from runners.text.execution import Execution, GPUExecution, HostExecution
 from runners.text.lockstep import TPGroup, is_rank_loss
-from runners.text.model_runner import HFModelRunner, Layout, input_device
+from runners.text.model_runner import Layout, input_device
 from runners.text.paging.blocks import BLOCK_SIZE
+from runners.text.samplers import HostSampler
 
 logger = logging.getLogger("triptych.text")
 
@@ -53,8 +55,14 @@ class ParityCheck:
     the reference and a check.
     """
 
-    def __init__(self, model: PreTrainedModel, group: TPGroup | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        group: TPGroup | None = None,
+        execution: Execution | None = None,
+    ) -> None:
         self._model = model
+        self._execution = execution or HostExecution()
         self._group = group
         self._failure = ""
         """Why the last check failed."""
@@ -73,10 +81,12 @@ class ParityCheck:
         if group is not None:
             self._reference = group.broadcast(self._reference)
 
-    def for_model(self, model: PreTrainedModel) -> ParityCheck:
-        """The check of another copy of the model against the same reference."""
+    def for_model(self, model: PreTrainedModel, execution: Execution | None = None) -> ParityCheck:
+        """The check of another copy of the model, or on another path, against the same
+        reference."""
         check = copy(self)
         check._model = model
+        check._execution = execution or self._execution
         return check
 
     def choose_layout(self) -> Layout:
@@ -106,7 +116,7 @@ class ParityCheck:
         """Whether the model, as it is now, gives the reference logits in this layout."""
         try:
             with _narrow_windows(self._model):
-                logits = _batched_logits(self._model, layout)
+                logits = _batched_logits(self._model, layout, self._execution)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # an architecture may fail in any way in a layout it cannot use
@@ -180,6 +190,33 @@ def check_and_pack(
     return layout
 
 
+def choose_gpu_kernels(
+    model: PreTrainedModel,
+    execution: GPUExecution,
+    requested: str,
+    parity: ParityCheck | None = None,
+) -> tuple[Layout, GPUExecution]:
+    """The layout of a model on the GPU path, and the path with its attention backend.
+
+    Arguments as in `check_and_pack`; `requested` is the configured backend. Raises: ConfigError if
+    no layout matches, or the backend that the config names does not.
+    """
+    parity = (parity or ParityCheck(model)).for_model(model, execution)
+    if computes_in_float32(model):
+        cast_to_float32(model)
+    layout = parity.choose_layout()
+    if layout == "padded":
+        return layout, execution
+    best = execution.with_best_backend(model, requested)
+    if parity.for_model(model, best).matches(layout):
+        return layout, best
+    name = f"{type(model).__name__} with attention kernel {best.backend.name}"
+    if requested != "auto":
+        raise ConfigError(f"{name}: its logits differ", field="attention_kernel")
+    logger.warning("%s: its logits differ; it runs with torch's operators", name)
+    return layout, execution
+
+
 def _fuse(
     model: PreTrainedModel,
     kernels: Kernels,
@@ -226,10 +263,11 @@ def _reference_logits(model: PreTrainedModel) -> torch.Tensor:
     )
 
 
-def _batched_logits(model: PreTrainedModel, layout: Layout) -> torch.Tensor:
+def _batched_logits(model: PreTrainedModel, layout: Layout, execution: Execution) -> torch.Tensor:
     """Last-token logits `[2, vocab]` of the prompts from chunked, mixed steps."""
     blocks = KV_TOKENS // BLOCK_SIZE
-    engine = PagedEngine(HFModelRunner(model, layout, blocks=blocks), blocks=blocks)
+    runner = execution.runner(model, layout, blocks=blocks)
+    engine = PagedEngine(runner, HostSampler(), blocks=blocks)
     first, second = _prompts(model)
     for uid, ids in ((1, first), (2, second)):
         engine.open(uid, ids)

@@ -6,11 +6,16 @@ SplitFuse, as in DeepSpeed-FastGen, arXiv:2401.08671), so that a long prompt nev
 streams. A sequence is admitted once its prompt fits the free KV. If a running sequence needs a
 block and none is free, the youngest is preempted: it loses its KV, waits, and is recomputed from
 its tokens (as in vLLM).
+
+On an engine that overlaps, a step is submitted before the tokens of the step before are known: what
+that step sampled is a `PENDING` token. A sequence that turns out to have ended, or was aborted or
+preempted, has then computed one token too many, which is discarded.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,10 +27,12 @@ import torch
 from runners.contracts.errors import EngineFailure
 from runners.contracts.text import FinishReason, TextDelta, TokenLogprob
 from runners.text.detokenizer import Detokenizer
-from runners.text.engine import Engine
-from runners.text.paging.blocks import BLOCK_SIZE
+from runners.text.engine import Engine, PendingStep, Row
+from runners.text.paging.blocks import BLOCK_SIZE, PENDING
 from runners.text.prefill_budget import PrefillBudget
-from runners.text.sampling import RankedToken, SamplerState, sample
+from runners.text.sampling import RankedToken, SamplerState
+
+logger = logging.getLogger("triptych.text")
 
 
 @dataclass(eq=False)
@@ -42,13 +49,20 @@ class Sequence:
     uid: int = field(default=-1, init=False)
     """Its id in the engine, a new one at each admission; -1 before the first."""
     output_ids: list[int] = field(default_factory=list, init=False)
+    pending: bool = field(default=False, init=False)
+    """Whether a step that was submitted samples its next token."""
     num_computed: int = field(default=0, init=False)
     """Tokens whose KV exists: all except the last while it decodes, fewer during prefill."""
 
     @property
+    def num_output(self) -> int:
+        """Number of output tokens, the pending one included."""
+        return len(self.output_ids) + self.pending
+
+    @property
     def length(self) -> int:
-        """Number of its tokens, prompt and output."""
-        return len(self.prompt_ids) + len(self.output_ids)
+        """Number of its tokens, prompt and output, the pending one included."""
+        return len(self.prompt_ids) + self.num_output
 
     @property
     def decoding(self) -> bool:
@@ -58,13 +72,19 @@ class Sequence:
     @property
     def token_ids(self) -> list[int]:
         """Prompt and output tokens."""
-        return self.prompt_ids + self.output_ids
+        return self.prompt_ids + self.output_ids + [PENDING] * self.pending
 
     def next_tokens(self, count: int) -> list[int]:
         """The first `count` tokens of those that are still to be computed."""
-        if self.decoding and self.output_ids:
-            return [self.output_ids[-1]]
+        if self.decoding and self.num_output:
+            return [PENDING if self.pending else self.output_ids[-1]]
         return self.token_ids[self.num_computed : self.num_computed + count]
+
+    def leave(self) -> None:
+        """Forget what the engine computed of it; a pending token is discarded."""
+        self.uid = -1
+        self.pending = False
+        self.num_computed = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,19 @@ class Limits:
 
 Schedule = list[tuple[Sequence, list[int]]]
 """The sequences of a step, each with the tokens that the step computes."""
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    """A step whose tokens were not fetched yet."""
+
+    step: PendingStep
+    sampled: list[tuple[Sequence, int]]
+    """The sequences whose next tokens it samples, each with its uid then."""
+    decoding: int
+    prompt_tokens: int
+    time: float
+    """When it was submitted."""
 
 
 class Scheduler:
@@ -104,12 +137,14 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._uids = itertools.count()
         self._prefill_budget = PrefillBudget()
+        self._submitted: _Submitted | None = None
+        self._last_end = 0.0
         self.preemptions = 0
 
     @property
     def busy(self) -> bool:
-        """Whether any sequence runs or waits."""
-        return bool(self._waiting or self._running)
+        """Whether any sequence runs or waits, or a step was submitted."""
+        return bool(self._waiting or self._running or self._submitted)
 
     @property
     def running(self) -> int:
@@ -137,18 +172,32 @@ class Scheduler:
                 self._remove(sequence)
 
     def step(self) -> None:
-        """Run one step: schedule, compute, sample, emit."""
+        """Submit a step, and emit what was sampled in the step before, or where the engine does not
+        overlap, in this one."""
         schedule = self._schedule()
-        if schedule:
-            logits = self._run(schedule)
-            self._postprocess(schedule, logits)
+        before, self._submitted = self._submitted, None
+        try:
+            if schedule:
+                self._submitted = self._submit(schedule)
+        except torch.OutOfMemoryError as error:
+            if before is not None:
+                self._postprocess(before)
+            self._shed(schedule, error)
+            return
+        if before is not None:
+            self._postprocess(before)
+        if self._submitted is not None and not self._engine.overlaps:
+            submitted, self._submitted = self._submitted, None
+            self._postprocess(submitted)
 
     def _schedule(self) -> Schedule:
         self._admit()
         schedule: Schedule = [
-            (s, s.next_tokens(1)) for s in list(self._running) if s.decoding and self._ensure_kv(s)
+            (s, s.next_tokens(1))
+            for s in list(self._running)
+            if s.decoding and s.num_output < s.max_new_tokens and self._ensure_kv(s)
         ]
-        prompts = len(self._running) - len(schedule)
+        prompts = sum(not s.decoding for s in self._running)
         max_tokens = self.limits.max_step_tokens
         budget = self._prefill_budget.tokens(len(schedule), prompts, max_tokens)
         for sequence in self._running:
@@ -158,26 +207,58 @@ class Scheduler:
                 budget -= len(chunk)
         return schedule
 
-    def _run(self, schedule: Schedule) -> torch.Tensor:
-        """Logits `[n, vocab]` of each sequence's last scheduled token."""
+    def _submit(self, schedule: Schedule) -> _Submitted:
         decoding = sum(sequence.decoding for sequence, _ in schedule)
         prompt_tokens = sum(len(tokens) for _, tokens in schedule) - decoding
-        start = time.perf_counter()
-        logits = self._engine.put([s.uid for s, _ in schedule], [tokens for _, tokens in schedule])
-        self._prefill_budget.observe(decoding, prompt_tokens, time.perf_counter() - start)
-        return logits
-
-    def _postprocess(self, schedule: Schedule, logits: torch.Tensor) -> None:
-        """Sample for the sequences whose tokens are all computed, and emit the deltas."""
+        rows = []
         for sequence, tokens in schedule:
+            complete = sequence.num_computed + len(tokens) == sequence.length
+            sampler = sequence.sampler if complete else None
+            rows.append(Row(sequence.uid, tokens, sampler, sequence.num_output))
+        start = time.perf_counter()
+        step = self._engine.submit(rows)
+        sampled = []
+        for (sequence, tokens), row in zip(schedule, rows, strict=True):
             sequence.num_computed += len(tokens)
-        rows = [i for i, (s, _) in enumerate(schedule) if s.num_computed == s.length]
-        if not rows:
-            return
-        last_logits = logits if len(rows) == len(schedule) else logits[rows]
-        deltas = self._sample([schedule[i][0] for i in rows], last_logits)
+            if row.sampler is not None:
+                sequence.pending = True
+                sampled.append((sequence, row.uid))
+        return _Submitted(step, sampled, decoding, prompt_tokens, start)
+
+    def _postprocess(self, submitted: _Submitted) -> None:
+        """Append what a step sampled, and emit the deltas."""
+        results = submitted.step.result()
+        # The step began when it was submitted and the one before had ended.
+        start, self._last_end = max(submitted.time, self._last_end), time.perf_counter()
+        self._prefill_budget.observe(
+            submitted.decoding, submitted.prompt_tokens, self._last_end - start
+        )
+        deltas = []
+        for (sequence, uid), result in zip(submitted.sampled, results, strict=True):
+            if sequence.uid != uid:
+                continue  # it has left, or starts anew
+            # A sequence in the step after this one has another pending token.
+            sequence.pending = sequence.num_computed == sequence.length
+            if result.token is not None:
+                deltas.append(self._append(sequence, result.token, result.ranked))
+            else:
+                self._remove(sequence)
+                self._fail(sequence.request_id, result.error or EngineFailure("no token"))
         if deltas:
             self._emit(deltas)
+
+    def _shed(self, schedule: Schedule, error: Exception) -> None:
+        """After a step that had no memory: fail its largest sequence, and run the others anew in a
+        smaller KV cache. Raises: `error` if the cache cannot be made smaller."""
+        largest, _ = max(schedule, key=lambda each: (len(each[1]), each[0].length))
+        self._remove(largest)
+        for sequence in reversed(list(self._running)):
+            self._preempt(sequence)
+        if not self._engine.shrink():
+            raise error
+        logger.warning("a step had no memory: one request failed, the KV cache is smaller now")
+        reason = "the device has no memory for this request; try a shorter one"
+        self._fail(largest.request_id, EngineFailure(reason))
 
     def _admit(self) -> None:
         """Admit in order of arrival: small requests must not starve a large one before them."""
@@ -209,37 +290,16 @@ class Scheduler:
         self.preemptions += 1
         self._running.remove(sequence)
         self._engine.flush(sequence.uid)
-        sequence.num_computed = 0
+        sequence.leave()
         self._waiting.appendleft(sequence)
 
     def _remove(self, sequence: Sequence) -> None:
         if sequence in self._running:
             self._running.remove(sequence)
             self._engine.flush(sequence.uid)
+            sequence.leave()
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-
-    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> list[TextDelta]:
-        """One token per sequence. A sequence that cannot be sampled fails alone."""
-        nan_rows = logits.sum(-1).isnan().tolist()
-        if any(nan_rows):
-            for sequence, is_nan in zip(sequences, nan_rows, strict=True):
-                if is_nan:
-                    self._remove(sequence)
-                    error = EngineFailure("the model's logits are not numbers (NaN)")
-                    self._fail(sequence.request_id, error)
-            valid = [i for i, is_nan in enumerate(nan_rows) if not is_nan]
-            return self._sample([sequences[i] for i in valid], logits[valid]) if valid else []
-        try:
-            tokens, ranked = sample(logits, [s.sampler for s in sequences])
-        except Exception as error:
-            if len(sequences) == 1:
-                self._remove(sequences[0])
-                self._fail(sequences[0].request_id, error)
-                return []
-            each = (self._sample([s], logits[i : i + 1]) for i, s in enumerate(sequences))
-            return [delta for deltas in each for delta in deltas]
-        return [self._append(*item) for item in zip(sequences, tokens, ranked, strict=True)]
 
     def _append(self, sequence: Sequence, token: int, ranked: RankedToken | None) -> TextDelta:
         """Append a sampled token, and remove the sequence if it ends with it."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from runners.config.model import AccelerateTextConfig
 from runners.contracts.text import SamplingParams, TextDelta
 from runners.hf.dtypes import compute_in_float32
 from runners.hf.models import SamplingDefaults
 from runners.text.cpu.linear import Quantization
 from runners.text.detokenizer import Detokenizer
 from runners.text.engine import PagedEngine
+from runners.text.loading import prepare_model
 from runners.text.model_runner import HFModelRunner
-from runners.text.paging.blocks import BLOCK_SIZE
-from runners.text.parity import check_and_pack
 from runners.text.sampling import SamplerState
 from runners.text.scheduler import Limits, Scheduler, Sequence
 from tests.support.models import write_tokenizer
@@ -39,14 +40,20 @@ def load(
     kv_tokens: int = 4096,
     prefix_caching: bool = True,
     quantization: Quantization | None = None,
+    **fields: Any,
 ) -> PagedEngine:
-    """A model's engine, made as a rank makes it."""
+    """A model's engine, made as a rank makes it; `fields` of its config."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     compute_in_float32(model)
-    layout = check_and_pack(model, quantization)
-    blocks = kv_tokens // BLOCK_SIZE
-    runner = HFModelRunner(model, layout, blocks=blocks)
-    return PagedEngine(runner, blocks=blocks, prefix_caching=prefix_caching)
+    config = AccelerateTextConfig(
+        name=folder.name,
+        model_path=folder,
+        max_kv_tokens=kv_tokens,
+        prefix_caching=prefix_caching,
+        weight_quantization=quantization,
+        **fields,
+    )
+    return prepare_model(model, config).create_engine()
 
 
 def runner_of(engine: PagedEngine) -> HFModelRunner:

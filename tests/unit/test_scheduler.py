@@ -88,13 +88,13 @@ def test_equal_prompt_heads_are_computed_once(llama: Path) -> None:
     prompts = [[*head, 251], [*head, 252, 253], head[:40] + [254] * 30]
     run = Run(load(llama), max_step_tokens=512)
     fed: list[int] = []
-    put = run.engine.put
+    submit = run.engine.submit
 
-    def counting(uids, tokens):  # type: ignore[no-untyped-def]
-        fed.append(sum(map(len, tokens)))
-        return put(uids, tokens)
+    def counting(rows):  # type: ignore[no-untyped-def]
+        fed.append(sum(len(row.tokens) for row in rows))
+        return submit(rows)
 
-    run.engine.put = counting  # type: ignore[method-assign]
+    run.engine.submit = counting  # type: ignore[method-assign]
     first_steps = []
     for i, prompt in enumerate(prompts):
         run.scheduler.add(sequence(str(i), prompt))

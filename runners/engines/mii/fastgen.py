@@ -8,6 +8,7 @@ sequence without tokens is one to flush.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,11 +23,12 @@ from runners.engines.mii.defaults import load_generation_config, mii_defaults
 from runners.hf.models import loading
 from runners.rank.process_group import connect, meet
 from runners.rank.program import RankContext
-from runners.text.engine import Engine, ModelRunner
+from runners.text.engine import Engine, ModelRunner, PendingStep, Row, launch
 from runners.text.loading import program_for_engine
 from runners.text.lockstep import Follower, Leader, TPGroup
 from runners.text.paging.batch import Batch
 from runners.text.program import TextProgram
+from runners.text.samplers import Sampler
 
 
 class InferenceEngine(Protocol):
@@ -63,7 +65,17 @@ class FastGenModel(ModelRunner):
         self._sequences.update(uids)
         if not uids:
             return torch.empty(0, 0)
-        return self._engine.put(uids, tokens, do_checks=False).float().cpu()
+        logits = self._engine.put(uids, tokens, do_checks=False)
+        wanted = [w for w, new in zip(batch.wanted, batch.tokens, strict=True) if new]
+        return logits if all(wanted) else logits[[i for i, w in enumerate(wanted) if w]]
+
+    @override
+    def feed(self, tokens: torch.Tensor) -> None:
+        raise NotImplementedError  # its batches have known tokens only
+
+    @override
+    def shrink(self) -> int | None:
+        return None  # FastGen's KV cache has a fixed size
 
     @override
     def idle(self) -> None:
@@ -73,8 +85,11 @@ class FastGenModel(ModelRunner):
 class FastGenEngine(Engine):
     """Rank 0's engine over `blocks` KV blocks of `block_size` tokens, which it counts."""
 
-    def __init__(self, model: ModelRunner, *, blocks: int, block_size: int) -> None:
+    def __init__(
+        self, model: ModelRunner, sampler: Sampler, *, blocks: int, block_size: int
+    ) -> None:
         self._model = model
+        self._sampler = sampler
         self._block_size = block_size
         self._blocks = blocks
         self._lengths: dict[int, int] = {}
@@ -104,18 +119,24 @@ class FastGenEngine(Engine):
         self._block_counts[uid] += max(0, needed)
         return True
 
+    @property
     @override
-    def put(self, uids: Sequence[int], tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+    def overlaps(self) -> bool:
+        return False  # FastGen takes tokens from the host
+
+    @override
+    def submit(self, rows: Sequence[Row]) -> PendingStep:
         flushed, self._to_flush = self._to_flush, []
         batch = Batch(
-            [*([] for _ in flushed), *map(list, tokens)],
-            [*(0 for _ in flushed), *(self._lengths[uid] for uid in uids)],
-            [[uid] for uid in (*flushed, *uids)],
+            [*([] for _ in flushed), *(list(row.tokens) for row in rows)],
+            [*(0 for _ in flushed), *(self._lengths[row.uid] for row in rows)],
+            [array("i", [uid]) for uid in (*flushed, *(row.uid for row in rows))],
+            [*(False for _ in flushed), *(row.sampler is not None for row in rows)],
         )
         logits = self._model.run(batch)
-        for uid, new in zip(uids, tokens, strict=True):
-            self._lengths[uid] += len(new)
-        return logits
+        for row in rows:
+            self._lengths[row.uid] += len(row.tokens)
+        return launch(self._sampler, logits, [row for row in rows if row.sampler is not None])
 
     @override
     def flush(self, uid: int) -> None:
@@ -124,9 +145,13 @@ class FastGenEngine(Engine):
         self._block_counts.pop(uid, None)
 
     @override
+    def shrink(self) -> bool:
+        return False
+
+    @override
     def idle(self) -> None:
         if self._to_flush:
-            self.put([], [])
+            self.submit([])
         else:
             self._model.idle()
 
@@ -166,7 +191,12 @@ def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | F
     generation = load_generation_config(config.model_path)
     return program_for_engine(
         context,
-        FastGenEngine(group_model, blocks=blocks, block_size=block_size),
+        FastGenEngine(
+            group_model,
+            DeviceSampler(model_device(), info.vocab_size, config.max_batch_size),
+            blocks=blocks,
+            block_size=block_size,
+        ),
         info,
         generation_config=generation,
         defaults=mii_defaults(config.mii.generate, generation),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,11 +21,16 @@ class Batch:
     """Everything that the forward of a step depends on, so that all ranks compute the same."""
 
     tokens: list[list[int]]
-    """Per sequence, its next tokens."""
+    """Per sequence, its next tokens. `-1 - i` is the token that was sampled as number i after the
+    batch before."""
     past: list[int]
     """Per sequence, the number of tokens before these."""
-    block_tables: list[list[int]]
+    block_tables: list[array[int]]
     """Per sequence, the ids of the blocks of all these tokens."""
+    wanted: list[bool]
+    """Per sequence, whether the logits of its last token are wanted."""
+    shared: bool = False
+    """Whether all ranks are to know the tokens that are sampled for those."""
 
     def select(self, indices: Sequence[int]) -> Batch:
         """The batch of some of the sequences."""
@@ -32,6 +38,7 @@ class Batch:
             [self.tokens[i] for i in indices],
             [self.past[i] for i in indices],
             [self.block_tables[i] for i in indices],
+            [self.wanted[i] for i in indices],
         )
 
 
@@ -43,7 +50,7 @@ class Segment:
     count: int
     past: int
     """Number of tokens before these rows."""
-    block_table: list[int]
+    block_table: array[int]
     """Ids of the blocks of the tokens up to `end`."""
 
     @property
@@ -167,7 +174,7 @@ class ForwardContext:
     def _padded_tables(self, segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
         def rows() -> list[list[int]]:
             width = max(len(s.block_table) for s in segments)
-            return [s.block_table + [0] * (width - len(s.block_table)) for s in segments]
+            return [[*s.block_table, *[0] * (width - len(s.block_table))] for s in segments]
 
         return self._tensor(("tables", *(s.start for s in segments)), device, rows)
 
@@ -194,5 +201,6 @@ def _additive(visible: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return mask.masked_fill_(~visible, float("-inf"))
 
 
-forward_context: ContextVar[ForwardContext] = ContextVar("forward_context")
-"""The context of the forward that is running; the attention function reads it."""
+forward_context: ContextVar[Any] = ContextVar("forward_context")
+"""The context of the forward that is running, a `ForwardContext` or on the GPU path a `StepContext`;
+the attention function reads it."""

@@ -7,12 +7,16 @@ that no sequence uses stay cached until they are needed; the least recently used
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BLOCK_SIZE = 32
 """Tokens of a block; `BLOCK` in attention.h has to be the same number."""
+
+PENDING = -1
+"""In place of a token that is computed before it is known."""
 
 _ROOT = 0
 _Key = tuple[int, tuple[int, ...]]
@@ -22,7 +26,7 @@ _Key = tuple[int, tuple[int, ...]]
 class SequenceBlocks:
     """The blocks of one sequence, in order, and the tokens whose KV they hold."""
 
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     tokens: list[int] = field(default_factory=list)
     prefix: int = _ROOT
     """Identifies the tokens of its cached blocks."""
@@ -80,12 +84,22 @@ class BlockAllocator:
         return True
 
     def commit(self, sequence: SequenceBlocks, tokens: Sequence[int]) -> None:
-        """Append `tokens`, whose KV was written; caches the blocks that are full now."""
+        """Append `tokens`, whose KV is written; caches the blocks that are full now.
+
+        The last token may be `PENDING`: its block is not cached before it is known.
+        """
         sequence.tokens += tokens
-        while self._prefix_caching and (sequence.cached + 1) * BLOCK_SIZE <= sequence.length:
+        known = sequence.length - (sequence.tokens[-1:] == [PENDING])
+        while self._prefix_caching and (sequence.cached + 1) * BLOCK_SIZE <= known:
             start = sequence.cached * BLOCK_SIZE
             key = (sequence.prefix, tuple(sequence.tokens[start : start + BLOCK_SIZE]))
             self._cache_block(sequence, key)
+
+    def resolve(self, sequence: SequenceBlocks, token: int) -> None:
+        """Replace the `PENDING` token of a sequence that ends with one."""
+        if sequence.tokens[-1:] == [PENDING]:
+            sequence.tokens.pop()
+            self.commit(sequence, [token])
 
     def release(self, sequence: SequenceBlocks) -> None:
         """Give up all blocks of a sequence. Its last blocks are evicted before its first."""
@@ -96,7 +110,7 @@ class BlockAllocator:
                     self._evictable[block] = None
                 else:
                     self._unused.append(block)
-        sequence.blocks.clear()
+        del sequence.blocks[:]
 
     def _cache_block(self, sequence: SequenceBlocks, key: _Key) -> None:
         block = sequence.blocks[sequence.cached]

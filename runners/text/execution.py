@@ -1,0 +1,139 @@
+"""How the steps of a model run: on the CPU path or on the GPU path, which has a sampler of its own.
+
+`loading` chooses once per rank. The GPU path also runs on a CPU when `attention_kernel` names one of
+its kernels: that is how it is tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from runners.config.base import TextConfig
+from runners.contracts.errors import ConfigError
+from runners.text.engine import ModelRunner
+from runners.text.gpu.attention import Backend, TorchBackend, choose_backend
+from runners.text.gpu.model_runner import GPUModelRunner, GraphOptions, StepLimits
+from runners.text.gpu.probe import attention_calls
+from runners.text.gpu.sampling import DeviceSampler
+from runners.text.lockstep import TPGroup
+from runners.text.model_runner import HFModelRunner, Layout, input_device
+from runners.text.samplers import HostSampler, Sampler
+
+logger = logging.getLogger("triptych.text")
+
+
+class SizedRunner(ModelRunner, Protocol):
+    """A model runner that knows the size of what it computes with."""
+
+    vocab_size: int
+
+    def bytes_per_token(self) -> dict[torch.device, int]:
+        """Bytes of KV per token on each device, once a batch has run."""
+        ...
+
+
+class Execution(Protocol):
+    """Creates what runs the steps of a model."""
+
+    overlap: bool
+    """Whether a step is submitted before the tokens of the last one are known."""
+
+    def runner(
+        self, model: PreTrainedModel, layout: Layout, *, blocks: int, graphs: bool = False
+    ) -> SizedRunner:
+        """A runner with a KV cache of `blocks` blocks."""
+        ...
+
+    def sampler(self, model: PreTrainedModel) -> Sampler:
+        """What samples from the logits of the model."""
+        ...
+
+
+class HostExecution(Execution):
+    """Steps whose logits come to the CPU, where they are sampled."""
+
+    overlap = False
+
+    @override
+    def runner(
+        self, model: PreTrainedModel, layout: Layout, *, blocks: int, graphs: bool = False
+    ) -> SizedRunner:
+        return HFModelRunner(model, layout, blocks=blocks)
+
+    @override
+    def sampler(self, model: PreTrainedModel) -> Sampler:
+        return HostSampler()
+
+
+@dataclass(frozen=True)
+class GPUExecution(Execution):
+    """Steps that return nothing but token ids to the host."""
+
+    backend: Backend
+    limits: StepLimits
+    graphs: GraphOptions | None
+    overlap: bool
+
+    @override
+    def runner(
+        self, model: PreTrainedModel, layout: Layout, *, blocks: int, graphs: bool = False
+    ) -> SizedRunner:
+        if layout == "padded":
+            return HFModelRunner(model, layout, blocks=blocks)
+        options = self.graphs if graphs else None
+        return GPUModelRunner(model, self.backend, self.limits, blocks=blocks, graphs=options)
+
+    @override
+    def sampler(self, model: PreTrainedModel) -> Sampler:
+        vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        return DeviceSampler(input_device(model), vocab_size, self.limits.sequences)
+
+    def with_best_backend(self, model: PreTrainedModel, requested: str) -> GPUExecution:
+        """With the backend that is proved equal and is the fastest for what the model's layers ask
+        of it; the model runs in the packed layout. Raises: ConfigError if `requested` cannot."""
+        calls = attention_calls(model, self.limits)
+        return replace(self, backend=choose_backend(calls, input_device(model), requested))
+
+
+def choose_execution(
+    model: PreTrainedModel, config: TextConfig, *, max_context: int, group: TPGroup | None = None
+) -> HostExecution | GPUExecution:
+    """The path for a model on its devices. Raises: ConfigError for a kernel of the other device."""
+    device = input_device(model)
+    kernel = config.attention_kernel
+    on_gpu = any(parameter.device.type == "cuda" for parameter in model.parameters())
+    if on_gpu and kernel == "cpu":
+        raise ConfigError("cpu is for models on a CPU", field="attention_kernel")
+    if not on_gpu and kernel in ("varlen", "flashinfer"):
+        raise ConfigError(f"{kernel} is for models on a GPU", field="attention_kernel")
+    if not on_gpu and kernel in ("auto", "cpu"):
+        return HostExecution()
+    reason = _not_capturable(model) if config.cuda_graphs else "cuda_graphs is off"
+    if group is not None and device.type == "cpu":
+        reason = "a recorded graph has no collectives"
+    if reason:
+        logger.info("%s: decode steps run eagerly: %s", config.name, reason)
+    limits = StepLimits(
+        rows=max(config.max_step_tokens, config.max_batch_size) + 1,
+        sequences=config.max_batch_size,
+        context=max_context,
+    )
+    graphs = None if reason else GraphOptions(config.graph_memory << 20)
+    if graphs is not None and group is not None:
+        graphs = replace(graphs, agree=lambda success: bool(group.all_reduce_min(success)))
+    return GPUExecution(TorchBackend(), limits, graphs, config.overlap)
+
+
+def _not_capturable(model: PreTrainedModel) -> str:
+    """Why the steps of a model cannot be captured as graphs, as far as its placement tells."""
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "parts of the model are moved between devices while it computes"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "the model is on several devices"
+    return ""

@@ -1,0 +1,45 @@
+"""The KV cache of the GPU path: pages of every layer, on the device of that layer."""
+
+from __future__ import annotations
+
+import torch
+
+from runners.text.paging.blocks import BLOCK_SIZE
+
+
+class PagePool:
+    """Pages for `blocks` KV blocks in every layer, and one more for the rows of padding.
+
+    Keys and values are `[blocks + 1, BLOCK_SIZE, kv_heads, size]`, as the attention kernels of
+    FlashAttention and FlashInfer read them. A layer is allocated when it is first used.
+    """
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def scratch_page(self) -> int:
+        """The page of what nothing reads."""
+        return self.blocks
+
+    def layer(
+        self, index: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pages of a layer, allocated for keys and values `[..., kv_heads, n, size]`."""
+        if (layer := self._layers.get(index)) is None:
+            layer = self._pages(key), self._pages(value)
+            self._layers[index] = layer
+        return layer
+
+    def bytes_per_block(self) -> dict[torch.device, int]:
+        """Bytes of one block in all layers, per device."""
+        total: dict[torch.device, int] = {}
+        for pages in self._layers.values():
+            for tensor in pages:
+                size = tensor[0].numel() * tensor.element_size()
+                total[tensor.device] = total.get(tensor.device, 0) + size
+        return total
+
+    def _pages(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(self.blocks + 1, BLOCK_SIZE, like.shape[-3], like.shape[-1])
