@@ -15,21 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
+from runners.text.gpu.plan import MAX_GROUP
+
 PAGE = tl.constexpr(32)
 """Tokens of a page, `BLOCK_SIZE` of `runners.text.paging.blocks`."""
-ITEM = 5
-"""Numbers of an item: segment, first row of the tile, first split, splits, first slot or -1."""
-REDUCTION = 5
-"""Numbers of a reduction: row of the step, position, first slot, slots between splits, splits."""
-MAX_GROUP = 16
-"""Query heads of a KV head in one tile; more of them are shared out among programs."""
 REDUCED_HEADS = 4
 LOG2_E = 1.4426950408889634
-
-
-def rows_per_tile(block_m: int, group: int) -> int:
-    """Query rows in a tile of `block_m` rows of the matrix product; each row has `group` heads."""
-    return block_m // min(group, MAX_GROUP)
 
 
 @torch.library.custom_op("triptych::paged_attention", mutates_args=("out", "scratch"))
@@ -140,9 +131,9 @@ def launch_options(
     key_block, value_block = _block(key_size), _block(value_size)
     is_float32 = element_size == 4
     is_wide = key_block + value_block > 256
-    # A warp for each 16 rows: all columns of a row are in one warp, in the same order for each
-    # `block_m`. Where a row is longer than a warp has registers for, two warps share it.
-    warps = max(1, block_m // 16) * (2 if value_block > 128 else 1)
+    # A warp for each 16 rows has all columns of its rows, twice as many share longer rows. Fewer
+    # than 4 would lack registers for the addresses of the keys.
+    warps = max(4, block_m // (8 if is_float32 or value_block > 128 else 16))
     return {
         "KEY_BLOCK": key_block,
         "VALUE_BLOCK": value_block,
@@ -273,53 +264,58 @@ def _attention_kernel(
         all_m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         all_l = tl.zeros([BLOCK_M], dtype=tl.float32)
         all_acc = tl.zeros([BLOCK_M, VALUE_BLOCK], dtype=tl.float32)
-        for split in range(first_split, last_split):
-            m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-            l = tl.zeros([BLOCK_M], dtype=tl.float32)
-            acc = tl.zeros([BLOCK_M, VALUE_BLOCK], dtype=tl.float32)
-            low = split * SPLIT
-            high = tl.minimum(low + SPLIT, end)
+        m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+        l = tl.zeros([BLOCK_M], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_M, VALUE_BLOCK], dtype=tl.float32)
+        low = first_split * SPLIT
+        high = tl.minimum(last_split * SPLIT, end)
+        if WINDOW:
+            low = tl.maximum(low, oldest // BLOCK_N * BLOCK_N)
+        for first in range(low, high, BLOCK_N):
+            token = first + tl.arange(0, BLOCK_N)
+            # Leftovers in a page may be NaN, which a weight of zero does not hide.
+            token_mask = token < end
             if WINDOW:
-                low = tl.maximum(low, oldest // BLOCK_N * BLOCK_N)
-            for first in range(low, high, BLOCK_N):
-                token = first + tl.arange(0, BLOCK_N)
-                # Leftovers in a page may be NaN, which a weight of zero does not hide.
-                token_mask = token < end
-                if WINDOW:
-                    token_mask = token_mask & (token >= oldest)
-                page = tl.load(table + token // PAGE, mask=token_mask, other=0).to(tl.int64)
-                offset = token % PAGE
-                key_offsets = page * key_page_stride + offset * key_token_stride
-                k = tl.load(
-                    key_base + key_offsets[None, :] + key_column[:, None],
-                    mask=token_mask[None, :] & (key_column < KEY_SIZE)[:, None],
-                    other=0.0,
-                )
-                value_offsets = page * value_page_stride + offset * value_token_stride
-                v = tl.load(
-                    value_base + value_offsets[:, None] + value_column[None, :],
-                    mask=token_mask[:, None] & (value_column < VALUE_SIZE)[None, :],
-                    other=0.0,
-                )
-                logits = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
-                if SOFTCAP:
-                    decay = tl.exp2(tl.abs(logits * cap_factor) * -2.8853900817779268)
-                    tanh = (1.0 - decay) / (1.0 + decay)
-                    logits = tl.where(logits < 0.0, -tanh, tanh)
-                visible = token[None, :] <= position[:, None]
-                if WINDOW:
-                    visible = visible & (token[None, :] > position[:, None] - window)
-                logits = tl.where(visible, logits, float("-inf"))
-                new_m = tl.maximum(m, tl.max(logits, axis=1) * factor)
-                shift = tl.where(new_m == float("-inf"), 0.0, new_m)
-                old = tl.exp2(m - shift)
-                negative = tl.broadcast_to(-shift[:, None], logits.shape)
-                weights = tl.exp2(tl.fma(logits, tl.full(logits.shape, factor, tl.float32), negative))
-                l = tl.fma(l, old, tl.sum(weights, axis=1))
-                acc = acc * old[:, None]
-                acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
-                m = new_m
-            all_m, all_l, all_acc = _merge(all_m, all_l, all_acc, m, l, acc)
+                token_mask = token_mask & (token >= oldest)
+            page = tl.load(table + token // PAGE, mask=token_mask, other=0).to(tl.int64)
+            offset = token % PAGE
+            key_offsets = page * key_page_stride + offset * key_token_stride
+            k = tl.load(
+                key_base + key_offsets[None, :] + key_column[:, None],
+                mask=token_mask[None, :] & (key_column < KEY_SIZE)[:, None],
+                other=0.0,
+            )
+            value_offsets = page * value_page_stride + offset * value_token_stride
+            v = tl.load(
+                value_base + value_offsets[:, None] + value_column[None, :],
+                mask=token_mask[:, None] & (value_column < VALUE_SIZE)[None, :],
+                other=0.0,
+            )
+            logits = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
+            if SOFTCAP:
+                decay = tl.exp2(tl.abs(logits * cap_factor) * -2.8853900817779268)
+                tanh = (1.0 - decay) / (1.0 + decay)
+                logits = tl.where(logits < 0.0, -tanh, tanh)
+            visible = token[None, :] <= position[:, None]
+            if WINDOW:
+                visible = visible & (token[None, :] > position[:, None] - window)
+            logits = tl.where(visible, logits, float("-inf"))
+            new_m = tl.maximum(m, tl.max(logits, axis=1) * factor)
+            shift = tl.where(new_m == float("-inf"), 0.0, new_m)
+            old = tl.exp2(m - shift)
+            negative = tl.broadcast_to(-shift[:, None], logits.shape)
+            weights = tl.exp2(tl.fma(logits, tl.full(logits.shape, factor, tl.float32), negative))
+            l = tl.fma(l, old, tl.sum(weights, axis=1))
+            acc = acc * old[:, None]
+            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+            m = new_m
+            if (first + BLOCK_N) % SPLIT == 0:
+                all_m, all_l, all_acc = _merge(all_m, all_l, all_acc, m, l, acc)
+                m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+                l = tl.zeros([BLOCK_M], dtype=tl.float32)
+                acc = tl.zeros([BLOCK_M, VALUE_BLOCK], dtype=tl.float32)
+        # The last split may be incomplete. If it is not, this adds zeros.
+        all_m, all_l, all_acc = _merge(all_m, all_l, all_acc, m, l, acc)
         value_mask = row_mask[:, None] & (value_column < VALUE_SIZE)[None, :]
         if slot < 0:
             result = _finish(all_m, all_l, all_acc, sinks, head, row_mask, value_scale, SINKS)
