@@ -34,9 +34,14 @@ ALIGNMENT = 4
 """int32 numbers that each part of a packed buffer is a multiple of: 16 bytes."""
 
 
+def heads_per_tile(block_m: int, group: int) -> int:
+    """Query heads in a tile, for each row, where `group` heads share their keys."""
+    return min(group, MAX_GROUP, block_m)
+
+
 def rows_per_tile(block_m: int, group: int) -> int:
-    """Query rows in a tile of `block_m` rows of the matrix product; each row has `group` heads."""
-    return block_m // min(group, MAX_GROUP)
+    """Query rows in a tile of `block_m` rows of the matrix product."""
+    return block_m // heads_per_tile(block_m, group)
 
 
 def partial_slots(pages: int, max_sequences: int, split: int = SPLIT) -> int:
@@ -177,6 +182,8 @@ class StepPlan:
         self.rows = self.sequences = 0
         self.has_chunks = False
         """Whether a segment of the step has more than one row."""
+        self.max_count = 0
+        """Rows of its largest segment."""
         max_items = 2 * max_sequences + -(-max_rows // self._tile_rows) + capacity
         sizes = {
             "slots": 2 * max_rows,
@@ -240,6 +247,7 @@ class StepPlan:
         )
         self.rows, self.sequences = rows, sequences
         self.has_chunks = work.decode_items < len(work.items)
+        self.max_count = int(count.max(initial=0))
 
 
 class _Packed:

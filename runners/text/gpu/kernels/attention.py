@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from runners.text.gpu.plan import MAX_GROUP
+from runners.text.gpu import kernels
+from runners.text.gpu.plan import heads_per_tile
 
 PAGE = tl.constexpr(32)
 """Tokens of a page, `BLOCK_SIZE` of `runners.text.paging.blocks`."""
@@ -69,8 +70,9 @@ def paged_attention(
         tiles = [(decode_tile, 0, 2)]
     elif not has_chunks:
         tiles.pop()
-    grid = (programs, kv_heads, triton.cdiv(group, MAX_GROUP))
     for block_m, first, last in tiles:
+        tile_heads = heads_per_tile(block_m, group)
+        grid = (programs, kv_heads, triton.cdiv(group, tile_heads))
         _attention_kernel[grid](
             *(query, keys, values, out, scratch, states, sinks if has_sinks else out),
             *(query_starts, lengths, block_tables, items, bounds),
@@ -84,7 +86,7 @@ def paged_attention(
             FIRST=first,
             LAST=last,
             GROUP=group,
-            HEADS=min(group, MAX_GROUP),
+            HEADS=tile_heads,
             KEY_SIZE=key_size,
             VALUE_SIZE=value_size,
             BLOCK_M=block_m,
@@ -92,7 +94,7 @@ def paged_attention(
             WINDOW=window > 0,
             SOFTCAP=softcap > 0,
             SINKS=has_sinks,
-            **launch_options(block_m, key_size, value_size, query.element_size()),
+            **launch_options(block_m, key_size, value_size, query.dtype),
         )
     _reduce_kernel[(programs, triton.cdiv(heads, REDUCED_HEADS))](
         *(out, scratch, states, sinks if has_sinks else out, reductions, bounds),
@@ -125,11 +127,11 @@ def factors(scale: float, softcap: float, key_scale: float) -> tuple[float, floa
 
 
 def launch_options(
-    block_m: int, key_size: int, value_size: int, element_size: int
+    block_m: int, key_size: int, value_size: int, dtype: torch.dtype
 ) -> dict[str, int | str | bool]:
     """The shape of the tiles over the keys, which is the same for each `block_m`, and its warps."""
     key_block, value_block = _block(key_size), _block(value_size)
-    is_float32 = element_size == 4
+    is_float32 = dtype == torch.float32
     is_wide = key_block + value_block > 256
     # A warp for each 16 rows has all columns of its rows, twice as many share longer rows. Fewer
     # than 4 would lack registers for the addresses of the keys.
@@ -139,6 +141,8 @@ def launch_options(
         "VALUE_BLOCK": value_block,
         "BLOCK_N": 32 if is_float32 or is_wide else 64,
         "PRECISION": "ieee" if is_float32 else "tf32",
+        # The interpreter multiplies no bfloat16.
+        "UPCAST": dtype == torch.bfloat16 and kernels.interpreted(),
         "num_warps": min(warps, 8),
         "num_stages": 2 if is_float32 else 3,
         "enable_fp_fusion": False,
@@ -219,10 +223,12 @@ def _attention_kernel(
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Work through items. A tile is `BLOCK_M` pairs of a query row and one of `HEADS` heads."""
     kv_head = tl.program_id(1)
     ROWS: tl.constexpr = BLOCK_M // HEADS
+    ELEMENT: tl.constexpr = query.dtype.element_ty
     QUERY_HEADS = tl.num_programs(1) * GROUP
     tile = tl.arange(0, BLOCK_M)
     row_in_tile = tile // HEADS
@@ -260,6 +266,8 @@ def _attention_kernel(
             mask=row_mask[:, None] & (key_column < KEY_SIZE)[None, :],
             other=0.0,
         )
+        if UPCAST:
+            q = q.to(tl.float32)
         table = block_tables + segment.to(tl.int64) * table_stride
         all_m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         all_l = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -291,7 +299,7 @@ def _attention_kernel(
                 mask=token_mask[:, None] & (value_column < VALUE_SIZE)[None, :],
                 other=0.0,
             )
-            logits = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
+            logits = tl.dot(q, k.to(ELEMENT).to(q.dtype), input_precision=PRECISION)
             if SOFTCAP:
                 decay = tl.exp2(tl.abs(logits * cap_factor) * -2.8853900817779268)
                 tanh = (1.0 - decay) / (1.0 + decay)
@@ -304,10 +312,13 @@ def _attention_kernel(
             shift = tl.where(new_m == float("-inf"), 0.0, new_m)
             old = tl.exp2(m - shift)
             negative = tl.broadcast_to(-shift[:, None], logits.shape)
-            weights = tl.exp2(tl.fma(logits, tl.full(logits.shape, factor, tl.float32), negative))
+            factors = tl.full(logits.shape, factor, dtype=tl.float32)
+            weights = tl.exp2(tl.fma(logits, factors, negative))
             l = tl.fma(l, old, tl.sum(weights, axis=1))
             acc = acc * old[:, None]
-            acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+            weights = weights.to(ELEMENT).to(q.dtype)
+            v = v.to(ELEMENT).to(q.dtype)
+            acc = tl.dot(weights, v, acc, input_precision=PRECISION)
             m = new_m
             if (first + BLOCK_N) % SPLIT == 0:
                 all_m, all_l, all_acc = _merge(all_m, all_l, all_acc, m, l, acc)
