@@ -29,6 +29,7 @@ def launch(
             thresholds,
             BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])),
             num_warps=8,
+            enable_fp_fusion=False,
         )
     return thresholds
 
