@@ -17,10 +17,11 @@ from typing_extensions import override
 from runners.config.base import TextConfig
 from runners.contracts.errors import ConfigError
 from runners.text.engine import ModelRunner
-from runners.text.gpu.attention import Backend, TorchBackend, choose_backend
-from runners.text.gpu.model_runner import GPUModelRunner, GraphOptions, StepLimits
-from runners.text.gpu.probe import attention_calls
+from runners.text.gpu.attention import Backend, TorchBackend, TritonBackend
+from runners.text.gpu.model_runner import GPUModelRunner, GraphOptions
+from runners.text.gpu.probe import attention_shapes
 from runners.text.gpu.sampling import DeviceSampler
+from runners.text.gpu.step import StepLimits
 from runners.text.lockstep import TPGroup
 from runners.text.model_runner import HFModelRunner, Layout, input_device
 from runners.text.samplers import HostSampler, Sampler
@@ -97,8 +98,9 @@ class GPUExecution(Execution):
     def with_best_backend(self, model: PreTrainedModel, requested: str) -> GPUExecution:
         """With the backend that is proved equal and is the fastest for what the model's layers ask
         of it; the model runs in the packed layout. Raises: ConfigError if `requested` cannot."""
-        calls = attention_calls(model, self.limits)
-        return replace(self, backend=choose_backend(calls, input_device(model), requested))
+        shapes = attention_shapes(model, self.limits)
+        backend = TorchBackend() if requested == "torch" else TritonBackend()
+        return replace(self, backend=backend)
 
 
 def choose_execution(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from runners.text.gpu.attention import KVPages
 from runners.text.paging.blocks import BLOCK_SIZE
 
 
@@ -16,19 +17,17 @@ class PagePool:
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers: dict[int, KVPages] = {}
 
     @property
     def scratch_page(self) -> int:
         """The page of what nothing reads."""
         return self.blocks
 
-    def layer(
-        self, index: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> KVPages:
         """The pages of a layer, allocated for keys and values `[..., kv_heads, n, size]`."""
         if (layer := self._layers.get(index)) is None:
-            layer = self._pages(key), self._pages(value)
+            layer = KVPages(self._pages(key), self._pages(value))
             self._layers[index] = layer
         return layer
 
@@ -36,7 +35,7 @@ class PagePool:
         """Bytes of one block in all layers, per device."""
         total: dict[torch.device, int] = {}
         for pages in self._layers.values():
-            for tensor in pages:
+            for tensor in (pages.keys, pages.values):
                 size = tensor[0].numel() * tensor.element_size()
                 total[tensor.device] = total.get(tensor.device, 0) + size
         return total

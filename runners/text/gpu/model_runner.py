@@ -19,22 +19,10 @@ from runners.text.engine import ModelRunner
 from runners.text.gpu.attention import Backend
 from runners.text.gpu.graphs import GraphCache, padded_sizes
 from runners.text.gpu.kv import PagePool
-from runners.text.gpu.step import DeviceStep, PinnedCopy, StepContext, arrays_of
+from runners.text.gpu.step import PinnedCopy, StepContext, StepLimits, arrays_of
 from runners.text.model_runner import ForwardInputs, input_device, resolve
 from runners.text.paging.batch import Batch, forward_context
 from runners.text.paging.blocks import BLOCK_SIZE
-
-
-@dataclass(frozen=True)
-class StepLimits:
-    """What the buffers of a runner are allocated for."""
-
-    rows: int
-    """Tokens of one step."""
-    sequences: int
-    """Sequences of one step."""
-    context: int
-    """Tokens of one sequence."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +52,7 @@ class GPUModelRunner(ModelRunner):
         self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self._limits = limits
         self._inputs = ForwardInputs.of(model)
-        self._max_pages = -(-min(limits.context, blocks * BLOCK_SIZE) // BLOCK_SIZE)
-        self._context = StepContext(PagePool(blocks), backend, self._create_step)
+        self._context = StepContext(PagePool(blocks), backend, limits)
         numbers = 2 * limits.rows + limits.sequences
         self._numbers = torch.zeros(numbers, dtype=torch.int64, device=self.device)
         self._copy = PinnedCopy(numbers, self.device)
@@ -126,14 +113,6 @@ class GPUModelRunner(ModelRunner):
         """Bytes of KV per token on each device, once a batch has run."""
         sizes = self._context.pool.bytes_per_block().items()
         return {device: -(-size // BLOCK_SIZE) for device, size in sizes}
-
-    def _create_step(self, device: torch.device) -> DeviceStep:
-        return DeviceStep(
-            device,
-            max_rows=self._limits.rows,
-            max_sequences=self._limits.sequences,
-            max_pages=self._max_pages,
-        )
 
     def _fill(self, batch: Batch, sequences: int) -> tuple[int, int]:
         """Begin to copy a batch, padded to a number of sequences, to the devices.

@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from runners.text.gpu.attention import AttentionCall, AttentionOptions, StepPlan, TorchBackend
-from runners.text.gpu.model_runner import GPUModelRunner, StepLimits
+from runners.text.gpu.attention import AttentionOptions, AttentionShape, KVPages, TorchBackend
+from runners.text.gpu.model_runner import GPUModelRunner
+from runners.text.gpu.plan import StepPlan
+from runners.text.gpu.step import StepLimits
 from runners.text.paging.batch import Batch
 
 
+@dataclass(frozen=True)
 class _Recorder(TorchBackend):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: set[AttentionCall] = set()
+    shapes: set[AttentionShape] = field(default_factory=set)
 
     @override
     def attend(
         self,
         query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        pages: KVPages,
         plan: StepPlan,
         out: torch.Tensor,
         options: AttentionOptions,
     ) -> None:
-        self.calls.add(AttentionCall.of(query, keys, values, options))
-        super().attend(query, keys, values, plan, out, options)
+        shape = AttentionShape(
+            heads=query.shape[1],
+            kv_heads=pages.keys.shape[2],
+            key_size=query.shape[2],
+            value_size=pages.values.shape[3],
+            dtype=query.dtype,
+            kv_dtype=pages.keys.dtype,
+            window=options.window,
+            softcap=options.softcap,
+            has_sinks=options.sinks is not None,
+        )
+        self.shapes.add(shape)
+        super().attend(query, pages, plan, out, options)
 
 
-def attention_calls(model: PreTrainedModel, limits: StepLimits) -> set[AttentionCall]:
-    """The different attention calls of a packed model's layers, from one step of one token."""
+def attention_shapes(model: PreTrainedModel, limits: StepLimits) -> set[AttentionShape]:
+    """The different shapes of attention among a packed model's layers, from a step of one token."""
     recorder = _Recorder()
     runner = GPUModelRunner(model, recorder, limits, blocks=1, graphs=None)
     runner.run(Batch([[0]], [0], [array("i", [0])], [True]))
-    return recorder.calls
+    return recorder.shapes
