@@ -1,16 +1,15 @@
-"""Graphs of decode steps: a step's launches, recorded once and replayed without Python.
+"""Graphs of steps: a step's launches, recorded once and replayed without Python.
 
-`GPUModelRunner` captures one graph per padded batch size. On a GPU a graph is a CUDA graph. On a
+`GPUModelRunner` captures one graph for each shape that it pads steps to. On a GPU a graph is a CUDA graph. On a
 CPU, where tests run, it is the list of operators that torch dispatched: like a CUDA graph it reads
 the same tensors at each replay, runs none of the model's Python, and refuses what waits for a value.
 """
 
 from __future__ import annotations
 
-import bisect
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +20,7 @@ from runners.contracts.errors import first_line
 
 logger = logging.getLogger("triptych.text")
 
+Key = TypeVar("Key")
 Forward = Callable[[], torch.Tensor]
 
 WAITING = frozenset(
@@ -88,6 +88,12 @@ class RecordedGraph(Graph):
                     old.copy_(new)
 
 
+def replay(graph: Graph) -> torch.Tensor:
+    """What a graph returns for what its inputs hold now."""
+    graph.replay()
+    return graph.output
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -112,84 +118,83 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def padded_sizes(max_batch_size: int) -> list[int]:
-    """The batch sizes that decode steps are padded to, up to and including the largest batch."""
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, max_batch_size, 32)]
-    return [*(size for size in sizes if size < max_batch_size), max_batch_size]
+def sequence_sizes(most: int) -> list[int]:
+    """What the sequences of decoding steps are padded to; the last one is `most`."""
+    return _up_to(most, [1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(288, most, 32)])
 
 
-class GraphCache:
-    """The graphs of a model runner, by padded batch size.
+def row_sizes(most: int) -> list[int]:
+    """What the rows of steps with prompt chunks are padded to; the last one is `most`."""
+    powers = range(5, most.bit_length())
+    return _up_to(most, sorted(size << n for n in powers for size in (2, 3)))
 
-    A size is captured once a step of that size has run eagerly. `agree` has all ranks of a group
-    take the same decision. All graphs together may take `max_bytes` of the device.
+
+def _up_to(most: int, sizes: Sequence[int]) -> list[int]:
+    return [*(size for size in sizes if size < most), most]
+
+
+class GraphCache(Generic[Key]):
+    """The graphs of a model runner, by the shape of the step.
+
+    A shape is captured when it is needed for the second time, or while nothing else is to do. All
+    graphs together may take `max_bytes` of the device. `agree` has all ranks of a group take the
+    same decision.
     """
 
     def __init__(
         self,
         device: torch.device,
-        sizes: Sequence[int],
         *,
         max_bytes: int,
         agree: Callable[[bool], bool] = lambda success: success,
     ) -> None:
-        self.sizes = list(sizes)
         self.bytes = 0
         """What the graphs take."""
         self._device = device
         self._max_bytes = max_bytes
         self._agree = agree
-        self._graphs: dict[int, Graph] = {}
+        self._graphs: dict[Key, Graph] = {}
+        self._requested: set[Key] = set()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._stopped = False
+        self.stopped = False
+        """Whether no further graph is captured: one failed, or the memory is used up."""
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    @property
-    def stopped(self) -> bool:
-        """Whether no further size is captured: one failed, or the memory is used up."""
-        return self._stopped
+    def get(self, key: Key) -> Graph | None:
+        """The graph of a shape, if there is one."""
+        return self._graphs.get(key)
 
-    def padded(self, count: int) -> int:
-        """The smallest size that holds `count` sequences."""
-        return self.sizes[bisect.bisect_left(self.sizes, count)]
+    def is_due(self, key: Key) -> bool:
+        """Whether a shape without a graph, whose step is about to run, is to be captured first."""
+        is_due = key in self._requested and not self.stopped
+        self._requested.add(key)
+        return is_due
 
-    def get(self, size: int) -> Graph | None:
-        """The graph of a size; None before it is captured."""
-        return self._graphs.get(size)
-
-    def missing(self) -> int | None:
-        """The smallest size that is not captured yet; None if there is none, or it is too late."""
-        if self._stopped:
-            return None
-        return next((size for size in self.sizes if size not in self._graphs), None)
-
-    def capture(self, size: int, forward: Forward) -> None:
-        """Capture `forward`, which has run before, and keep the graph if its replay returns the
-        same; otherwise no size is captured from now on."""
-        if self._stopped:
-            return
-        graph, failure = None, ""
+    def capture(self, key: Key, forward: Forward) -> None:
+        """Capture `forward`, which has run before. What keeps it from that is logged."""
+        graph, failure = None, "it failed on another rank"
         before = self._reserved()
         try:
-            expected = forward().clone()
             graph = self._create(forward)
         except Exception as error:  # whatever a model does that a capture does not allow
             failure = first_line(error)
-        captured = self._agree(graph is not None)
-        if captured and graph is not None:
-            graph.replay()
-            same = torch.equal(graph.output.nan_to_num(), expected.nan_to_num())
-            captured = self._agree(same)
-            failure = "" if same else "a replay returns something else"
-        if captured and graph is not None:
-            self._graphs[size] = graph
+        if self._agree(graph is not None) and graph is not None:
+            self._graphs[key] = graph
             self.bytes += self._reserved() - before
             if not self._agree(self.bytes <= self._max_bytes):
                 self._stop(f"{len(self)} graphs take {self.bytes >> 20} MiB")
-            return
-        self._stop(failure or "it failed on another rank")
+        else:
+            self._stop(failure)
+
+    def verify(self, key: Key, equal: bool) -> bool:
+        """Keep a graph whose first replay gave what the step gives without it, on all ranks."""
+        if not self._agree(equal):
+            del self._graphs[key]
+            self._stop("a replay gave something else")
+            return False
+        return True
 
     def clear(self) -> None:
         """Forget all graphs: the KV cache that they address is gone."""
@@ -207,5 +212,5 @@ class GraphCache:
         return torch.cuda.memory_reserved(self._device)
 
     def _stop(self, reason: str) -> None:
-        self._stopped = True
-        logger.warning("no further decode steps are captured as graphs: %s", reason)
+        self.stopped = True
+        logger.warning("no further steps are captured as graphs: %s", reason)

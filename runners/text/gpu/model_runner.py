@@ -1,13 +1,14 @@
 """GPUModelRunner: one packed step of a stock Hugging Face causal LM on GPUs.
 
 All rows of a step run in one forward, with one attention call per layer over the pages of the KV
-cache. A step of decoding sequences is padded to one of a few sizes and replayed as a graph. With
+cache. Steps are padded to one of a few shapes and replayed as graphs. With
 `attention_kernel` set to `torch` or `triton` the same path runs on a CPU, with the same buffers and
 recorded graphs: that is how it is tested where there is no GPU.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,9 +18,9 @@ from typing_extensions import override
 
 from runners.text.engine import ModelRunner
 from runners.text.gpu.attention import Backend
-from runners.text.gpu.graphs import GraphCache, padded_sizes
+from runners.text.gpu.graphs import GraphCache, replay, row_sizes, sequence_sizes
 from runners.text.gpu.kv import PagePool
-from runners.text.gpu.step import PinnedCopy, StepContext, StepLimits, arrays_of
+from runners.text.gpu.step import PinnedCopy, StepContext, StepLimits, StepShape, arrays_of
 from runners.text.model_runner import ForwardInputs, input_device, resolve
 from runners.text.paging.batch import Batch, forward_context
 from runners.text.paging.blocks import BLOCK_SIZE
@@ -58,31 +59,30 @@ class GPUModelRunner(ModelRunner):
         self._copy = PinnedCopy(numbers, self.device)
         self._sampled = torch.zeros(limits.sequences, dtype=torch.int64, device=self.device)
         self._logits: torch.Tensor | None = None
-        self.graphs: GraphCache | None = None
+        self.graphs: GraphCache[StepShape] | None = None
         if graphs is not None:
-            self.graphs = GraphCache(
-                self.device,
-                padded_sizes(limits.sequences),
-                max_bytes=graphs.max_bytes,
-                agree=graphs.agree,
-            )
+            self.graphs = GraphCache(self.device, max_bytes=graphs.max_bytes, agree=graphs.agree)
+        self._sequence_sizes = sequence_sizes(limits.sequences)
+        self._row_sizes = row_sizes(limits.rows)
 
     @override
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
-        decoding = all(len(tokens) == 1 for tokens in batch.tokens) and all(batch.wanted)
-        if self.graphs is None or not decoding:
-            rows, kept = self._fill(batch, len(batch.tokens))
-            return self._forward(rows, kept)
-        size = self.graphs.padded(len(batch.tokens))
-        self._fill(batch, size)
-        if (graph := self.graphs.get(size)) is None:
-            logits = self._decode(size)
-            self._capture(size)
+        if self.graphs is None:
+            rows, wanted = sum(map(len, batch.tokens)), sum(batch.wanted)
+            shape = StepShape(rows, len(batch.tokens), wanted, has_chunks=False)
+            self._fill(batch, shape)
+            return self._forward(shape)
+        shape = self._padded_shape(batch)
+        graph = self.graphs.get(shape)
+        if graph is None and self.graphs.is_due(shape):
+            self._capture(shape)
+            self._fill(batch, shape)
+            logits = self._first_replay(shape)
         else:
-            graph.replay()
-            logits = graph.output
-        return logits[: len(batch.tokens)]
+            self._fill(batch, shape)
+            logits = self._compute(shape) if graph is None else replay(graph)
+        return logits[: sum(batch.wanted)]
 
     @override
     def feed(self, tokens: torch.Tensor) -> None:
@@ -92,10 +92,12 @@ class GPUModelRunner(ModelRunner):
     @torch.inference_mode()
     def idle(self) -> None:
         """Captures the next graph, so that a later step need not."""
-        if self.graphs is not None and (size := self.graphs.missing()) is not None:
-            self._fill(Batch([], [], [], []), size)
-            self._decode(size)
-            self._capture(size)
+        if self.graphs is None or self.graphs.stopped:
+            return
+        shapes = map(self._decode_shape, self._sequence_sizes)
+        missing = (shape for shape in shapes if self.graphs.get(shape) is None)
+        if (shape := next(missing, None)) is not None:
+            self._capture(shape)
 
     @override
     def shrink(self) -> int | None:
@@ -114,44 +116,66 @@ class GPUModelRunner(ModelRunner):
         sizes = self._context.pool.bytes_per_block().items()
         return {device: -(-size // BLOCK_SIZE) for device, size in sizes}
 
-    def _fill(self, batch: Batch, sequences: int) -> tuple[int, int]:
-        """Begin to copy a batch, padded to a number of sequences, to the devices.
+    def _decode_shape(self, size: int) -> StepShape:
+        return StepShape(size, size, size, has_chunks=False)
 
-        Returns: how many rows it has, and how many of them have wanted logits.
-        """
-        scratch = self._context.pool.scratch_page
-        arrays = arrays_of(batch, sequences=sequences, scratch_page=scratch)
-        rows, kept, room = arrays.rows, len(arrays.kept), self._limits.rows
+    def _padded_shape(self, batch: Batch) -> StepShape:
+        """The smallest shape with a graph that holds a batch."""
+        rows, sequences = sum(map(len, batch.tokens)), len(batch.tokens)
+        if rows == sequences and all(batch.wanted):
+            return self._decode_shape(_at_least(rows, self._sequence_sizes))
+        most = self._limits.sequences
+        return StepShape(_at_least(rows, self._row_sizes), most, most, has_chunks=True)
+
+    def _fill(self, batch: Batch, shape: StepShape) -> None:
+        """Begin to copy a batch to the devices."""
+        arrays = arrays_of(batch, shape)
+        room = self._limits.rows
         numbers = self._copy.next()
-        numbers[:rows] = arrays.ids
-        numbers[room : room + rows] = arrays.positions
-        numbers[2 * room : 2 * room + kept] = arrays.kept
-        self._copy.send(self._numbers, 2 * room + kept)
+        numbers[: shape.rows] = arrays.ids
+        numbers[room : room + shape.rows] = arrays.positions
+        numbers[2 * room : 2 * room + shape.kept] = arrays.kept
+        self._copy.send(self._numbers, 2 * room + shape.kept)
         self._context.fill(arrays)
-        return rows, kept
 
-    def _forward(self, rows: int, kept: int) -> torch.Tensor:
+    def _forward(self, shape: StepShape) -> torch.Tensor:
         """Logits `[kept, vocab]` of the step that the buffers hold."""
         room = self._limits.rows
-        ids = resolve(self._numbers[:rows], self._sampled)
-        positions = self._numbers[room : room + rows]
-        wanted = self._numbers[2 * room : 2 * room + kept]
+        ids = resolve(self._numbers[: shape.rows], self._sampled)
+        positions = self._numbers[room : room + shape.rows]
+        kept = self._numbers[2 * room : 2 * room + shape.kept]
         token = forward_context.set(self._context)
         try:
             return self._inputs.logits(
-                self.model, ids[None], positions[None], wanted, use_cache=False
+                self.model, ids[None], positions[None], kept, use_cache=False
             )[0]
         finally:
             forward_context.reset(token)
 
-    def _decode(self, size: int) -> torch.Tensor:
-        """Logits `[size, vocab]` of a step of that many decoding sequences, padding included, in a
-        buffer that all graphs share."""
-        logits = self._forward(size, size)
+    def _compute(self, shape: StepShape) -> torch.Tensor:
+        """As `_forward`, in a buffer that all graphs share."""
+        logits = self._forward(shape)
         if self._logits is None:
             self._logits = logits.new_zeros(self._limits.sequences, logits.shape[1])
-        return self._logits[:size].copy_(logits)
+        return self._logits[: shape.kept].copy_(logits)
 
-    def _capture(self, size: int) -> None:
+    def _capture(self, shape: StepShape) -> None:
+        """Capture a step of padding, whose KV nothing reads."""
         assert self.graphs is not None  # noqa: S101 - the callers checked it
-        self.graphs.capture(size, lambda: self._decode(size))
+        self._fill(Batch([], [], [], []), shape)
+        self._compute(shape)
+        self.graphs.capture(shape, lambda: self._compute(shape))
+
+    def _first_replay(self, shape: StepShape) -> torch.Tensor:
+        """The logits of a step that may have a new graph, which must give the same."""
+        logits = self._compute(shape)
+        assert self.graphs is not None  # noqa: S101 - the caller checked it
+        if (graph := self.graphs.get(shape)) is None:
+            return logits
+        expected = logits.clone()
+        equal = torch.equal(replay(graph).nan_to_num(), expected.nan_to_num())
+        return graph.output if self.graphs.verify(shape, equal) else expected
+
+
+def _at_least(count: int, sizes: list[int]) -> int:
+    return sizes[bisect.bisect_left(sizes, count)]

@@ -209,16 +209,25 @@ class StepPlan:
         counts: Sequence[int] | npt.NDArray[np.integer],
         lengths: Sequence[int] | npt.NDArray[np.integer],
         tables: npt.NDArray[np.integer],
+        *,
+        rows: int = 0,
+        padding_slot: int = 0,
+        has_chunks: bool = False,
     ) -> None:
         """Describe a step of segments with `counts[i]` rows, the last ones of `lengths[i]` tokens.
 
-        `tables` is `[n, width]`: the pages of each segment, anything beyond its end. It does not
+        `tables` is `[n, width]`: the pages of each segment, anything beyond its end. Segments may
+        have no row. If the step is padded to `rows`, the KV of further rows goes to `padding_slot`.
+        A graph of a step that has chunks at times is captured with `has_chunks`. It does not
         wait for the device, except for the copies of the step before last. Work that was submitted
         to the current stream still sees the step before.
         Raises: ValueError if the step is larger than this plan.
         """
         count, length = np.asarray(counts, np.int64), np.asarray(lengths, np.int64)
-        rows, sequences, width = int(count.sum()), len(count), tables.shape[1]
+        slots = token_slots(count, length, tables)
+        padding = np.full(max(0, rows - len(slots)), padding_slot, np.int64)
+        slots = np.concatenate([slots, padding])
+        rows, sequences, width = len(slots), len(count), tables.shape[1]
         maximum = len(self.slots), *self.block_tables.shape
         if any(n > m for n, m in zip((rows, sequences, width), maximum, strict=True)):
             raise ValueError(
@@ -236,7 +245,7 @@ class StepPlan:
         ends = [0, work.decode_items, len(work.items), len(work.reductions)]
         self._packed.copy(
             {
-                "slots": token_slots(count, length, tables).view(np.int32),
+                "slots": slots.view(np.int32),
                 "query_starts": np.concatenate([[0], np.cumsum(count)]),
                 "lengths": length,
                 "bounds": np.array(ends),
@@ -246,8 +255,8 @@ class StepPlan:
             {"reductions": work.reductions},
         )
         self.rows, self.sequences = rows, sequences
-        self.has_chunks = work.decode_items < len(work.items)
-        self.max_count = int(count.max(initial=0))
+        self.has_chunks = has_chunks or work.decode_items < len(work.items)
+        self.max_count = rows if has_chunks else int(count.max(initial=1))
 
 
 class _Packed:

@@ -33,49 +33,57 @@ class StepLimits:
 
 
 @dataclass(frozen=True)
-class StepArrays:
-    """A batch as host arrays; rows and sequences include the padding."""
+class StepShape:
+    """The sizes of a step, padding included. Steps of one shape may share a graph."""
 
+    rows: int
+    sequences: int
+    kept: int
+    """Rows whose logits are computed."""
+    has_chunks: bool
+    """Whether sequences may have more than one row."""
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """A batch as host arrays, padded to a shape.
+
+    Padding sequences have no row. The KV of padding rows goes to a page that nothing reads.
+    """
+
+    shape: StepShape
     ids: npt.NDArray[np.int64]
     """`[rows]`; `-1 - i` is the token that was sampled as number i."""
     positions: npt.NDArray[np.int64]
     """`[rows]`."""
     kept: npt.NDArray[np.int64]
-    """`[m]`: the rows whose logits are wanted, those of the padding included."""
+    """`[kept]`: the rows whose logits are computed, the wanted ones first."""
     counts: npt.NDArray[np.int64]
-    """`[n]`: rows of each sequence."""
+    """`[sequences]`: rows of each sequence."""
     lengths: npt.NDArray[np.int64]
-    """`[n]`: tokens of each sequence, its rows included."""
+    """`[sequences]`: tokens of each sequence, its rows included."""
     tables: npt.NDArray[np.int32]
-    """`[n, width]`: the pages of each sequence."""
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return len(self.ids)
+    """`[sequences, width]`: the pages of each sequence."""
 
 
-def arrays_of(batch: Batch, *, sequences: int, scratch_page: int) -> StepArrays:
-    """The arrays of a batch, padded to `sequences` with sequences of one token each, whose KV goes
-    to `scratch_page`."""
-    padding = sequences - len(batch.tokens)
-    counts = np.array([*map(len, batch.tokens), *[1] * padding], dtype=np.int64)
-    past = np.array([*batch.past, *[0] * padding], dtype=np.int64)
+def arrays_of(batch: Batch, shape: StepShape) -> StepArrays:
+    """The arrays of a batch that fits a shape."""
+    counts, past = np.zeros((2, shape.sequences), dtype=np.int64)
+    counts[: len(batch.tokens)] = [len(tokens) for tokens in batch.tokens]
+    past[: len(batch.tokens)] = batch.past
     width = max(map(len, batch.block_tables), default=1)
-    tables = np.full((sequences, width), scratch_page, dtype=np.int32)
+    tables = np.zeros((shape.sequences, width), dtype=np.int32)
     for row, table in zip(tables, batch.block_tables, strict=False):
         row[: len(table)] = np.frombuffer(table, dtype=np.int32)
-    ids = np.zeros(int(counts.sum()), dtype=np.int64)
-    ids[: len(ids) - padding] = [token for tokens in batch.tokens for token in tokens]
+    ids, positions = np.zeros((2, shape.rows), dtype=np.int64)
+    tokens = [token for tokens in batch.tokens for token in tokens]
+    ids[: len(tokens)] = tokens
     ends = np.cumsum(counts)
-    return StepArrays(
-        ids=ids,
-        positions=np.arange(len(ids)) - np.repeat(ends - counts - past, counts),
-        kept=ends[np.array([*batch.wanted, *[True] * padding], dtype=bool)] - 1,
-        counts=counts,
-        lengths=past + counts,
-        tables=tables,
-    )
+    positions[: len(tokens)] = np.arange(len(tokens)) - np.repeat(ends - counts - past, counts)
+    kept = np.zeros(shape.kept, dtype=np.int64)
+    wanted = ends[: len(batch.tokens)][np.array(batch.wanted, dtype=bool)] - 1
+    kept[: len(wanted)] = wanted
+    return StepArrays(shape, ids, positions, kept, counts, past + counts, tables)
 
 
 class PinnedCopy:
@@ -126,7 +134,7 @@ class StepContext:
         """The step that the next forward computes; does not wait."""
         self._arrays = arrays
         for plan in self._plans.values():
-            plan.fill(arrays.counts, arrays.lengths, arrays.tables)
+            self._fill(plan)
 
     def attend(
         self,
@@ -142,14 +150,14 @@ class StepContext:
         plan = self._plan(query.device, heads, key.shape[1], value.shape[3])
         pages = self.pool.layer(layer_index, key, value)
         pages.write(key[0].transpose(0, 1), value[0].transpose(0, 1), plan.slots[:rows])
-        out = query.new_empty(1, rows, heads, value.shape[3])
+        # The kernel leaves out the rows of padding.
+        out = query.new_zeros(1, rows, heads, value.shape[3])
         self._backend.attend(query[0].transpose(0, 1), pages, plan, out[0], options)
         return out
 
     def _plan(self, device: torch.device, heads: int, kv_heads: int, value_size: int) -> StepPlan:
         group, record_size = heads // kv_heads, heads * (value_size + 2)
         if (plan := self._plans.get((device, group, record_size))) is None:
-            assert self._arrays is not None  # noqa: S101 - `fill` comes before a forward
             limits, pages = self._limits, self.pool.blocks
             decode_tile, prefill_tile = self._backend.tiles
             plan = StepPlan(
@@ -164,9 +172,21 @@ class StepContext:
                 prefill_tile=prefill_tile,
                 programs=_programs(device, kv_heads),
             )
-            plan.fill(self._arrays.counts, self._arrays.lengths, self._arrays.tables)
+            self._fill(plan)
             self._plans[device, group, record_size] = plan
         return plan
+
+    def _fill(self, plan: StepPlan) -> None:
+        arrays = self._arrays
+        assert arrays is not None  # noqa: S101 - `fill` comes before a forward
+        plan.fill(
+            arrays.counts,
+            arrays.lengths,
+            arrays.tables,
+            rows=arrays.shape.rows,
+            padding_slot=self.pool.scratch_page * BLOCK_SIZE,
+            has_chunks=arrays.shape.has_chunks,
+        )
 
 
 def _programs(device: torch.device, kv_heads: int) -> int:
