@@ -98,9 +98,7 @@ def _search(row, vocab, target, lowest, largest, COUNT: tl.constexpr, BLOCK: tl.
 
 
 @triton.jit
-def _cutoff_kernel(
-    logits, stride, vocab, top_k, top_p, log_min_p, thresholds, BLOCK: tl.constexpr
-):
+def _cutoff_kernel(logits, stride, vocab, top_k, top_p, log_min_p, thresholds, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64)
     row = logits + index * stride
     k = tl.load(top_k + index)
