@@ -8,10 +8,11 @@ its version takes pages of this size. `torch` has no limits and runs everywhere,
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -51,7 +52,9 @@ class KVPages:
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         """Write keys `[T, kv_heads, size]` and values to `slots` int64 `[T]` of `token_slots`."""
-        if kernels.runs_on(key.device):
+        # Triton's interpreter rounds to float8 wrongly where the exponent changes.
+        is_cuda, is_float8 = key.device.type == "cuda", self.keys.dtype == FLOAT8
+        if kernels.runs_on(key.device) and (is_cuda or not is_float8):
             from runners.text.gpu.kernels.kv import write_kv
 
             key, value = _with_dense_rows(key), _with_dense_rows(value)
@@ -132,9 +135,13 @@ class TritonBackend:
             return f"heads of more than {MAX_HEAD_SIZE} numbers"
         if shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{shape.dtype}"
-        if device.type == "cuda" and shape.kv_dtype == FLOAT8:
-            if torch.cuda.get_device_capability(device) < (8, 9):
-                return "float8 needs a GPU of compute capability 8.9"
+        is_cuda = device.type == "cuda"
+        if (
+            is_cuda
+            and shape.kv_dtype == FLOAT8
+            and torch.cuda.get_device_capability(device) < (8, 9)
+        ):
+            return "float8 needs a GPU of compute capability 8.9"
         return None
 
     def attend(
@@ -185,7 +192,7 @@ class VarlenBackend:
         """Why it cannot be used, if it cannot."""
         if device.type != "cuda":
             return "torch has it for CUDA only"
-        if _varlen_attn() is None:
+        if not _table_parameter():
             return "this version of torch has it without pages"
         if shape.softcap is not None or shape.has_sinks:
             return "it has neither a soft cap nor sinks"
@@ -204,12 +211,14 @@ class VarlenBackend:
         options: AttentionOptions,
     ) -> None:
         """See `Backend`."""
-        function = _varlen_attn()
-        assert function is not None
         sequences = plan.sequences
+        paging = {
+            _table_parameter(): plan.block_tables[:sequences],
+            "seqused_k": plan.lengths[:sequences],
+        }
         window = (-1, 0) if options.window is None else (options.window - 1, 0)
         out.copy_(
-            function(
+            _varlen_attn()(
                 query,
                 pages.keys,
                 pages.values,
@@ -218,40 +227,34 @@ class VarlenBackend:
                 plan.max_count,
                 # A graph keeps this number, so it is the largest that there can be.
                 plan.block_tables.shape[1] * BLOCK_SIZE,
-                plan.block_tables[:sequences],
-                plan.lengths[:sequences],
                 scale=options.scale,
                 window_size=window,
                 enable_gqa=query.shape[1] != pages.keys.shape[2],
                 num_splits=1,
+                **paging,
             )
         )
 
 
+def _varlen_attn() -> Callable[..., torch.Tensor]:
+    """torch's function. Raises: ImportError if this version has none."""
+    from torch.nn.attention import varlen
+
+    function = varlen.varlen_attn
+    # It returns more only where it is asked for more.
+    return cast("Callable[..., torch.Tensor]", function)
+
+
 @cache
-def _varlen_attn() -> Callable[..., torch.Tensor] | None:
-    """torch's function, with the block table and the lengths as the arguments after `max_k`.
-
-    None if this version of torch does not have all of its arguments.
-    """
+def _table_parameter() -> str:
+    """The name of its argument for block tables; empty if this version lacks what is needed."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        parameters = set(inspect.signature(_varlen_attn()).parameters)
     except ImportError:
-        return None
-    parameters = inspect.signature(varlen_attn).parameters
-    tables = [name for name in ("block_table", "page_table") if name in parameters]
+        return ""
     needed = {"seqused_k", "num_splits", "scale", "window_size", "enable_gqa"}
-    if not tables or not needed <= set(parameters):
-        return None
-
-    def attend(*arguments: Any, **options: Any) -> torch.Tensor:
-        *positional, table, lengths = arguments
-        result: torch.Tensor = varlen_attn(
-            *positional, **{tables[0]: table}, seqused_k=lengths, **options
-        )
-        return result
-
-    return attend
+    names = [name for name in ("block_table", "page_table") if name in parameters]
+    return names[0] if names and needed <= parameters else ""
 
 
 @dataclass(frozen=True)
@@ -317,7 +320,7 @@ def attention_by_rows(
     A row's matrix products have the shape of what it sees, in any batch and any chunk.
     """
     starts = query_starts.tolist()
-    for segment, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for segment, (start, end) in enumerate(itertools.pairwise(starts)):
         length = int(lengths[segment])
         table = block_tables[segment, : -(-length // BLOCK_SIZE)].long()
         # Copied, so that what lies beyond the end, which may be NaN, is not read.

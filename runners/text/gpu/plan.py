@@ -297,5 +297,5 @@ class _Packed:
             first = self._parts[next(iter(arrays))].start
             self._buffer[first:end].copy_(staging[first:end], non_blocking=True)
         if self._device.type == "cuda":
-            self._copied[turn] = event = torch.cuda.Event()
+            self._copied[turn] = event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))

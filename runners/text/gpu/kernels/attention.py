@@ -150,33 +150,33 @@ def launch_options(
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, int(triton.next_power_of_2(size)))
 
 
 @triton.jit
-def _merge(all_m, all_l, all_acc, m, l, acc):
+def _merge(all_m, all_total, all_acc, m, total, acc):
     """The softmax state of two sets of keys: maximum, sum and weighted values `[rows, size]`."""
     new_m = tl.maximum(all_m, m)
     shift = tl.where(new_m == float("-inf"), 0.0, new_m)
     old = tl.exp2(all_m - shift)
     new = tl.exp2(m - shift)
-    all_l = tl.fma(all_l, old, l * new)
+    all_total = tl.fma(all_total, old, total * new)
     all_acc = tl.fma(all_acc, tl.broadcast_to(old[:, None], acc.shape), acc * new[:, None])
-    return new_m, all_l, all_acc
+    return new_m, all_total, all_acc
 
 
 @triton.jit
-def _finish(m, l, acc, sinks, head, head_mask, value_scale, SINKS: tl.constexpr):
+def _finish(m, total, acc, sinks, head, head_mask, value_scale, SINKS: tl.constexpr):
     """The output of a softmax state. A sink is one more logit of a head, without a value."""
     if SINKS:
         sink = tl.load(sinks + head, mask=head_mask, other=0.0).to(tl.float32) * 1.4426950408889634
         new_m = tl.maximum(m, sink)
         old = tl.exp2(m - new_m)
-        l = tl.fma(l, old, tl.exp2(sink - new_m))
+        total = tl.fma(total, old, tl.exp2(sink - new_m))
         acc = acc * old[:, None]
     # Rows beyond the end of a tile may have seen nothing.
-    l = tl.where(l == 0.0, 1.0, l)
-    return acc / l[:, None] * value_scale
+    total = tl.where(total == 0.0, 1.0, total)
+    return acc / total[:, None] * value_scale
 
 
 @triton.jit
@@ -270,10 +270,10 @@ def _attention_kernel(
             q = q.to(tl.float32)
         table = block_tables + segment.to(tl.int64) * table_stride
         all_m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-        all_l = tl.zeros([BLOCK_M], dtype=tl.float32)
+        all_total = tl.zeros([BLOCK_M], dtype=tl.float32)
         all_acc = tl.zeros([BLOCK_M, VALUE_BLOCK], dtype=tl.float32)
         m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-        l = tl.zeros([BLOCK_M], dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
         acc = tl.zeros([BLOCK_M, VALUE_BLOCK], dtype=tl.float32)
         low = first_split * SPLIT
         high = tl.minimum(last_split * SPLIT, end)
@@ -314,22 +314,22 @@ def _attention_kernel(
             negative = tl.broadcast_to(-shift[:, None], logits.shape)
             factors = tl.full(logits.shape, factor, dtype=tl.float32)
             weights = tl.exp2(tl.fma(logits, factors, negative))
-            l = tl.fma(l, old, tl.sum(weights, axis=1))
+            total = tl.fma(total, old, tl.sum(weights, axis=1))
             acc = acc * old[:, None]
             weights = weights.to(ELEMENT).to(q.dtype)
             v = v.to(ELEMENT).to(q.dtype)
             acc = tl.dot(weights, v, acc, input_precision=PRECISION)
             m = new_m
             if (first + BLOCK_N) % SPLIT == 0:
-                all_m, all_l, all_acc = _merge(all_m, all_l, all_acc, m, l, acc)
+                all_m, all_total, all_acc = _merge(all_m, all_total, all_acc, m, total, acc)
                 m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-                l = tl.zeros([BLOCK_M], dtype=tl.float32)
+                total = tl.zeros([BLOCK_M], dtype=tl.float32)
                 acc = tl.zeros([BLOCK_M, VALUE_BLOCK], dtype=tl.float32)
         # The last split may be incomplete. If it is not, this adds zeros.
-        all_m, all_l, all_acc = _merge(all_m, all_l, all_acc, m, l, acc)
+        all_m, all_total, all_acc = _merge(all_m, all_total, all_acc, m, total, acc)
         value_mask = row_mask[:, None] & (value_column < VALUE_SIZE)[None, :]
         if slot < 0:
-            result = _finish(all_m, all_l, all_acc, sinks, head, row_mask, value_scale, SINKS)
+            result = _finish(all_m, all_total, all_acc, sinks, head, row_mask, value_scale, SINKS)
             offsets = query_row * out_row_stride + head * out_head_stride
             pointers = out + offsets[:, None] + value_column[None, :]
             tl.store(pointers, result.to(out.dtype.element_ty), mask=value_mask)
@@ -338,7 +338,7 @@ def _attention_kernel(
             pointers = partials + record[:, None] * VALUE_SIZE + value_column[None, :]
             tl.store(pointers, all_acc, mask=value_mask)
             tl.store(states + record * 2, all_m, mask=row_mask)
-            tl.store(states + record * 2 + 1, all_l, mask=row_mask)
+            tl.store(states + record * 2 + 1, all_total, mask=row_mask)
 
 
 @triton.jit
@@ -376,15 +376,15 @@ def _reduce_kernel(
         if WINDOW:
             first_split = tl.maximum(position - window + 1, 0) // SPLIT
         all_m = tl.full([HEADS], float("-inf"), dtype=tl.float32)
-        all_l = tl.zeros([HEADS], dtype=tl.float32)
+        all_total = tl.zeros([HEADS], dtype=tl.float32)
         all_acc = tl.zeros([HEADS, VALUE_BLOCK], dtype=tl.float32)
         for split in range(first_split, last_split):
             record = (slot + split * stride) * QUERY_HEADS + head
             pointers = partials + record[:, None] * VALUE_SIZE + column[None, :]
             acc = tl.load(pointers, mask=mask, other=0.0)
             m = tl.load(states + record * 2, mask=head_mask, other=float("-inf"))
-            l = tl.load(states + record * 2 + 1, mask=head_mask, other=0.0)
-            all_m, all_l, all_acc = _merge(all_m, all_l, all_acc, m, l, acc)
-        result = _finish(all_m, all_l, all_acc, sinks, head, head_mask, value_scale, SINKS)
+            total = tl.load(states + record * 2 + 1, mask=head_mask, other=0.0)
+            all_m, all_total, all_acc = _merge(all_m, all_total, all_acc, m, total, acc)
+        result = _finish(all_m, all_total, all_acc, sinks, head, head_mask, value_scale, SINKS)
         pointers = out + row * out_row_stride + head[:, None] * out_head_stride + column[None, :]
         tl.store(pointers, result.to(out.dtype.element_ty), mask=mask)

@@ -1,4 +1,4 @@
-"""The logit below which top-k, top-p and min-p drop tokens, per row, without waiting for the device.
+"""The logit below which top-k, top-p and min-p drop tokens, per row, without a wait for the device.
 
 As in transformers' `generate`, the order is top-k, top-p, min-p, each on what the one before left.
 Tokens that tie with the last one kept are kept.
@@ -39,7 +39,8 @@ def cutoff(
     if use_kernel and runs_on(logits.device):
         from runners.text.gpu.kernels.cutoff_kernel import launch
 
-        return launch(logits, top_k, top_p, min_p)
+        threshold: torch.Tensor = launch(logits, top_k, top_p, min_p)
+        return threshold
     return cutoff_torch(logits, top_k, top_p, min_p)
 
 
