@@ -21,8 +21,10 @@ from runners.hf.models import SamplingDefaults
 from runners.text.distribution import cutoff_of_best, draw, invert, rank, weights
 
 CANDIDATES = 512
-"""Best tokens among which the cut is looked for first. Sorting a whole vocabulary takes longer than a
-step of a small model, so only rows that need more candidates are sorted whole."""
+"""Best tokens among which the cut is looked for first. Sorting a whole vocabulary takes longer
+than a step of a small model, so only rows that need more candidates are sorted whole."""
+UNIFORMS = 16
+"""Numbers that a generator makes at once, the same as one by one."""
 
 _random = SystemRandom()
 
@@ -91,8 +93,8 @@ class SamplerState:
             if self._generator is None:
                 self._uniforms.append(_random.random())
             else:
-                number = torch.rand(1, dtype=torch.float64, generator=self._generator)
-                self._uniforms.append(number.item())
+                numbers = torch.rand(UNIFORMS, dtype=torch.float64, generator=self._generator)
+                self._uniforms.extend(numbers.tolist())
         return self._uniforms[index]
 
     def adjust(self, logits: torch.Tensor) -> None:
@@ -153,9 +155,7 @@ def sample(
     return token_ids, _ranked(model_logits, tokens, states)
 
 
-def _draw(
-    logits: torch.Tensor, best: torch.Tensor, states: Sequence[SamplerState]
-) -> torch.Tensor:
+def _draw(logits: torch.Tensor, best: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
     """A random token per row; `best` is the most likely one of each."""
     scaled = logits / torch.tensor([[state.temperature] for state in states])
     uniform = torch.tensor([s.uniform(s.output_tokens) for s in states], dtype=torch.float64)
@@ -208,18 +208,18 @@ def _ranked(
     counts = {i: s.logprobs for i, s in enumerate(states) if s.logprobs is not None}
     if counts:
         rows = list(counts)
-        columns = rank(logits[rows], tokens[rows], max(counts.values()))
-        for i, token in zip(rows, ranked_tokens(*columns, list(counts.values())), strict=True):
+        ranks = rank(logits[rows], tokens[rows], max(counts.values()))
+        for i, token in zip(rows, ranked_tokens(ranks, list(counts.values())), strict=True):
             ranked[i] = token
     return ranked
 
 
 def ranked_tokens(
-    logprobs: torch.Tensor, top_ids: torch.Tensor, top: torch.Tensor, counts: Sequence[int]
+    ranks: tuple[torch.Tensor, torch.Tensor, torch.Tensor], counts: Sequence[int]
 ) -> list[RankedToken]:
     """The results of `distribution.rank`, cut to each row's own count."""
-    alternatives = [
-        list(zip(ids, values, strict=True))[:count]
-        for ids, values, count in zip(top_ids.tolist(), top.tolist(), counts, strict=True)
+    rows = zip(*(column.tolist() for column in ranks), counts, strict=True)
+    return [
+        RankedToken(logprob, list(zip(ids, values, strict=True))[:count])
+        for logprob, ids, values, count in rows
     ]
-    return [RankedToken(*row) for row in zip(logprobs.tolist(), alternatives, strict=True)]

@@ -42,8 +42,8 @@ class SampledStep:
         ranked: list[RankedToken | None] = [None] * len(tokens)
         if self._ranked:
             rows, counts = zip(*self._ranked, strict=True)
-            columns = (results[name] for name in ("logprobs", "top_ids", "top_logprobs"))
-            for row, token in zip(rows, ranked_tokens(*columns, counts), strict=True):
+            ranks = results["logprobs"], results["top_ids"], results["top_logprobs"]
+            for row, token in zip(rows, ranked_tokens(ranks, counts), strict=True):
                 ranked[row] = token if tokens[row] is not None else None
         return tokens, ranked
 
@@ -90,9 +90,7 @@ class DeviceSampler:
             results |= zip(("logprobs", "top_ids", "top_logprobs"), columns, strict=True)
         return SampledStep(tokens, HostCopy(results, self._device), ranked)
 
-    def _plan(
-        self, states: Sequence[SamplerState], indices: Sequence[int]
-    ) -> dict[str, Array]:
+    def _plan(self, states: Sequence[SamplerState], indices: Sequence[int]) -> dict[str, Array]:
         """Which rows need what, and with which parameters; nothing for a part that none needs.
 
         `rows` and `ranked` are rows of the logits, all others are positions in `rows`.

@@ -6,12 +6,11 @@ A step is sampled before the host knows the token of the step before it, so the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from runners.text.gpu.transfer import to_device
+from runners.text.gpu.transfer import Array, to_device
 from runners.text.sampling import SamplerState
 
 FIRST_SLOTS = 8
@@ -78,14 +77,14 @@ class TokenCounts:
         self._free.extend(reversed(range(used, count)))
 
     def _fill(self, slot: int, state: SamplerState) -> None:
-        arrays = {
-            "prompt": self._ids(state.prompt_ids if state.repetition_penalty != 1.0 else ()),
-            "output": self._ids(list(state.output_counts)),
+        # Only the repetition penalty looks at the prompt.
+        prompt = state.prompt_ids if state.repetition_penalty != 1.0 else []
+        ids = np.array(prompt, dtype=np.int64)
+        arrays: dict[str, Array] = {
+            "prompt": ids[ids < self._vocab_size],  # embeddings may be more than logits
+            "output": np.array(list(state.output_counts), dtype=np.int64),
             "counts": np.array(list(state.output_counts.values()), dtype=np.int32),
         }
-        on_device = to_device(arrays, self._device)
-        self.prompt[slot].zero_().index_fill_(0, on_device["prompt"], True)
-        self.output[slot].zero_().index_copy_(0, on_device["output"], on_device["counts"])
-
-    def _ids(self, ids: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        return np.array(ids, dtype=np.int64)
+        tensors = to_device(arrays, self._device)
+        self.prompt[slot].zero_().index_fill_(0, tensors["prompt"], True)
+        self.output[slot].zero_().index_copy_(0, tensors["output"], tensors["counts"])
