@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from random import SystemRandom
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -12,8 +13,9 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    WithJsonSchema,
 )
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 
 from api.http.context import current_request
 from api.http.errors import invalid_request
@@ -25,6 +27,9 @@ MAX_NEW_TOKENS = 1_000_000
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_BIASES = 300
+ID_PATTERN = "^(0|[1-9][0-9]{0,9})$"
+"""A token id as a field of JSON."""
 MAX_MESSAGES = 4096
 MAX_IMAGES = 10
 """Images per request."""
@@ -103,11 +108,23 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _token_id(key: object) -> int:
+    if not isinstance(key, str) or not re.fullmatch(ID_PATTERN, key):
+        raise PydanticCustomError("token_id", "the key should be a token id")
+    return int(key)
+
+
 ModelName = Annotated[str, Field(max_length=256)]
 StopStrings = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]],
     Field(max_length=MAX_STOP_STRINGS),
     BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+]
+TokenIdKey = Annotated[
+    int, BeforeValidator(_token_id), WithJsonSchema({"type": "string", "pattern": ID_PATTERN})
+]
+LogitBias = Annotated[
+    dict[TokenIdKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)
 ]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]], Field(max_length=1_000_000, fail_fast=True)
@@ -126,12 +143,17 @@ class SamplingFields(WireModel):
     """Keep the most likely tokens whose probabilities add up to this. Default: the model's own."""
     top_k: Annotated[int, Field(ge=-1, le=MAX_NEW_TOKENS)] | None = None
     """Keep this many of the most likely tokens; 0 or -1 keeps all. Default: the model's own."""
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Drop tokens less likely than this share of the most likely one; 0 keeps all. Default: the
+    model's own."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     """Above 1: tokens of the prompt and the output become less likely. Default: the model's own."""
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Subtracted from the score of tokens that were generated already. Default: 0."""
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     """Subtracted from a token's score for each time it was generated. Default: 0."""
+    logit_bias: LogitBias | None = None
+    """Added to the scores of up to 300 tokens, by token id, from -100 to 100. Default: none."""
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = None
     """The same request with the same seed gives the same text."""
     stop: StopStrings | None = None
@@ -162,9 +184,11 @@ class SamplingFields(WireModel):
             temperature=temperature,
             top_p=self.top_p,
             top_k=None if self.top_k is None else max(self.top_k, 0),
+            min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=presence,
             frequency_penalty=frequency,
+            logit_bias=self.logit_bias,
             seed=self.seed,
             stop=self.stop,
             ignore_eos=self.ignore_eos,

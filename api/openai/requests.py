@@ -78,8 +78,6 @@ class OpenAIRequest(SamplingFields):
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     """Accepted for compatibility."""
-    logit_bias: UnsupportedList = None
-    min_p: Annotated[None, unsupported(0)] = None
     stop_token_ids: UnsupportedList = None
     use_beam_search: UnsupportedFlag = None
     length_penalty: Annotated[None, unsupported(1)] = None

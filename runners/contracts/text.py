@@ -53,12 +53,16 @@ class SamplingParams:
     top_p: float | None = None
     top_k: int | None = None
     """0 keeps the whole vocabulary."""
+    min_p: float | None = None
+    """Drops tokens less probable than this share of the most probable one; 0 keeps all."""
     repetition_penalty: float | None = None
     """As in CTRL (arXiv:1909.05858): over prompt and output; 1 is neutral."""
     presence_penalty: float = 0.0
     """As in the OpenAI API: subtracted once from tokens already generated."""
     frequency_penalty: float = 0.0
     """As in the OpenAI API: subtracted per time a token was already generated."""
+    logit_bias: dict[int, float] | None = None
+    """As in the OpenAI API: added to the logits of these token ids."""
     seed: int | None = None
     """Same seed, same prompt, same text, whatever else is in the batch."""
     stop: list[str] | None = None

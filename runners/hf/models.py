@@ -39,6 +39,7 @@ class SamplingDefaults:
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, AfterValidator(lambda top_k: max(top_k, 0))] = 0
     """0 keeps all, for which some files have -1."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
     max_new_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -49,7 +50,7 @@ class SamplingDefaults:
 _SAMPLING_DEFAULTS = TypeAdapter(SamplingDefaults)
 
 HONOURED_GENERATION_KEYS = {
-    *("do_sample", "temperature", "top_p", "top_k", "repetition_penalty"),
+    *("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("eos_token_id", "max_new_tokens", "min_new_tokens", "stop_strings"),
 }
 """Keys of generation_config.json that have their effect here."""
@@ -70,7 +71,7 @@ NEUTRAL_GENERATION: dict[str, Any] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
     **dict.fromkeys(("length_penalty", "typical_p", "encoder_repetition_penalty"), 1.0),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length"), 0),
-    **dict.fromkeys(("min_p", "diversity_penalty", "epsilon_cutoff", "eta_cutoff"), 0.0),
+    **dict.fromkeys(("diversity_penalty", "epsilon_cutoff", "eta_cutoff"), 0.0),
     **dict.fromkeys(("renormalize_logits", "remove_invalid_values", "token_healing"), False),
     "low_memory": False,
     "max_length": 20,
@@ -192,6 +193,7 @@ def sampling_defaults(generation: GenerationConfig | None) -> SamplingDefaults:
         "temperature": value("temperature", 1.0) if sampled else None,
         "top_p": value("top_p", 1.0) if sampled else 1.0,
         "top_k": value("top_k", 0) if sampled else 0,
+        "min_p": value("min_p", 0.0) if sampled else 0.0,
         "repetition_penalty": value("repetition_penalty", 1.0),
         "min_new_tokens": value("min_new_tokens", 0),
         "max_new_tokens": generation.max_new_tokens,

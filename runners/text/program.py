@@ -29,7 +29,7 @@ from runners.rank.inbox import Inbox
 from runners.rank.program import Occupancy, RankProgram
 from runners.text.detokenizer import Detokenizer
 from runners.text.engine import Engine
-from runners.text.requests import token_limit
+from runners.text.requests import check_logit_bias, token_limit
 from runners.text.sampling import SamplerState
 from runners.text.scheduler import Limits, Scheduler, Sequence
 from runners.text.tokenization import PromptTokenizer
@@ -131,6 +131,7 @@ class TextProgram(RankProgram):
     def _sequence(self, request: GenerationRequest, tokenizer: TokenizerProcess) -> Sequence:
         """In a tokenizer thread. Raises: what refuses the request."""
         params = request.sampling
+        check_logit_bias(params, self.info.vocab_size)
         ids = self._tokenizer.ensure_not_empty(tokenizer.encode(request.prompt))
         stop = self._defaults.stop if params.stop is None else params.stop
         end_ids = self._tokenizer.special_ids(stop)

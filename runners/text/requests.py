@@ -8,6 +8,16 @@ from runners.contracts.text import SamplingParams
 DEFAULT_NEW_TOKENS = 256
 
 
+def check_logit_bias(params: SamplingParams, vocab_size: int) -> None:
+    """Raises: InvalidRequest for the bias of a token outside the vocabulary."""
+    for token in params.logit_bias or ():
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"token id {token} is outside the vocabulary (0 to {vocab_size - 1})",
+                field="logit_bias",
+            )
+
+
 def token_limit(
     params: SamplingParams,
     prompt_tokens: int,

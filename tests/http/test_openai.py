@@ -55,6 +55,20 @@ def test_sixteen_tokens_are_the_default(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "length"
 
 
+def test_a_bias_bans_and_forces_tokens(server: Server) -> None:
+    body = {"prompt": "hello", "max_tokens": 3, "ignore_eos": True, "temperature": 0}
+    ids = server.post("/tokenize", {"prompt": "mat"}).json()["tokens"]
+    forced = server.post("/v1/completions", body | {"logit_bias": {str(ids[-1]): 100}})
+    text = server.post("/detokenize", {"tokens": [ids[-1]] * 3}).json()["text"]
+    assert forced.json()["choices"][0]["text"] == text
+    greedy = server.post("/v1/completions", body).json()["choices"][0]["text"]
+    assert greedy != text
+    sampled = body | {"temperature": 2.0, "seed": 1}
+    assert server.post("/v1/completions", sampled).json()["choices"][0]["text"] != greedy
+    sampled["min_p"] = 1
+    assert server.post("/v1/completions", sampled).json()["choices"][0]["text"] == greedy
+
+
 def test_the_default_is_cut_to_what_fits(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model=MODEL, prompt=[5] * 8190, extra_body={"ignore_eos": True}

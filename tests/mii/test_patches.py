@@ -241,7 +241,7 @@ def test_bad_parameters_are_refused(stock: bool, model: Path) -> None:
     with served(model, stock=stock) as client:
         for bad in (
             *({"nope": 1}, {"top_p": 3.0}, {"max_length": 1}, {"stop": [1]}),
-            *({"max_length": "abc"}, {"seed": "abc"}),
+            *({"max_length": "abc"}, {"seed": "abc"}, {"min_p": 1.5}, {"logit_bias": {"5": 1.0}}),
             *({"min_new_tokens": -5}, {"max_new_tokens": -5}),
         ):
             with pytest.raises(grpc.RpcError) as error:

@@ -89,6 +89,8 @@ async def test_both_modes_give_the_tokens_of_generate(
         sampled = {"temperature": 1.0, "seed": 7, "max_new_tokens": 12, "ignore_eos": True}
         once, again = [await collect(runner, "mat", **sampled) for _ in range(2)]
         assert ids_of(once) == ids_of(again)
+        likeliest = await collect(runner, "mat", **sampled | {"min_p": 1.0})
+        assert [ids_of(likeliest)] == greedy(model, ["mat"], 12)
         with pytest.raises(ContextLengthExceeded):
             await collect(runner, "hello", max_new_tokens=10_000)
     wait_until(lambda: not mii_processes(cache), 5, "all of the deployment is gone")
@@ -309,6 +311,7 @@ async def test_a_deployment_has_miis_defaults_and_refuses_what_it_cannot_do(
     for refused in (
         *({"logprobs": 1}, {"logprobs": 0}, {"repetition_penalty": 1.2}),
         *({"presence_penalty": 0.5}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}),
+        {"logit_bias": {5: 1.0}},
     ):
         with pytest.raises(InvalidRequest, match="not available from a persistent MII"):
             await collect(runner, "hello", **refused)

@@ -9,7 +9,7 @@ import pytest
 import transformers as tf
 
 from runners.config.mii import GenerateSection
-from runners.contracts.errors import ConfigError
+from runners.contracts.errors import ConfigError, InvalidRequest
 from runners.contracts.text import SamplingParams
 from runners.engines.mii.defaults import mii_defaults
 from runners.hf.models import (
@@ -18,7 +18,7 @@ from runners.hf.models import (
     sampling_defaults,
     warn_about_ignored,
 )
-from runners.text.requests import DEFAULT_NEW_TOKENS, token_limit
+from runners.text.requests import DEFAULT_NEW_TOKENS, check_logit_bias, token_limit
 
 
 class Tokenizer:
@@ -54,6 +54,7 @@ def test_each_key_of_the_generation_config_is_honoured_or_named(
     config = tf.GenerationConfig(
         do_sample=True,
         temperature=0.6,
+        min_p=0.05,
         eos_token_id=1,
         pad_token_id=0,
         max_new_tokens=300,
@@ -76,7 +77,9 @@ def test_each_key_of_the_generation_config_is_honoured_or_named(
         "a_key_of_the_future",
     }
     defaults = sampling_defaults(config)
-    assert (defaults.temperature, defaults.max_new_tokens) == (0.6, 300)
+    assert (defaults.temperature, defaults.min_p, defaults.max_new_tokens) == (0.6, 0.05, 300)
+    config.do_sample = False
+    assert sampling_defaults(config).min_p == 0.0
     assert defaults.stop == ("###", "User:")
     assert sampling_defaults(tf.GenerationConfig(stop_strings="END")).stop == ("END",)
 
@@ -99,6 +102,7 @@ def test_a_negative_top_k_keeps_all() -> None:
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"do_sample": True, "top_p": [0.5]}, "top_p"),
         ({"do_sample": True, "top_k": 1.5}, "top_k"),
+        ({"do_sample": True, "min_p": 1.5}, "min_p"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"stop_strings": [None]}, "stop.0"),
     ],
@@ -142,6 +146,15 @@ def test_without_a_limit_a_chat_fills_the_context(
         sampling, 100, max_model_len=1000, min_new_tokens=0, default_new_tokens=default
     )
     assert found == limit
+
+
+@pytest.mark.parametrize("token", [-1, 99, 2**40])
+def test_a_bias_is_that_of_a_token_of_the_vocabulary(token: int) -> None:
+    check_logit_bias(SamplingParams(), 99)
+    check_logit_bias(SamplingParams(logit_bias={0: 1.0, 98: 1.0}), 99)
+    with pytest.raises(InvalidRequest, match=rf"token id {token} .* \(0 to 98\)") as caught:
+        check_logit_bias(SamplingParams(logit_bias={5: 1.0, token: 1.0}), 99)
+    assert caught.value.field == "logit_bias"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -49,6 +50,8 @@ def test_the_models_own_defaults_apply_where_the_request_says_nothing() -> None:
     assert state(own).top_k == 1
     assert state(own, temperature=0.0, top_k=5).temperature == 0.0
     assert state(own, temperature=0.0, top_k=5).top_k == 5
+    assert state(SamplingDefaults(min_p=0.1)).min_p == 0.1
+    assert state(SamplingDefaults(min_p=0.1), min_p=0.0).min_p == 0.0
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_any_batch() -> None:
@@ -68,12 +71,65 @@ def test_seeds_differ_and_huge_or_negative_ones_work() -> None:
     assert len(tokens) > 3
 
 
+@pytest.mark.parametrize("seed", [5, None])
+def test_the_number_of_a_token_is_the_same_however_often_it_is_asked_for(seed: int | None) -> None:
+    numbers = state(seed=seed)
+    last = numbers.uniform(39)
+    first = [numbers.uniform(i) for i in range(40)]
+    assert [numbers.uniform(i) for i in range(40)] == first
+    assert first[39] == last
+    assert len(set(first)) == 40
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        assert first == [
+            torch.rand(1, dtype=torch.float64, generator=generator).item() for _ in range(40)
+        ]
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.05}])
+@pytest.mark.parametrize("spread", [0.2, 3.0])
+def test_the_tokens_are_drawn_in_the_order_of_their_ids(
+    params: dict[str, Any], spread: float
+) -> None:
+    """The first whose cumulative probability exceeds the number, whatever a sort puts first."""
+    row = logits(spread=spread)
+    kept = row.double()
+    warpers: tuple[Any, ...] = (
+        TopKLogitsWarper(params.get("top_k", VOCAB)),
+        TopPLogitsWarper(params.get("top_p", 1.0)),
+        MinPLogitsWarper(params.get("min_p", 0.0)),
+    )
+    for warper in warpers:
+        kept = warper(None, kept)
+    cumulative = kept.softmax(-1)[0].cumsum(-1)
+    states = [state(temperature=1.0, seed=i, **params) for i in range(200)]
+    expected = [int((cumulative <= each.uniform(0)).sum()) for each in states]
+    assert sample(row.expand(200, -1), states)[0] == expected
+
+
+@pytest.mark.parametrize("vocab_size", [8, 600])
+@pytest.mark.parametrize(
+    "params",
+    [{"top_k": 1}, {"top_k": 4}, {"top_p": 0.01}, {"min_p": 1.0}, {"top_k": 1, "top_p": 0}],
+)
+def test_tokens_that_tie_at_the_cut_are_kept(vocab_size: int, params: dict[str, Any]) -> None:
+    row = torch.ones(1, vocab_size)
+    row[0, ::2] = 2.0
+    best = vocab_size // 2
+    states = [state(temperature=1.0, **params) for _ in range(best)]
+    for i, each in enumerate(states):
+        each._uniforms.append((i + 0.5) / best)
+    tokens, _ = sample(row.expand(best, -1), states)
+    assert tokens == list(range(0, vocab_size, 2))
+
+
 @pytest.mark.parametrize(
     ("params", "warper"),
     [
         ({"top_k": 5}, TopKLogitsWarper(5)),
         ({"top_p": 0.7}, TopPLogitsWarper(0.7)),
         ({"top_p": 0.05}, TopPLogitsWarper(0.05)),
+        ({"min_p": 0.1}, MinPLogitsWarper(0.1)),
     ],
 )
 def test_draws_follow_the_truncated_distribution(params: dict[str, Any], warper: Any) -> None:
@@ -156,11 +212,23 @@ def test_end_tokens_are_banned_before_min_new_tokens_exactly() -> None:
     assert theirs(torch.tensor([[*PROMPT, 7, 7]]), row.clone()).argmax() == 1
 
 
+def test_a_bias_is_added_after_the_penalties_and_before_the_ban() -> None:
+    row = logits()
+    biased = state(repetition_penalty=2.0, logit_bias={3: 4.0, 7: -100.0, 1: 9.0}, min_new_tokens=1)
+    ours = row.clone()
+    biased.adjust(ours[0])
+    expected = RepetitionPenaltyLogitsProcessor(2.0)(torch.tensor([PROMPT]), row.clone())
+    expected[0, 3] += 4.0
+    expected[0, 7] -= 100.0
+    expected[0, 1] = float("-inf")
+    torch.testing.assert_close(ours, expected)
+    assert sample(row, [state(logit_bias={9: 100.0})])[0] == [9]
+
+
 def test_logprobs_are_of_the_unmodified_distribution() -> None:
     row = logits()
-    tokens, ranked = sample(
-        row, [state(temperature=0.3, seed=1, repetition_penalty=2.0, logprobs=3)]
-    )
+    changes: dict[str, Any] = {"repetition_penalty": 2.0, "logit_bias": {3: 9.0}, "min_p": 0.2}
+    tokens, ranked = sample(row, [state(temperature=0.3, seed=1, **changes, logprobs=3)])
     expected = row[0].log_softmax(-1)
     assert ranked[0] is not None
     assert ranked[0].logprob == pytest.approx(float(expected[tokens[0]]))

@@ -1,7 +1,7 @@
 """The program of the rank that forwards requests to a deployment of MII.
 
-MII accepts text and a few parameters (a deployment that was started here accepts seeds too). A
-request with any other parameter is refused; none is dropped silently.
+MII accepts text and a few parameters (a deployment that was started here accepts seeds and min-p
+too). A request with any other parameter is refused; none is dropped silently.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ UNAVAILABLE: dict[str, float | None] = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
+    "logit_bias": None,
     "logprobs": None,
 }
 """Parameters that MII lacks, to the value that has no effect."""
@@ -242,10 +243,12 @@ class PersistentProgram(RankProgram):
         }
         if temperature >= GREEDY_BELOW:
             top_k = int(_resolve(params.top_k, defaults.top_k))
+            min_p = float(_resolve(params.min_p, defaults.min_p))
             kwargs |= {
                 "temperature": float(temperature),
                 "top_p": max(float(_resolve(params.top_p, defaults.top_p)), 1e-6),
                 "top_k": None if top_k == 0 else top_k,
+                "min_p": None if min_p == 0.0 else min_p,
                 "seed": None if params.seed is None else _signed(params.seed),
             }
         stop = defaults.stop if params.stop is None else params.stop

@@ -13,13 +13,13 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from mii.batching.ragged_batching import MIIAsyncPipeline, MIIPipeline, RaggedBatchBase
 from mii.config import GenerateParamsConfig
-from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from typing_extensions import override
 
 from runners.contracts.errors import EngineFailure, InvalidRequest
@@ -66,7 +66,7 @@ class PatchedBatching(RaggedBatchBase):  # type: ignore[misc]  # MII has no type
     ) -> TrackedRequest:
         if not len(input_tokens):
             raise InvalidRequest("has no tokens", field="prompt")
-        params, seed = _params(kwargs, len(input_tokens), self.max_length)
+        params, additions = _params(kwargs, len(input_tokens), self.max_length)
         prompt = input_tokens.tolist()
         if len(prompt) > self._kv_tokens:
             raise InvalidRequest(
@@ -75,7 +75,7 @@ class PatchedBatching(RaggedBatchBase):  # type: ignore[misc]  # MII has no type
             )
         state = RequestState(
             prompt,
-            SamplerState(_sampling(params, seed), SamplingDefaults(), prompt, self._eos_ids),
+            SamplerState(_sampling(params, additions), SamplingDefaults(), prompt, self._eos_ids),
             Detokenizer(_hf_tokenizer(self.tokenizer), params.stop),
             frozenset() if params.ignore_eos else self._eos_ids,
         )
@@ -304,35 +304,44 @@ class _NumericParams(BaseModel):
     max_length: PositiveInt = 1
     max_new_tokens: NonNegativeInt = 0
     min_new_tokens: NonNegativeInt = 0
-    seed: int = 0
+
+
+class _Additions(BaseModel):
+    """Parameters of sampling that MII lacks."""
+
+    seed: int | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 def _params(
     kwargs: dict[str, Any], prompt_tokens: int, longest: int
-) -> tuple[GenerateParamsConfig, int | None]:
-    """MII's parameters, and the seed, which they lack.
+) -> tuple[GenerateParamsConfig, _Additions]:
+    """MII's parameters, and those that it lacks.
 
     Raises: ValueError that names the field, as pydantic's ValidationError does.
     """
     values = {k: v for k, v in kwargs.items() if v is not None}
     values |= _NumericParams(**values).model_dump(exclude_unset=True)
-    seed = values.pop("seed", None)
+    additions = _Additions(
+        **{name: values.pop(name) for name in _Additions.model_fields if name in values}
+    )
     if isinstance(stop := values.get("stop"), dict):  # a list, as `proto` sends it
         values["stop"] = [stop[key] for key in sorted(stop, key=int)]
     values["prompt_length"] = prompt_tokens
     values["max_length"] = min(values.get("max_length", longest), longest)
-    return GenerateParamsConfig(**values), seed
+    return GenerateParamsConfig(**values), additions
 
 
-def _sampling(params: GenerateParamsConfig, seed: int | None) -> SamplingParams:
+def _sampling(params: GenerateParamsConfig, additions: _Additions) -> SamplingParams:
     if not params.do_sample:
         return SamplingParams(temperature=0.0, min_new_tokens=params.min_new_tokens)
     return SamplingParams(
         temperature=1.0 if params.temperature is None else params.temperature,
         top_p=params.top_p,
         top_k=0 if params.top_k is None else params.top_k,
+        min_p=additions.min_p,
         min_new_tokens=params.min_new_tokens,
-        seed=seed,
+        seed=additions.seed,
     )
 
 
