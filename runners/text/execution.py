@@ -17,9 +17,10 @@ from typing_extensions import override
 from runners.config.base import TextConfig
 from runners.contracts.errors import ConfigError
 from runners.text.engine import ModelRunner
-from runners.text.gpu.attention import Backend, TorchBackend, TritonBackend
+from runners.text.gpu.attention import Backend, TorchBackend
 from runners.text.gpu.model_runner import GPUModelRunner, GraphOptions
 from runners.text.gpu.probe import attention_shapes
+from runners.text.gpu.proof import choose_backend
 from runners.text.gpu.sampling import DeviceSampler
 from runners.text.gpu.step import StepLimits
 from runners.text.lockstep import TPGroup
@@ -93,14 +94,18 @@ class GPUExecution(Execution):
     @override
     def sampler(self, model: PreTrainedModel) -> Sampler:
         vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-        return DeviceSampler(input_device(model), vocab_size, self.limits.sequences)
+        return DeviceSampler(input_device(model), vocab_size)
 
     def with_best_backend(self, model: PreTrainedModel, requested: str) -> GPUExecution:
         """With the backend that is proved equal and is the fastest for what the model's layers ask
         of it; the model runs in the packed layout. Raises: ConfigError if `requested` cannot."""
+        device = input_device(model)
         shapes = attention_shapes(model, self.limits)
-        backend = TorchBackend() if requested == "torch" else TritonBackend()
-        return replace(self, backend=backend)
+        chosen = {choose_backend(shape, device, requested) for shape in shapes}
+        if len(chosen) > 1:
+            # One plan serves all layers, so they share a backend that can all of them.
+            chosen = {choose_backend(shape, device, "triton") for shape in shapes}
+        return replace(self, backend=chosen.pop() if len(chosen) == 1 else TorchBackend())
 
 
 def choose_execution(

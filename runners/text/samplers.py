@@ -13,7 +13,7 @@ import torch
 from typing_extensions import override
 
 from runners.contracts.errors import EngineFailure
-from runners.text.sampling import RankedToken, SamplerState, sample
+from runners.text.sampling import RankedToken, SamplerState, choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class HostSampler(Sampler):
 
 def _sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[SampledRow]:
     try:
-        tokens, ranked = sample(logits, states)
+        tokens, ranked = choose(logits, states)
     except Exception as error:
         if len(states) == 1:
             return [SampledRow(None, error=error)]

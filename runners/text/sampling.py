@@ -133,10 +133,20 @@ class RankedToken:
 def sample(
     logits: torch.Tensor, states: Sequence[SamplerState]
 ) -> tuple[list[int], list[RankedToken | None]]:
+    """As `choose`, and the tokens are recorded in the states."""
+    tokens, ranked = choose(logits, states)
+    for state, token in zip(states, tokens, strict=True):
+        state.record(token)
+    return tokens, ranked
+
+
+def choose(
+    logits: torch.Tensor, states: Sequence[SamplerState]
+) -> tuple[list[int], list[RankedToken | None]]:
     """One token per row of float32 logits `[n, vocab]`, and log-probabilities where requested.
 
-    The tokens are those after the ones that the states know, and are recorded in them.
-    Log-probabilities are those of the model, before all that changes the logits.
+    The tokens are those after the ones that the states know. Log-probabilities are those of the
+    model, before all that changes the logits.
     """
     model_logits = logits
     if any(state.changes_logits(state.output_tokens) for state in states):
@@ -149,10 +159,7 @@ def sample(
     if random_rows:
         random_states = [states[i] for i in random_rows]
         tokens[random_rows] = _draw(logits[random_rows], tokens[random_rows], random_states)
-    token_ids: list[int] = tokens.tolist()
-    for state, token in zip(states, token_ids, strict=True):
-        state.record(token)
-    return token_ids, _ranked(model_logits, tokens, states)
+    return tokens.tolist(), _ranked(model_logits, tokens, states)
 
 
 def _draw(logits: torch.Tensor, best: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:

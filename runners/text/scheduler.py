@@ -304,6 +304,7 @@ class Scheduler:
     def _append(self, sequence: Sequence, token: int, ranked: RankedToken | None) -> TextDelta:
         """Append a sampled token, and remove the sequence if it ends with it."""
         sequence.output_ids.append(token)
+        sequence.sampler.record(token)
         count = len(sequence.output_ids)
         reason: FinishReason | None = None
         text = ""

@@ -24,6 +24,7 @@ from runners.hf.models import loading
 from runners.rank.process_group import connect, meet
 from runners.rank.program import RankContext
 from runners.text.engine import Engine, ModelRunner, PendingStep, Row, launch
+from runners.text.gpu.sampling import DeviceSampler
 from runners.text.loading import program_for_engine
 from runners.text.lockstep import Follower, Leader, TPGroup
 from runners.text.paging.batch import Batch
@@ -193,7 +194,7 @@ def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | F
         context,
         FastGenEngine(
             group_model,
-            DeviceSampler(model_device(), info.vocab_size, config.max_batch_size),
+            DeviceSampler(torch.device("cuda", torch.cuda.current_device()), info.vocab_size),
             blocks=blocks,
             block_size=block_size,
         ),

@@ -12,6 +12,7 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -20,7 +21,8 @@ from runners.text.engine import ModelRunner
 from runners.text.gpu.attention import Backend
 from runners.text.gpu.graphs import GraphCache, replay, row_sizes, sequence_sizes
 from runners.text.gpu.kv import PagePool
-from runners.text.gpu.step import PinnedCopy, StepContext, StepLimits, StepShape, arrays_of
+from runners.text.gpu.step import StepContext, StepLimits, StepShape, arrays_of
+from runners.text.gpu.transfer import copy_into
 from runners.text.model_runner import ForwardInputs, input_device, resolve
 from runners.text.paging.batch import Batch, forward_context
 from runners.text.paging.blocks import BLOCK_SIZE
@@ -56,7 +58,6 @@ class GPUModelRunner(ModelRunner):
         self._context = StepContext(PagePool(blocks), backend, limits)
         numbers = 2 * limits.rows + limits.sequences
         self._numbers = torch.zeros(numbers, dtype=torch.int64, device=self.device)
-        self._copy = PinnedCopy(numbers, self.device)
         self._sampled = torch.zeros(limits.sequences, dtype=torch.int64, device=self.device)
         self._logits: torch.Tensor | None = None
         self.graphs: GraphCache[StepShape] | None = None
@@ -131,11 +132,11 @@ class GPUModelRunner(ModelRunner):
         """Begin to copy a batch to the devices."""
         arrays = arrays_of(batch, shape)
         room = self._limits.rows
-        numbers = self._copy.next()
+        numbers = np.zeros(2 * room + shape.kept, dtype=np.int64)
         numbers[: shape.rows] = arrays.ids
         numbers[room : room + shape.rows] = arrays.positions
-        numbers[2 * room : 2 * room + shape.kept] = arrays.kept
-        self._copy.send(self._numbers, 2 * room + shape.kept)
+        numbers[2 * room :] = arrays.kept
+        copy_into(self._numbers, numbers)
         self._context.fill(arrays)
 
     def _forward(self, shape: StepShape) -> torch.Tensor:

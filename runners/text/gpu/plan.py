@@ -44,6 +44,14 @@ def rows_per_tile(block_m: int, group: int) -> int:
     return block_m // heads_per_tile(block_m, group)
 
 
+def default_programs(device: torch.device, kv_heads: int) -> int:
+    """Programs for each KV head such that all heads together fill the device several times."""
+    if device.type != "cuda":
+        return 2
+    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return -(-4 * processors // kv_heads)
+
+
 def partial_slots(pages: int, max_sequences: int, split: int = SPLIT) -> int:
     """Slots that decoding rows need at most, if the pool has `pages` that no sequences share.
 

@@ -23,7 +23,7 @@ from runners.text.gpu.attention import (
     TritonBackend,
     VarlenBackend,
 )
-from runners.text.gpu.plan import StepPlan, token_slots
+from runners.text.gpu.plan import StepPlan, default_programs, token_slots
 from runners.text.paging.blocks import BLOCK_SIZE
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def choose_backend(
         raise ConfigError(f"unknown attention backend {requested}", field="attention_kernel")
     if requested == "auto" and device.type != "cuda":
         return TorchBackend()
-    programs = programs or default_programs(device, shape)
+    programs = programs or default_programs(device, shape.kv_heads)
     notes, chosen, best = [], None, 0.0
     for candidate in candidates:
         if chosen is not None and candidate.name == "torch":
@@ -82,14 +82,6 @@ def choose_backend(
         raise ConfigError(f"no attention kernel: {'; '.join(notes)}", field="attention_kernel")
     logger.info("attention of %s: %s (%s)", shape, _label(chosen), "; ".join(notes))
     return chosen
-
-
-def default_programs(device: torch.device, shape: AttentionShape) -> int:
-    """Programs for each KV head such that all heads together fill the device several times."""
-    if device.type != "cuda":
-        return 2
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, -(-4 * processors // shape.kv_heads))
 
 
 def find_error(

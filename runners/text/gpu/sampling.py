@@ -12,43 +12,48 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from runners.text.distribution import draw, rank
 from runners.text.gpu.kernels.cutoff import cutoff
 from runners.text.gpu.token_counts import TokenCounts
 from runners.text.gpu.transfer import Array, HostCopy, to_device
+from runners.text.samplers import SampledRow, SampledStep, Sampler, not_numbers
 from runners.text.sampling import RankedToken, SamplerState, ranked_tokens
 
 
-class SampledStep:
-    """The tokens of one step."""
+class DeviceSample(SampledStep):
+    """The tokens of one step, on the device and on their way to the host."""
 
     def __init__(
         self, tokens: torch.Tensor, results: HostCopy, ranked: Sequence[tuple[int, int]]
     ) -> None:
-        self.tokens = tokens
-        """Int64 `[n]` on the device, a valid id in every row: the next step's input."""
+        self._tokens = tokens
         self._results = results
         self._ranked = ranked
 
-    def result(self) -> tuple[list[int | None], list[RankedToken | None]]:
-        """The token of each row, and its log-probabilities if it asked for them.
+    @property
+    @override
+    def tokens(self) -> torch.Tensor:
+        return self._tokens
 
-        None for a row whose logits have NaN. The caller records the tokens in their states, except
-        for the rows that it discards. This waits for the step.
-        """
+    @override
+    def result(self) -> list[SampledRow]:
         results = self._results.wait()
-        tokens = [None if token < 0 else token for token in results["tokens"].tolist()]
+        tokens: list[int] = results["tokens"].tolist()
         ranked: list[RankedToken | None] = [None] * len(tokens)
         if self._ranked:
             rows, counts = zip(*self._ranked, strict=True)
             ranks = results["logprobs"], results["top_ids"], results["top_logprobs"]
             for row, token in zip(rows, ranked_tokens(ranks, counts), strict=True):
-                ranked[row] = token if tokens[row] is not None else None
-        return tokens, ranked
+                ranked[row] = token
+        return [
+            SampledRow(None, error=not_numbers()) if token < 0 else SampledRow(token, each)
+            for token, each in zip(tokens, ranked, strict=True)
+        ]
 
 
-class DeviceSampler:
+class DeviceSampler(Sampler):
     """Samples on one device for logits of one vocabulary. All calls come from one thread and one
     stream of the device, or are ordered by it."""
 
@@ -57,10 +62,11 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._counts = TokenCounts(vocab_size, device)
 
+    @override
     @torch.inference_mode()
     def launch(
         self, logits: torch.Tensor, states: Sequence[SamplerState], indices: Sequence[int]
-    ) -> SampledStep:
+    ) -> DeviceSample:
         """Sample output token `indices[i]` of `states[i]` from row i of `logits` `[n, vocab]`.
 
         The logits are of any floating-point type and on the device; they are not changed. The host
@@ -88,7 +94,7 @@ class DeviceSampler:
             rows = plan["ranked"]
             columns = rank(logits[rows].float(), tokens[rows], most)
             results |= zip(("logprobs", "top_ids", "top_logprobs"), columns, strict=True)
-        return SampledStep(tokens, HostCopy(results, self._device), ranked)
+        return DeviceSample(tokens, HostCopy(results, self._device), ranked)
 
     def _plan(self, states: Sequence[SamplerState], indices: Sequence[int]) -> dict[str, Array]:
         """Which rows need what, and with which parameters; nothing for a part that none needs.

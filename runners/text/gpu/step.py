@@ -15,7 +15,7 @@ import torch
 
 from runners.text.gpu.attention import AttentionOptions, Backend
 from runners.text.gpu.kv import PagePool
-from runners.text.gpu.plan import StepPlan, partial_slots
+from runners.text.gpu.plan import StepPlan, default_programs, partial_slots
 from runners.text.paging.batch import Batch
 from runners.text.paging.blocks import BLOCK_SIZE
 
@@ -86,36 +86,6 @@ def arrays_of(batch: Batch, shape: StepShape) -> StepArrays:
     return StepArrays(shape, ids, positions, kept, counts, past + counts, tables)
 
 
-class PinnedCopy:
-    """int64 numbers on the way to a device, through two pinned buffers that take turns.
-
-    The copy of a step may still be under way while the next step is written.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._staging = [
-            torch.zeros(size, dtype=torch.int64, pin_memory=self._on_gpu) for _ in range(2)
-        ]
-        self._copied: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
-
-    def next(self) -> npt.NDArray[np.int64]:
-        """The buffer to write the next numbers into; waits for the copy of the last but one."""
-        self._turn ^= 1
-        if (event := self._copied[self._turn]) is not None:
-            event.synchronize()
-        buffer: npt.NDArray[np.int64] = self._staging[self._turn].numpy()
-        return buffer
-
-    def send(self, target: torch.Tensor, count: int) -> None:
-        """Copy the first `count` numbers to the beginning of `target`; does not wait."""
-        target[:count].copy_(self._staging[self._turn][:count], non_blocking=True)
-        if self._on_gpu:
-            event = torch.cuda.current_stream(target.device).record_event()
-            self._copied[self._turn] = event
-
-
 class StepContext:
     """A step in one forward: the attention function finds it in `forward_context`.
 
@@ -170,7 +140,7 @@ class StepContext:
                 capacity=partial_slots(pages, limits.sequences),
                 decode_tile=decode_tile,
                 prefill_tile=prefill_tile,
-                programs=_programs(device, kv_heads),
+                programs=default_programs(device, kv_heads),
             )
             self._fill(plan)
             self._plans[device, group, record_size] = plan
@@ -187,11 +157,3 @@ class StepContext:
             padding_slot=self.pool.scratch_page * BLOCK_SIZE,
             has_chunks=arrays.shape.has_chunks,
         )
-
-
-def _programs(device: torch.device, kv_heads: int) -> int:
-    """Programs of the attention kernel per KV head: two for each multiprocessor in all."""
-    if device.type != "cuda":
-        return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return -(-2 * processors // kv_heads)

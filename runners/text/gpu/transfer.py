@@ -37,6 +37,13 @@ def to_device(arrays: Mapping[str, Array], device: torch.device) -> dict[str, to
     }
 
 
+def copy_into(target: torch.Tensor, numbers: NDArray[np.int64]) -> None:
+    """Copy int64 numbers to the beginning of `target`, as `to_device` does."""
+    pinned = torch.empty(len(numbers), dtype=torch.int64, pin_memory=target.is_cuda)
+    pinned.numpy()[:] = numbers
+    target[: len(numbers)].copy_(pinned, non_blocking=True)
+
+
 class HostCopy:
     """Tensors of a device on their way to the host."""
 
