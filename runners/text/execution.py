@@ -30,6 +30,10 @@ from runners.text.samplers import HostSampler, Sampler
 logger = logging.getLogger("triptych.text")
 
 
+CHECKED_ROWS, CHECKED_SEQUENCES = 64, 2
+"""What the steps of a parity check need, whatever is configured."""
+
+
 class SizedRunner(ModelRunner, Protocol):
     """A model runner that knows the size of what it computes with."""
 
@@ -127,8 +131,8 @@ def choose_execution(
     if reason:
         logger.info("%s: decode steps run eagerly: %s", config.name, reason)
     limits = StepLimits(
-        rows=max(config.max_step_tokens, config.max_batch_size) + 1,
-        sequences=config.max_batch_size,
+        rows=max(config.max_step_tokens, config.max_batch_size, CHECKED_ROWS) + 1,
+        sequences=max(config.max_batch_size, CHECKED_SEQUENCES),
         context=max_context,
     )
     graphs = None if reason else GraphOptions(config.graph_memory << 20)

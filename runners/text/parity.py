@@ -63,6 +63,7 @@ class ParityCheck:
     ) -> None:
         self._model = model
         self._execution = execution or HostExecution()
+        self._default_attention = model.config._attn_implementation
         self._group = group
         self._failure = ""
         """Why the last check failed."""
@@ -104,12 +105,11 @@ class ParityCheck:
         Raises: ConfigError if the ranks cannot agree on that.
         """
         model = self._model
-        default_attention = model.config._attn_implementation
         if getattr(model, "_supports_attention_backend", False):
             model.set_attn_implementation(PACKED)
             if self.matches("packed"):
                 return "packed"
-            model.set_attn_implementation(default_attention)
+            model.set_attn_implementation(self._default_attention)
         return "padded" if self.matches("padded") else None
 
     def matches(self, layout: Layout, *, tolerance: float | None = None) -> bool:
