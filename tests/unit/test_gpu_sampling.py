@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from runners.contracts.text import SamplingParams
 from runners.hf.models import SamplingDefaults
-from runners.text.distribution import cutoff_of_best, draw, rank, weights
+from runners.text.distribution import cutoff_of_best, draw, invert, rank, weights
 from runners.text.gpu.kernels.cutoff import cutoff
 from runners.text.gpu.sampling import DeviceSampler
 from runners.text.sampling import RankedToken, SamplerState, sample
@@ -207,19 +207,37 @@ def test_infinite_logits_give_the_first_best_token(value: float, params: dict[st
 
 
 def test_the_counts_of_sequences_that_are_gone_are_used_again() -> None:
+    """All tokens tie, so the first that was not sampled before comes next."""
     sampler = DeviceSampler(CPU, 16)
     logits = torch.zeros(20, 16)
+
+    def sampled(states: Sequence[SamplerState], index: int) -> list[int]:
+        count = len(states)
+        return sampler.launch(logits[:count], states, [index] * count).tokens.tolist()
+
     for _ in range(3):
-        states = [state(presence_penalty=1.0, prompt=[i % 16]) for i in range(20)]
-        # All tokens tie, so the first that was not sampled before comes next.
-        for index in range(3):
-            assert sampler.launch(logits, states, [index] * 20).tokens.tolist() == [index] * 20
+        states = [state(presence_penalty=1.0) for _ in range(20)]
+        # The tables grow while some sequences run.
+        assert [sampled(states[:6], index) for index in range(3)] == [[i] * 6 for i in range(3)]
+        assert sampled(states[6:], 0) == [0] * 14
+        assert sampled(states[:6], 3) == [3] * 6
+        assert sampled(states[6:], 1) == [1] * 14
         del states
         gc.collect()
     assert len(sampler._counts.output) == 32
-    greedy = DeviceSampler(CPU, 16)
-    greedy.launch(logits, [state(temperature=1.0, min_new_tokens=5, eos=[3])] * 20, [0] * 20)
-    assert len(greedy._counts.output) == 0
+    # Its predecessor had as many tokens, and others.
+    states = [state(presence_penalty=1.0) for _ in range(20)]
+    for each in states:
+        for token in (0, 9, 9, 0):
+            each.record(token)
+    assert sampled(states, 4) == [1] * 20
+
+
+def test_sequences_without_penalties_are_not_counted() -> None:
+    sampler = DeviceSampler(CPU, 16)
+    sampled = state(temperature=1.0, min_new_tokens=5, eos=[3], logit_bias={4: 1.0})
+    sampler.launch(torch.zeros(1, 16), [sampled], [0])
+    assert len(sampler._counts.output) == 0
 
 
 def test_a_launch_never_waits_for_the_device() -> None:
@@ -262,7 +280,7 @@ def test_only_what_a_step_needs_is_computed() -> None:
             torch.zeros(4, 50, dtype=torch.bfloat16), [state()] * 4, [9] * 4
         )
     assert "argmax" in seen
-    assert not {"_to_copy", "exp_", "sort", "index", "_log_softmax"} & set(seen)
+    assert not {"to", "_to_copy", "exp_", "sort", "index", "_log_softmax"} & set(seen)
 
 
 def kept(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
@@ -339,6 +357,10 @@ def test_a_uniform_number_at_an_end_draws_a_token_that_is_kept(uniform: float) -
         if vocab_size > 1:
             want = [last - 1 if uniform else 1]
             assert draw(logits, logits.argmax(-1), number).tolist() == want
+    for seed in range(50):
+        amounts = torch.randint(1, 2**62, (1, 1), generator=torch.Generator().manual_seed(seed))
+        total = torch.cat([amounts, torch.zeros(1, 1, dtype=torch.int64)], -1)
+        assert invert(total, number).tolist() == [0]
 
 
 def test_equally_likely_alternatives_are_listed_by_id() -> None:
