@@ -23,7 +23,7 @@ from runners.text.gpu.attention import (
     TritonBackend,
     VarlenBackend,
 )
-from runners.text.gpu.plan import StepPlan, token_slots
+from runners.text.gpu.plan import SPLIT, StepPlan, token_slots
 from runners.text.paging.blocks import BLOCK_SIZE
 
 logger = logging.getLogger(__name__)
@@ -144,6 +144,8 @@ class Case:
     ) -> None:
         self.shape, self.device, self.lengths = shape, device, lengths
         self.tiles, self.programs = tiles, programs
+        # In the interpreter sequences are too short for splits of the usual size.
+        self.split = SPLIT if device.type == "cuda" else 64
         generator = torch.Generator(device).manual_seed(0)
         total, width = sum(lengths), max(-(-n // BLOCK_SIZE) for n in lengths)
 
@@ -212,6 +214,7 @@ class Case:
             decode_tile=self.tiles[0],
             prefill_tile=self.tiles[1],
             programs=self.programs,
+            split=self.split,
         )
         plan.fill(counts, [last for _, _, last in rows], self.tables[[i for i, _, _ in rows]])
         return plan
