@@ -58,31 +58,43 @@ def shape(
         shape(20, 1, 32),  # more heads than a tile takes
         shape(6, 2, 96, 40, window=40, softcap=5.0, has_sinks=True),
         shape(2, 1, 256, dtype=torch.bfloat16),
-        shape(4, 2, 72, dtype=torch.float16, window=100, softcap=30.0),
+        shape(2, 1, 72, dtype=torch.float16, window=100, softcap=30.0),
         shape(4, 2, 64, dtype=torch.bfloat16, has_sinks=True, window=128),
-        shape(4, 2, 64, dtype=torch.bfloat16, kv_dtype=FLOAT8),
+        shape(2, 1, 64, dtype=torch.bfloat16, kv_dtype=FLOAT8),
     ],
     ids=str,
 )
 def test_the_kernel_computes_attention(layer: AttentionShape) -> None:
-    """Of decoding rows and chunks in one step, at borders of pages and splits, among NaN."""
-    case = Case(layer, CPU, BORDERS, KERNEL.tiles)
-    rows: list[Rows] = [(i, max(0, n - 3), n) for i, n in enumerate(BORDERS)]
-    rows[3:3] = [(7, 256, 257), (0, 0, 1), (5, 30, 75), (6, 255, 256)]
-    for capacity in (64, 0):
-        out = case.attend(KERNEL, rows, case.options(layer.window), capacity)
-        expected = case.reference(rows, case.options(layer.window))
-        tolerance = proof.TOLERANCE[layer.dtype]
-        torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+    """Of decoding rows and a chunk in one step, among NaN."""
+    lengths = (1, 33, 130)
+    rows: list[Rows] = [(0, 0, 1), (1, 32, 33), (2, 60, 67), (2, 129, 130)]
+    _assert_close(layer, lengths, rows, capacity=64)
+
+
+@pytest.mark.parametrize("capacity", [0, 64])
+def test_the_kernel_at_borders_of_pages_and_splits(capacity: int) -> None:
+    rows: list[Rows] = [(i, max(0, n - 2), n) for i, n in enumerate(BORDERS)]
+    rows[3:3] = [(7, 40, 43)]
+    _assert_close(shape(2, 1, 16), BORDERS, rows, capacity)
+
+
+def _assert_close(
+    layer: AttentionShape, lengths: Sequence[int], rows: Sequence[Rows], capacity: int
+) -> None:
+    case = Case(layer, CPU, lengths, KERNEL.tiles)
+    out = case.attend(KERNEL, rows, case.options(layer.window), capacity)
+    expected = case.reference(rows, case.options(layer.window))
+    tolerance = proof.TOLERANCE[layer.dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("backend", [SMALL_TILES, TorchBackend()], ids=lambda b: b.name)
 @pytest.mark.parametrize(
     "layer",
     [
-        shape(window=40, softcap=5.0, has_sinks=True),
+        shape(4, 1, window=40, softcap=5.0, has_sinks=True),
         shape(3, 1, 80, 48, torch.bfloat16),
-        shape(2, 2, 32, dtype=torch.bfloat16, kv_dtype=FLOAT8),
+        shape(1, 1, 32, dtype=torch.bfloat16, kv_dtype=FLOAT8),
     ],
     ids=str,
 )
