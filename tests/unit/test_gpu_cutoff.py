@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -42,14 +43,16 @@ def random_rows(n: int, vocab: int, seed: int) -> tuple[torch.Tensor, tuple[torc
 
 def warped(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
     """Which tokens of one row transformers keeps, in float64."""
-    scores, ids = logits.double()[None], torch.zeros(1, 0, dtype=torch.int64)
+    scores: Any = logits.double()[None]
+    ids: Any = torch.zeros(1, 0, dtype=torch.int64)
     if top_k > 0:
         scores = TopKLogitsWarper(top_k)(ids, scores)
     if top_p < 1:
         scores = TopPLogitsWarper(top_p)(ids, scores)
     if min_p > 0:
         scores = MinPLogitsWarper(min_p)(ids, scores)
-    return scores[0] > -INFINITY
+    kept: torch.Tensor = scores[0] > -INFINITY
+    return kept
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 50, 3000])
