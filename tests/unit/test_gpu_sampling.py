@@ -22,6 +22,7 @@ from runners.hf.models import SamplingDefaults
 from runners.text.distribution import cutoff_of_best, draw, invert, rank, weights
 from runners.text.gpu.kernels.cutoff import cutoff
 from runners.text.gpu.sampling import DeviceSampler
+from runners.text.samplers import SampledStep
 from runners.text.sampling import RankedToken, SamplerState, sample
 
 CPU = torch.device("cpu")
@@ -99,6 +100,13 @@ def same_ranks(ours: Sequence[RankedToken | None], theirs: Sequence[RankedToken 
             assert [value for _, value in one.top] == pytest.approx(values, abs=1e-6)
 
 
+def results(step: SampledStep) -> tuple[list[int | None], list[RankedToken | None]]:
+    """The tokens of a step, None for rows of NaN, and their log-probabilities."""
+    rows = step.result()
+    assert all((row.token is None) == (row.error is not None) for row in rows)
+    return [row.token for row in rows], [row.ranked for row in rows]
+
+
 @pytest.mark.parametrize("part", range(5))
 def test_a_thousand_parameter_sets_give_the_tokens_of_the_host(part: int) -> None:
     """Each step is launched before the host knows the tokens of the one before it."""
@@ -116,10 +124,10 @@ def test_a_thousand_parameter_sets_give_the_tokens_of_the_host(part: int) -> Non
             step = sampler.launch(logits, device, [index] * STATES)
             assert torch.equal(logits, before)
             if in_flight is not None:
-                for each, token in zip(device, in_flight.result()[0], strict=True):
+                for each, token in zip(device, results(in_flight)[0], strict=True):
                     assert token is not None
                     each.record(token)
-            tokens, ranked = step.result()
+            tokens, ranked = results(step)
             params = [vars(each) for each in device]
             assert tokens == want, params
             assert step.tokens.tolist() == want
@@ -137,10 +145,10 @@ def test_a_row_has_the_same_token_alone_and_in_any_batch() -> None:
         for index in range(STEPS):
             logits = random_logits(rng, STATES, vocab_size)
             step = together.launch(logits, [batch for batch, _ in pairs], [index] * STATES)
-            tokens, ranked = step.result()
+            tokens, ranked = results(step)
             for i, (batch, single) in enumerate(pairs):
-                own = alone[i].launch(logits[i : i + 1], [single], [index]).result()
-                assert own == ([tokens[i]], [ranked[i]])
+                own = alone[i].launch(logits[i : i + 1], [single], [index])
+                assert results(own) == ([tokens[i]], [ranked[i]])
                 assert tokens[i] is not None
                 batch.record(tokens[i] or 0)
                 single.record(tokens[i] or 0)
@@ -165,7 +173,7 @@ def test_a_step_that_was_discarded_is_sampled_again_with_the_same_result() -> No
             step = sampler.launch(launched, [discarded], [index])
             if index < 7:
                 sampler.launch(rows[6], [discarded], [index + 1])
-        token = step.result()[0][0]
+        token = results(step)[0][0]
         assert token == want[index]
         discarded.record(token)
 
@@ -182,11 +190,13 @@ def test_rows_with_nan_are_named_and_leave_the_others_alone() -> None:
     sampler = DeviceSampler(CPU, 8)
     logits = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
-    clean = [sampler.launch(logits, [state(**p, logprobs=2)] * 4, [0] * 4).result() for p in kinds]
+    clean = [
+        results(sampler.launch(logits, [state(**p, logprobs=2)] * 4, [0] * 4)) for p in kinds
+    ]
     logits[2, 5] = float("nan")
     for params, (tokens, ranked) in zip(kinds, clean, strict=True):
         step = sampler.launch(logits, [state(**params, logprobs=2)] * 4, [0] * 4)
-        assert step.result() == (
+        assert results(step) == (
             [*tokens[:2], None, tokens[3]],
             [*ranked[:2], None, ranked[3]],
         )
@@ -203,7 +213,8 @@ def test_infinite_logits_give_the_first_best_token(value: float, params: dict[st
     best = 3 if value > 0 else 0
     sampled = {"temperature": 1.0, "seed": 0, **params}
     assert sample(logits, [state(**sampled)])[0] == [best]
-    assert DeviceSampler(CPU, 8).launch(logits, [state(**sampled)], [0]).result()[0] == [best]
+    step = DeviceSampler(CPU, 8).launch(logits, [state(**sampled)], [0])
+    assert results(step)[0] == [best]
 
 
 def test_the_counts_of_sequences_that_are_gone_are_used_again() -> None:
