@@ -35,7 +35,25 @@ class AccelerateTextConfig(AccelerateConfig, TextConfig):
     """A text model on Accelerate."""
 
 
-class AccelerateImageConfig(AccelerateConfig, ImageConfig):
+class CompiledImageConfig(ImageConfig):
+    """An image model whose denoiser may be compiled, on every engine."""
+
+    compile_denoiser: bool = False
+    """Whether torch compiles the repeated blocks of the denoiser: faster steps on a GPU, after a
+    first start that takes minutes; it keeps the result in the user's cache folder. It needs a C++
+    compiler, and excludes `cpu_offload` `sequential`."""
+
+    @model_validator(mode="after")
+    def _check_compilation(self) -> CompiledImageConfig:
+        if self.compile_denoiser and self.cpu_offload == "sequential":
+            raise ValueError(
+                "compile_denoiser compiles whole blocks, which cpu_offload sequential moves layer "
+                "by layer; use cpu_offload model, or none"
+            )
+        return self
+
+
+class AccelerateImageConfig(AccelerateConfig, CompiledImageConfig):
     """An image model on Accelerate."""
 
 
@@ -91,7 +109,7 @@ class DeepSpeedTextConfig(DeepSpeedConfig, TextConfig):
         return self
 
 
-class DeepSpeedImageConfig(DeepSpeedConfig, ImageConfig):
+class DeepSpeedImageConfig(DeepSpeedConfig, CompiledImageConfig):
     """An image model on DeepSpeed.
 
     Every rank holds the whole model.
@@ -122,7 +140,7 @@ class MIITextConfig(MIIConfig, TextConfig):
         return super().max_concurrency * self.mii.replica_num
 
 
-class MIIImageConfig(MIIConfig, ImageConfig):
+class MIIImageConfig(MIIConfig, CompiledImageConfig):
     """An image model on MII.
 
     It runs as on Accelerate.
@@ -222,8 +240,12 @@ def load_runner_config(content: bytes) -> BaseRunnerConfig:
 
 
 if __name__ == "__main__":
-    for task_type in (TextConfig, ImageConfig, TaskConfig):
+    for task_type in (TextConfig, CompiledImageConfig, TaskConfig):
         print(f"### {task_type.__doc__}\n\n{describe_fields(task_type)}\n")
     for config in _CONFIGS:
-        bases = [base for base in (TextConfig, ImageConfig, TaskConfig) if issubclass(config, base)]
+        bases = [
+            base
+            for base in (TextConfig, CompiledImageConfig, TaskConfig)
+            if issubclass(config, base)
+        ]
         print(f"### {config.__doc__}\n\n{describe_fields(config, without=bases[0])}\n")

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from runners.config.base import ImageConfig
 from runners.config.engines import DEVICE_STRATEGIES, AccelerateConfig, DeepSpeedConfig
+from runners.config.model import CompiledImageConfig
 from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.images.pipeline import load_pipeline
+from runners.images.placement import compile_denoiser, place, prepare_for_gpu
 from runners.images.program import ImageProgram, image_program
 from runners.rank.process_group import connect, meet
 from runners.rank.program import RankContext
@@ -55,7 +56,7 @@ def load_deepspeed_program(context: RankContext) -> ImageProgram:
 
 def _load(context: RankContext, device_map: str, max_memory: Any) -> ImageProgram:
     config = context.config
-    assert isinstance(config, ImageConfig)  # noqa: S101 - `create_runner` chose this program
+    assert isinstance(config, CompiledImageConfig)  # noqa: S101 - `create_runner` chose this program
     torch.set_num_threads(context.num_threads)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     gpus = torch.cuda.device_count()
@@ -70,8 +71,12 @@ def _load(context: RankContext, device_map: str, max_memory: Any) -> ImageProgra
     if by_strategy and not config.cpu_offload and (gpus > 1 or (gpus and max_memory)):
         options = {"device_map": "balanced", "max_memory": max_memory}
     pipeline = load_pipeline(config, on_cpu=on_cpu, options=options)
+    if not on_cpu:
+        prepare_for_gpu(pipeline)
+    if config.compile_denoiser:
+        compile_denoiser(pipeline)
     if not options and not on_cpu:
-        _place(pipeline, "cuda:0" if by_strategy else device_map, config.cpu_offload)
+        place(pipeline, "cuda:0" if by_strategy else device_map, config.cpu_offload)
     elif config.cpu_offload:
         logger.warning("cpu_offload is ignored: the image model runs on the CPU")
     return image_program(context, pipeline)
@@ -87,16 +92,6 @@ def _check_device_exists(device: torch.device) -> None:
             f"{device} does not exist, this machine has {count} {device.type} devices",
             field="device_map",
         )
-
-
-def _place(pipeline: Any, device: str, cpu_offload: str | None) -> None:
-    """Place a pipeline on one GPU, or offload it to the CPU while it does not compute."""
-    if cpu_offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    elif cpu_offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
 
 
 def _device_or_strategy(device_map: str | dict[str, int | str]) -> str:
