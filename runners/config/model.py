@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 from typing_extensions import override
 
 from runners.config.base import (
@@ -35,25 +35,7 @@ class AccelerateTextConfig(AccelerateConfig, TextConfig):
     """A text model on Accelerate."""
 
 
-class CompiledImageConfig(ImageConfig):
-    """An image model whose denoiser may be compiled, on every engine."""
-
-    compile_denoiser: bool = False
-    """Whether torch compiles the repeated blocks of the denoiser: faster steps on a GPU, after a
-    first start that takes minutes; it keeps the result in the user's cache folder. It needs a C++
-    compiler, and excludes `cpu_offload` `sequential`."""
-
-    @model_validator(mode="after")
-    def _check_compilation(self) -> CompiledImageConfig:
-        if self.compile_denoiser and self.cpu_offload == "sequential":
-            raise ValueError(
-                "compile_denoiser compiles whole blocks, which cpu_offload sequential moves layer "
-                "by layer; use cpu_offload model, or none"
-            )
-        return self
-
-
-class AccelerateImageConfig(AccelerateConfig, CompiledImageConfig):
+class AccelerateImageConfig(AccelerateConfig, ImageConfig):
     """An image model on Accelerate."""
 
 
@@ -109,7 +91,7 @@ class DeepSpeedTextConfig(DeepSpeedConfig, TextConfig):
         return self
 
 
-class DeepSpeedImageConfig(DeepSpeedConfig, CompiledImageConfig):
+class DeepSpeedImageConfig(DeepSpeedConfig, ImageConfig):
     """An image model on DeepSpeed.
 
     Every rank holds the whole model.
@@ -140,7 +122,7 @@ class MIITextConfig(MIIConfig, TextConfig):
         return super().max_concurrency * self.mii.replica_num
 
 
-class MIIImageConfig(MIIConfig, CompiledImageConfig):
+class MIIImageConfig(MIIConfig, ImageConfig):
     """An image model on MII.
 
     It runs as on Accelerate.
@@ -240,12 +222,8 @@ def load_runner_config(content: bytes) -> BaseRunnerConfig:
 
 
 if __name__ == "__main__":
-    for task_type in (TextConfig, CompiledImageConfig, TaskConfig):
+    for task_type in (TextConfig, ImageConfig, TaskConfig):
         print(f"### {task_type.__doc__}\n\n{describe_fields(task_type)}\n")
     for config in _CONFIGS:
-        bases = [
-            base
-            for base in (TextConfig, CompiledImageConfig, TaskConfig)
-            if issubclass(config, base)
-        ]
+        bases = [base for base in (TextConfig, ImageConfig, TaskConfig) if issubclass(config, base)]
         print(f"### {config.__doc__}\n\n{describe_fields(config, without=bases[0])}\n")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from runners.config.base import ImageConfig
 from runners.config.engines import DEVICE_STRATEGIES, AccelerateConfig, DeepSpeedConfig
-from runners.config.model import CompiledImageConfig
 from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.images.pipeline import load_pipeline
@@ -56,7 +56,7 @@ def load_deepspeed_program(context: RankContext) -> ImageProgram:
 
 def _load(context: RankContext, device_map: str, max_memory: Any) -> ImageProgram:
     config = context.config
-    assert isinstance(config, CompiledImageConfig)  # noqa: S101 - `create_runner` chose this program
+    assert isinstance(config, ImageConfig)  # noqa: S101 - `create_runner` chose this program
     torch.set_num_threads(context.num_threads)
     context.progress(RunnerState.LOADING, f"loading weights from {config.name}")
     gpus = torch.cuda.device_count()

@@ -20,7 +20,6 @@ from diffusers import AutoencoderKL
 from typing_extensions import override
 
 from runners.config.base import ImageConfig
-from runners.config.model import CompiledImageConfig
 from runners.contracts.errors import (
     ConfigError,
     ContentFiltered,
@@ -53,7 +52,7 @@ from runners.protocol.messages import (
     request_failed,
 )
 from runners.rank.inbox import Inbox
-from runners.rank.memory import check_fits, machine_memory
+from runners.rank.memory import check_fits, gpu_memory_share, machine_memory
 from runners.rank.program import Occupancy, RankContext, RankProgram
 
 logger = logging.getLogger("triptych.images")
@@ -202,7 +201,7 @@ def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
     reset_peaks()
     _warm_up(info.architecture, generator, _first_image(info))
     bound = _max_running_pixels(config, info, before)
-    if isinstance(config, CompiledImageConfig) and config.compile_denoiser:
+    if config.compile_denoiser:
         context.progress(RunnerState.WARMUP, "compiling the denoiser")
         # Torch compiles a block for one row and for several. Without guidance, an image has one.
         _warm_up(info.architecture, generator, _first_image(info, guidance_scale=1.0))
@@ -230,7 +229,7 @@ def _max_running_pixels(
     """
     if config.cpu_offload is not None:
         return None  # the peak is mostly that of the weights, which images share
-    share = getattr(config, "gpu_memory_share", 1.0)
+    share = gpu_memory_share(config)
     bound = pixels_at_once(before, gpu_memories(), pixels=info.height * info.width, share=share)
     if bound is not None:
         warn_if_too_large(info.max_pixels, bound)

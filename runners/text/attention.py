@@ -54,7 +54,7 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scale, sliding_window, softcap, s_aux)
     if isinstance(context, StepContext):
-        return context.attend(module.layer_idx, query, key, value, options), None  # type: ignore[arg-type]
+        return context.attend(module.layer_idx, query, key, value, options), None
     layer = context.pool.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
     kernels = load_kernels()
     if kernels is not None and layer.native and query.dtype == torch.float32:

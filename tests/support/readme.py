@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from runners.config.base import BaseRunnerConfig, TaskConfig, TextConfig
+from runners.config.base import BaseRunnerConfig, ImageConfig, TaskConfig, TextConfig
 from runners.config.describe import describe_fields
 from runners.config.engines import AccelerateConfig
 from runners.config.mii import MIISection
-from runners.config.model import CompiledImageConfig, DeepSpeedTextConfig
+from runners.config.model import DeepSpeedTextConfig
 from settings import describe_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,7 +121,7 @@ def with_tables(text: str) -> str:
         "main_settings": _rows(describe_settings(), MAIN_SETTINGS),
         "common": describe_fields(BaseRunnerConfig),
         "text": describe_fields(TextConfig, without=BaseRunnerConfig),
-        "images": describe_fields(CompiledImageConfig, without=BaseRunnerConfig),
+        "images": describe_fields(ImageConfig, without=BaseRunnerConfig),
         "tasks": describe_fields(TaskConfig, without=BaseRunnerConfig),
         "accelerate": describe_fields(AccelerateConfig, without=BaseRunnerConfig),
         "deepspeed": describe_fields(DeepSpeedTextConfig, without=TextConfig),
