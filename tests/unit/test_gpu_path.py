@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload  # type: ignore[import-untyped]
 from transformers import AutoModelForCausalLM
 
 from runners.contracts.errors import ConfigError, EngineFailure
