@@ -114,12 +114,13 @@ def test_a_decoded_row_has_the_bits_of_its_prompt_behind_a_window() -> None:
 
 
 def test_what_a_window_hides_is_not_read() -> None:
-    case = Case(shape(), CPU, [200], KERNEL.tiles)
-    options = case.options(window=60)
+    case = Case(shape(dtype=torch.bfloat16), CPU, [200], KERNEL.tiles)
+    options = case.options(window=30)
     rows: list[Rows] = [(0, 198, 200), (0, 199, 200)]
     expected = case.attend(KERNEL, rows, options, 64)
-    case.pages.keys[case.tables[0, :4]] = float("nan")
-    case.tables[0, :4] = 2**30  # a page that was freed, and has no number
+    # A tile of keys begins in the page before the window, with number 4.
+    case.pages.keys[case.tables[0, :5]] = float("nan")
+    case.tables[0, :5] = 2**30  # pages that were freed have no number
     assert torch.equal(case.attend(KERNEL, rows, options, 64), expected)
 
 

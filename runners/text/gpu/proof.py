@@ -223,6 +223,8 @@ class Case:
             programs=self.programs,
             split=self.split,
         )
+        # What an earlier step left there must not be read.
+        plan.scratch.fill_(float("nan"))
         plan.fill(counts, [last for _, _, last in rows], self.tables[[i for i, _, _ in rows]])
         return plan
 
