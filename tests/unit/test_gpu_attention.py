@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.errors import OutOfResources
 
 from runners.contracts.errors import ConfigError
 from runners.text.gpu import kernels, proof
@@ -249,7 +250,7 @@ class BrokenBackend(TorchBackend):
         options: AttentionOptions,
     ) -> None:
         if self.error == "raises":
-            raise RuntimeError("no kernel\nimage")
+            raise OutOfResources(300_000, 232_448, "shared memory")
         super().attend(query, pages, plan, out, options)
         if self.error == "nan":
             out[0, 0, 0] = float("nan")
@@ -262,7 +263,7 @@ class BrokenBackend(TorchBackend):
 @pytest.mark.parametrize(
     ("error", "problem"),
     [
-        ("raises", "RuntimeError: no kernel"),
+        ("raises", "OutOfResources: out of resource: shared memory"),
         ("nan", "differs by nan"),
         ("value", "differs by 0.01"),
         ("bits", "other bits alone"),
