@@ -91,7 +91,7 @@ def small_model(kind: str, dtype: torch.dtype, folder: Path) -> Path:
         model.generation_config = tf.GenerationConfig(bos_token_id=0, eos_token_id=1)  # type: ignore[no-untyped-call]
         model.to(dtype).save_pretrained(target)
 
-    return _written(folder / name, write)
+    return written(folder / name, write)
 
 
 def large_model(device: Device) -> Any:
@@ -113,10 +113,10 @@ def large_model_folder(device: Device, folder: Path) -> Path:
         large_model(device).save_pretrained(target, max_shard_size="4GB")
         device.release()
 
-    return _written(folder / "large", write)
+    return written(folder / "large", write)
 
 
-def _written(folder: Path, write: Callable[[Path], None]) -> Path:
+def written(folder: Path, write: Callable[[Path], None]) -> Path:
     """A model's folder, complete with a tokenizer."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")

@@ -109,10 +109,15 @@ def make_prompts(device: Device) -> list[list[int]]:
 
 
 def generate(device: Device, folder: Path, prompts: Prompts, count: int) -> list[Reference]:
-    """`model.generate(do_sample=False)` of each prompt alone, on the device."""
+    """`model.generate(do_sample=False)` of each prompt alone, on the device.
+
+    On a CPU Triptych computes in float32, whatever the type of the weights.
+    """
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device.target)
+    if device.dry:
+        model.float()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 1
     references = []
