@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             for key in args.parts:
                 result = report.load(file).get("parts", {}).get(key)
-                if not args.force and _is_current(result):
+                if not (args.force or args.cpu) and _is_current(result):
                     print(f"--- {key}: {PARTS[key].title}: already measured", flush=True)
                     continue
                 print(f"--- {key}: {PARTS[key].title}", flush=True)
