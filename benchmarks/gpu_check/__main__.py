@@ -30,8 +30,9 @@ class Part(NamedTuple):
     module: str
 
 
+KERNELS = "benchmarks.gpu_check.kernels"
 PARTS = {
-    "a": Part("kernels against float64", "benchmarks.gpu_check.kernels"),
+    "a": Part("kernels against float64", KERNELS),
     "b": Part("tokens of generate, and equal bits", "benchmarks.gpu_check.tokens"),
     "c": Part("throughput of 8 billion parameters", "benchmarks.gpu_check.throughput"),
     "d": Part("MII on FastGen's kernels", "benchmarks.gpu_check.fastgen"),
@@ -78,20 +79,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(part: Part, folder: Path, *, dry: bool, limit_s: float = LIMIT_S) -> Result:
-    """The result of a part in a new process, or in a dry run in this one.
+    """The result of a part in a new process.
 
-    A process that takes longer is ended, and what it had measured is kept.
+    In a dry run, only the kernels have one, since Triton's interpreter is for a whole process. A
+    process that takes longer is ended, and what it had measured is kept.
     Raises: KeyboardInterrupt if this process is ended meanwhile.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "result.json"
-        if dry:
+        if dry and part.module != KERNELS:
             from benchmarks.gpu_check.device import Device
             from benchmarks.gpu_check.part import run_part
 
             run_part(part.module, path, Device(dry=True), folder)
             return report.load(path)
-        reason = run_process(part.module, path, folder, limit_s)
+        reason = run_process(part.module, path, folder, limit_s, dry=dry)
         result = report.load(path) or {"checks": [], "figures": {}, "skipped": {}}
     if reason:
         result |= {"state": "failed", "reason": reason}
@@ -99,11 +101,15 @@ def run(part: Part, folder: Path, *, dry: bool, limit_s: float = LIMIT_S) -> Res
     return result
 
 
-def run_process(module: str, path: Path, folder: Path, limit_s: float) -> str:
+def run_process(
+    module: str, path: Path, folder: Path, limit_s: float, *, dry: bool = False
+) -> str:
     """Run a part in a new process group. Returns why it has no complete result, or nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu_check.part", module, str(path)]
+    command += ["--folder", str(folder), *(["--cpu"] if dry else [])]
+    variables = {"TRITON_INTERPRET": "1"} if dry else {}
     process = subprocess.Popen(
-        [*command, "--folder", str(folder)], cwd=ROOT, start_new_session=True
+        command, cwd=ROOT, env=os.environ | variables, start_new_session=True
     )
     try:
         status = process.wait(limit_s)
