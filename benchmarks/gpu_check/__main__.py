@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.cache import ROOT, cache
 from benchmarks.gpu_check import report
-from benchmarks.gpu_check.recorder import Result, failures, passed, write_json
+from benchmarks.gpu_check.recorder import Result, failures, passed
 
 
 class Part(NamedTuple):
@@ -43,7 +43,6 @@ PARTS = {
 LIMIT_S = 540
 """Seconds that a part may take."""
 GRACE_S = 10
-
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,9 +100,7 @@ def run(part: Part, folder: Path, *, dry: bool, limit_s: float = LIMIT_S) -> Res
     return result
 
 
-def run_process(
-    module: str, path: Path, folder: Path, limit_s: float, *, dry: bool = False
-) -> str:
+def run_process(module: str, path: Path, folder: Path, limit_s: float, *, dry: bool = False) -> str:
     """Run a part in a new process group. Returns why it has no complete result, or nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu_check.part", module, str(path)]
     command += ["--folder", str(folder), *(["--cpu"] if dry else [])]
@@ -162,7 +159,12 @@ def _is_current(result: Result | None) -> bool:
 
 
 def _describe(dry: bool) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.gpu_check.part", *(["--cpu"] if dry else [])]
+    if dry:
+        from benchmarks.gpu_check.device import Device
+        from benchmarks.gpu_check.part import describe
+
+        return describe(Device(dry=True))
+    command = [sys.executable, "-m", "benchmarks.gpu_check.part"]
     process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     description: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return description

@@ -64,16 +64,17 @@ class Device:
         for _ in range(3):
             run()
         flush = torch.empty(2**28, dtype=torch.uint8, device=self.target)
+        create: Any = torch.cuda.Event
         pairs = []
         for _ in range(repeat):
             flush.zero_()
-            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            pair = [create(enable_timing=True) for _ in range(2)]
             pair[0].record()
             run()
             pair[1].record()
             pairs.append(pair)
         self.synchronize()
-        return median(start.elapsed_time(end) for start, end in pairs) / 1e3
+        return float(median(start.elapsed_time(end) for start, end in pairs)) / 1e3
 
     def copy_bandwidth(self) -> float:
         """Bytes per second, read and written, of a copy from memory to memory."""
@@ -83,7 +84,7 @@ class Device:
 
     def matmul_rate(self, dtype: torch.dtype = torch.bfloat16) -> float:
         """Floating-point operations per second of a large square matrix product."""
-        size = self.pick(MATMUL_SIZE, 64)
+        size: int = self.pick(MATMUL_SIZE, 64)
         left, right = (torch.randn(size, size, device=self.target).to(dtype) for _ in range(2))
         return 2 * size**3 / self.seconds(lambda: left @ right)
 

@@ -9,7 +9,6 @@ import asyncio
 import importlib
 import os
 import time
-
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.models import SEED, SHAPES, written
 from benchmarks.gpu_check.part import Context
 from benchmarks.gpu_check.recorder import Skipped
-from benchmarks.gpu_check.session import Output
 from benchmarks.gpu_check.serving import Served, serving
+from benchmarks.gpu_check.session import Output
 from benchmarks.gpu_check.throughput import prompts_of
 from benchmarks.gpu_check.tokens import compare, generate, make_prompts
 from tests.support.models import VOCAB
@@ -52,23 +51,22 @@ def run(check: Context) -> None:
     os.environ.setdefault("MII_CACHE_PATH", str(check.folder / "mii"))
     if not check.device.dry:
         build(check)
-    for kind in check.device.pick(FAMILIES, ("llama",)):
-        folder = family_model(kind, check.folder)
+    for kind in check.device.pick(FAMILIES, ()):
         # The other families differ in the model only, not in how a deployment is run.
-        modes = MODES if kind == "llama" and not check.device.dry else MODES[:1]
-        prompts = [p for p in make_prompts(check.device) if len(p) > 1]
-        count = check.device.pick(16, 4)
-        references = generate(check.device, folder, prompts, count)
-        for mode in modes:
-            try:
-                outputs = asyncio.run(_answers(check, folder, mode, prompts, count))
-            except Exception as error:
-                name = f"{kind} {mode} serves"
-                check.record.check(name, False, f"{type(error).__name__}: {error}"[:300])
-                continue
-            dtype = check.device.pick(torch.bfloat16, torch.float32)
-            compare(check, f"{kind} {mode}", outputs, references, dtype)
-    _measure(check)
+        for mode in MODES if kind == "llama" else MODES[:1]:
+            _serve(check, family_model(kind, check.folder), mode)
+        check.device.release()
+    folder = _middle_model(check.device, check.folder)
+    speeds = {
+        mode: _serve(check, folder, mode, measures=True)
+        for mode in check.device.pick(MODES, MODES[:1])
+    }
+    speeds["mii.pipeline"] = _pipeline_speeds(check, folder)
+    for name, rates in speeds.items():
+        check.record.figure(f"{name} tokens_per_second", rates)
+    for count, stock in speeds["mii.pipeline"].items():
+        rate = speeds["pipeline"].get(count, float("nan"))
+        check.record.figure(f"pipeline, times mii.pipeline, {count} sequences", rate / stock)
 
 
 def require(packages: dict[str, str]) -> None:
@@ -113,7 +111,7 @@ def family_model(kind: str, folder: Path) -> Path:
             "eos_token_id": 1,
             "pad_token_id": 1,
         }
-        config = tf.AutoConfig.for_model(kind, **options)  # type: ignore[no-untyped-call]
+        config = tf.AutoConfig.for_model(kind, **options)
         _save(config, target, scale=3)
 
     return written(folder / f"fastgen-{kind}", write)
@@ -141,35 +139,57 @@ def _save(config: Any, target: Path, *, scale: float = 1) -> None:
     model.to(torch.bfloat16).save_pretrained(target)
 
 
-async def _answers(
-    check: Context, folder: Path, mode: str, prompts: list[list[int]], count: int
-) -> list[Output]:
-    async with _serving_mii(check, folder, mode) as served:
-        return [Output(a.tokens) for a in await served.generate_all(prompts, count)]
+def _serve(check: Context, folder: Path, mode: str, *, measures: bool = False) -> dict[int, float]:
+    """Check one mode on one model. Returns tokens per second by number of sequences."""
+    name = f"{folder.name} {mode}"
+    prompts = [p for p in make_prompts(check.device) if len(p) > 1]
+    count = check.device.pick(16, 4)
+    references = generate(check.device, folder, prompts, count)
+    dtype = check.device.pick(torch.bfloat16, torch.float32)
+
+    async def serve() -> dict[int, float]:
+        async with serving(
+            check.device,
+            folder,
+            engine="mii",
+            mii={"mode": mode},
+            max_batch_size=check.device.pick(max(COUNTS), 8),
+        ) as served:
+            answers = await served.generate_all(prompts, count)
+            compare(check, name, [Output(a.tokens) for a in answers], references, dtype)
+            await _check_features(check, served, name, prompts[0])
+            return await _speeds(check.device, served) if measures else {}
+
+    try:
+        return asyncio.run(serve())
+    except Exception as error:
+        check.record.check(f"{name} serves", False, f"{type(error).__name__}: {error}"[:300])
+        return {}
 
 
-def _serving_mii(check: Context, folder: Path, mode: str) -> Any:
-    return serving(
-        check.device,
-        folder,
-        engine="mii",
-        mii={"mode": mode},
-        max_batch_size=check.device.pick(max(COUNTS), 8),
-    )
+async def _check_features(check: Context, served: Served, name: str, prompt: list[int]) -> None:
+    """What MII alone does not have: seeds, stop strings that are cut off, log-probabilities."""
+
+    async def generate(**sampling: Any) -> list[Any]:
+        return [delta async for delta in served.deltas(prompt, 24, **sampling)]
+
+    def tokens(deltas: list[Any]) -> list[int]:
+        return [token for delta in deltas for token in delta.token_ids]
+
+    once, again = [tokens(await generate(temperature=1.0, seed=7)) for _ in range(2)]
+    check.record.check(f"{name}: a seed repeats its tokens", once == again)
+    text = "".join(delta.text for delta in await generate())
+    stop = text[5:8]
+    cut = "".join(delta.text for delta in await generate(stop=[stop]))
+    check.record.check(f"{name}: a stop string", cut == text[: text.index(stop)])
+    first = (await generate(logprobs=2))[0]
+    count = len(first.logprobs[0].top) if first.logprobs else 0
+    check.record.check(f"{name}: log-probabilities", count == 2, f"{count} of 2")
 
 
-def _measure(check: Context) -> None:
-    """Tokens per second of both modes and of MII's pipeline, which all run FastGen's engine."""
-    folder = _middle_model(check.device, check.folder)
-    speeds: dict[str, dict[int, float]] = {}
-    for mode in check.device.pick(MODES, MODES[:1]):
-        speeds[mode] = asyncio.run(_served_speeds(check, folder, mode))
-    speeds["mii.pipeline"] = _pipeline_speeds(check, folder)
-    for name, rates in speeds.items():
-        check.record.figure(f"{name} tokens_per_second", rates)
-    for count, rate in speeds["pipeline"].items():
-        stock = speeds["mii.pipeline"][count]
-        check.record.figure(f"pipeline, times mii.pipeline, {count} sequences", rate / stock)
+def _lengths(device: Device) -> tuple[int, int]:
+    lengths: tuple[int, int] = device.pick((PROMPT, OUTPUT), (16, 4))
+    return lengths
 
 
 def _counts(device: Device) -> tuple[int, ...]:
@@ -177,25 +197,24 @@ def _counts(device: Device) -> tuple[int, ...]:
     return counts
 
 
-async def _served_speeds(check: Context, folder: Path, mode: str) -> dict[int, float]:
-    prompt, output = check.device.pick((PROMPT, OUTPUT), (16, 4))
+async def _speeds(device: Device, served: Served) -> dict[int, float]:
+    prompt, output = _lengths(device)
 
-    async def once(served: Served, count: int, seed: int) -> float:
+    async def once(count: int, seed: int) -> float:
         start = time.perf_counter()
         await served.generate_all(prompts_of(count, prompt, seed), output)
         return count * output / (time.perf_counter() - start)
 
-    async with _serving_mii(check, folder, mode) as served:
-        rates = {}
-        for count in _counts(check.device):
-            await once(served, count, count)
-            rates[count] = max([await once(served, count, 1000 + count + i) for i in range(2)])
-        return rates
+    rates = {}
+    for count in _counts(device):
+        await once(count, count)
+        rates[count] = max([await once(count, 1000 + count + i) for i in range(2)])
+    return rates
 
 
 def _pipeline_speeds(check: Context, folder: Path) -> dict[int, float]:
     """MII's pipeline with MII's scheduler; it takes text, so each prompt is decoded first."""
-    prompt, output = check.device.pick((PROMPT, OUTPUT), (16, 4))
+    prompt, output = _lengths(check.device)
     pipeline = _stock_pipeline(check.device, folder)
     tokenizer: Any = tf.AutoTokenizer.from_pretrained(folder)
 

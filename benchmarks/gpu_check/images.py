@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.fastgen import require
-from benchmarks.gpu_check.models import SEED
+from benchmarks.gpu_check.image_models import image_model, prompt_of
 from benchmarks.gpu_check.part import Context
 
 Pixels = NDArray[np.uint8]
@@ -66,9 +66,7 @@ def _check_model(check: Context, kind: str) -> None:
         _check_offload(check, kind, folder, offload, alone[0])
 
 
-def _check_offload(
-    check: Context, kind: str, folder: Path, offload: str, expected: Pixels
-) -> None:
+def _check_offload(check: Context, kind: str, folder: Path, offload: str, expected: Pixels) -> None:
     check.device.release()
     torch.cuda.reset_peak_memory_stats()
     side = SIDES[kind]
@@ -165,22 +163,15 @@ class Program:
         return images
 
 
-def prompt_of(number: int) -> str:
-    """A prompt for each image."""
-    return PROMPTS[number % len(PROMPTS)]
-
-
-PROMPTS = ("a red circle", "a large blue square on the left", "two rings and a cross")
-
-
 def _diffusers(
     device: Device, folder: Path, side: int, counts: Sequence[int]
 ) -> tuple[dict[int, float], Pixels]:
     """Images per second of diffusers by the number of prompts in one call, and its first image."""
     import diffusers
 
+    pipelines: Any = diffusers.DiffusionPipeline
     dtype = device.pick(torch.bfloat16, torch.float32)
-    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+    pipeline = pipelines.from_pretrained(folder, torch_dtype=dtype)
     pipeline.to(device.target)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -207,117 +198,3 @@ def psnr(one: Pixels, other: Pixels) -> float:
     """Peak signal-to-noise ratio in dB; infinite for equal images."""
     error = float(np.mean((one.astype(float) - other.astype(float)) ** 2))
     return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-def image_model(kind: str, device: Device, folder: Path) -> Path:
-    """The folder of a pipeline with random weights in bfloat16, written the first time."""
-    target = folder / f"images-{kind}"
-    if not (target / "model_index.json").exists():
-        torch.manual_seed(SEED)
-        scratch = folder / f"images-{kind}-tokenizer"
-        make: dict[str, Callable[..., Any]] = {"sd15": _sd15, "sdxl": _sdxl}
-        pipeline = make[kind](scratch, device)
-        pipeline.to(torch.bfloat16).save_pretrained(target)
-    return target
-
-
-def _clip(tokenizer: Any, width: int, layers: int, *, projected: bool = False) -> Any:
-    import transformers as tf
-
-    cls = tf.CLIPTextModelWithProjection if projected else tf.CLIPTextModel
-    return cls(
-        tf.CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=4 * width,
-            projection_dim=width,
-            num_hidden_layers=layers,
-            num_attention_heads=max(width // 64, 1),
-            max_position_embeddings=32,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def _vae(sample_size: int, channels: Sequence[int]) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * len(channels),
-        up_block_types=("UpDecoderBlock2D",) * len(channels),
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=min(32, channels[0] // 4),
-        sample_size=sample_size,
-    )
-
-
-def _sd15(scratch: Path, device: Device) -> Any:
-    import diffusers as df
-
-    from demo_models.image.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(PROMPTS, scratch)
-    channels = device.pick((320, 640, 1280, 1280), (32, 64))
-    width = device.pick(768, 64)
-    levels = len(channels) - 1
-    with torch.device(device.target):
-        unet = df.UNet2DConditionModel(
-            sample_size=device.pick(64, 16),
-            block_out_channels=channels,
-            down_block_types=("CrossAttnDownBlock2D",) * levels + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * levels,
-            layers_per_block=device.pick(2, 1),
-            cross_attention_dim=width,
-            attention_head_dim=8,
-            norm_num_groups=device.pick(32, 8),
-        )
-        vae = _vae(device.pick(512, 32), device.pick((128, 256, 512, 512), (16, 32)))
-        text_encoder = _clip(tokenizer, width, device.pick(12, 2))
-    return df.StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=df.EulerDiscreteScheduler(beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def _sdxl(scratch: Path, device: Device) -> Any:
-    import diffusers as df
-
-    from demo_models.image.tokenizer import train_tokenizer
-
-    tokenizer = train_tokenizer(PROMPTS, scratch)
-    with torch.device(device.target):
-        unet = df.UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            cross_attention_dim=2048,
-            attention_head_dim=(5, 10, 20),
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=1280 + 6 * 256,
-            use_linear_projection=True,
-        )
-        vae = _vae(1024, (128, 256, 512, 512))
-        first = _clip(tokenizer, 768, 12)
-        second = _clip(tokenizer, 1280, 32, projected=True)
-    return df.StableDiffusionXLPipeline(
-        vae=vae,
-        unet=unet,
-        text_encoder=first,
-        text_encoder_2=second,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        scheduler=df.EulerDiscreteScheduler(beta_schedule="scaled_linear"),
-    )

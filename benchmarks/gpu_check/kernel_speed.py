@@ -1,4 +1,4 @@
-"""The speed of the kernels: attention next to the memory bandwidth, linear layers next to cuBLAS."""
+"""Speed of the kernels: attention next to the memory bandwidth, linear layers next to cuBLAS."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _attention(check: Context, bandwidth: float) -> None:
     shape = AttentionShape(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
     chosen = choose_backend(shape, device)
     check.record.figure("chosen backend", f"{chosen.name} {chosen.tiles}")
-    backends = {"triton": TritonBackend(), "varlen": VarlenBackend()}
+    backends: dict[str, Any] = {"triton": TritonBackend(), "varlen": VarlenBackend()}
     if chosen.name == "triton":
         backends["triton"] = chosen
     programs = default_programs(device, shape)

@@ -221,5 +221,3 @@ def kept(row: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Ten
 def _float32(value: float) -> float:
     """A number as the kernel gets it."""
     return float(torch.tensor(value, dtype=torch.float32))
-
-

@@ -50,9 +50,7 @@ async def _measure(check: Context, folder: Path) -> None:
     ) as served:
         record.bar("ready from a warm page cache", served.start_s, maximum=READY_BAR_S, unit="s")
         for name, length in (("idle", prompt), (f"idle, prompt of {long}", long)):
-            answers = [
-                await served.generate(p, 2) for p in prompts_of(probes + 1, length, length)
-            ]
+            answers = [await served.generate(p, 2) for p in prompts_of(probes + 1, length, length)]
             record.figure(f"ttft_s {name}", spread([a.first_token for a in answers[1:]]))
         await _under_load(check, served, streams, probes, prompt)
 
@@ -82,9 +80,7 @@ async def _under_load(
 
 def longest_gap(answer: Answer) -> float:
     """Seconds between two consecutive tokens of a stream, at most."""
-    return max(
-        (b - a for a, b in zip(answer.times, answer.times[1:], strict=False)), default=0.0
-    )
+    return max((b - a for a, b in zip(answer.times, answer.times[1:], strict=False)), default=0.0)
 
 
 def spread(values: list[float]) -> dict[str, float]:

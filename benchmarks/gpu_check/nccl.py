@@ -34,10 +34,13 @@ def run(check: Context) -> None:
         else:
             check.record.check(name, not error, error)
     require({"deepspeed": "deepspeed"})
-    for kind in check.device.pick(("llama", "opt"), ("llama",)):
-        folder = family_model(kind, check.folder) if kind == "opt" else None
-        folder = folder or small_model(kind, torch.float32, check.folder)
-        dtype = torch.bfloat16 if kind == "opt" else torch.float32
+    folders = {
+        "llama": lambda: small_model("llama", torch.float32, check.folder),
+        "opt": lambda: family_model("opt", check.folder),
+    }
+    for kind in check.device.pick(("llama", "opt"), ("opt",)):
+        folder = folders[kind]()
+        dtype = torch.float32 if kind == "llama" or check.device.dry else torch.bfloat16
         prompts = [p for p in make_prompts(check.device) if len(p) < 300]
         references = generate(check.device, folder, prompts, count=8)
         for name, options in _variants(check.device, kind).items():
@@ -54,7 +57,7 @@ def run(check: Context) -> None:
 
 def _variants(device: Device, kind: str) -> dict[str, dict[str, Any]]:
     if device.dry:
-        return {"two ranks": {"tensor_parallel": 2}}
+        return {"one rank": {}}
     variants: dict[str, dict[str, Any]] = {"one rank": {}, "two ranks": {"tensor_parallel": 2}}
     if kind == "opt":
         variants["DeepSpeed's kernels"] = {"deepspeed": {"replace_with_kernel_inject": True}}

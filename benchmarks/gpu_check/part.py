@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.recorder import Recorder, Skipped
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os._exit(0)
 
 
-def describe(device: Device) -> dict[str, object]:
+def describe(device: Device) -> dict[str, Any]:
     """The card and its software. `card` is None if there is no GPU."""
     import torch
 

@@ -43,19 +43,23 @@ class Served(NamedTuple):
 
     async def generate(self, prompt: list[int], count: int) -> Answer:
         """`count` greedy tokens. Raises: the error of the request."""
+        answer = Answer([], time.perf_counter(), [])
+        async for delta in self.deltas(prompt, count):
+            answer.tokens.extend(delta.token_ids)
+            answer.times.extend([time.perf_counter()] * len(delta.token_ids))
+        return answer
+
+    async def deltas(self, prompt: list[int], count: int, **sampling: Any) -> AsyncIterator[Any]:
+        """The deltas of a request, which is greedy unless `sampling` says something else."""
         from runners.contracts.text import GenerationRequest, SamplingParams
 
-        sampling = SamplingParams(max_new_tokens=count, temperature=0.0, ignore_eos=True)
-        sent = time.perf_counter()
-        answer = Answer([], sent, [])
+        options = {"max_new_tokens": count, "temperature": 0.0, "ignore_eos": True} | sampling
         request = GenerationRequest(
-            request_id=f"check-{next(_ids)}", prompt=prompt, sampling=sampling
+            request_id=f"check-{next(_ids)}", prompt=prompt, sampling=SamplingParams(**options)
         )
         async with await self.runner.submit(request) as stream:
             async for delta in stream:
-                answer.tokens.extend(delta.token_ids)
-                answer.times.extend([time.perf_counter()] * len(delta.token_ids))
-        return answer
+                yield delta
 
     async def generate_all(self, prompts: list[list[int]], count: int) -> list[Answer]:
         """The answers to prompts that are sent at once."""

@@ -123,7 +123,7 @@ def _continuous_batching(check: Context) -> Iterator[Generate]:
 
     device = check.device
     model = large_model(device)
-    prompt, output = device.pick((PROMPT, OUTPUT), (16, 8))
+    output = device.pick(OUTPUT, 8)
     # No end token; -1 stands for that.
     generation = GenerationConfig(do_sample=False, max_new_tokens=output, eos_token_id=-1)  # type: ignore[no-untyped-call]
     options: dict[str, Any] = {"max_requests_per_batch": max(COUNTS)}
@@ -163,5 +163,3 @@ def _continuous_batching(check: Context) -> Iterator[Generate]:
 def _fields(cls: type, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that this version of transformers has."""
     return {key: value for key, value in options.items() if key in cls.__dataclass_fields__}  # type: ignore[attr-defined]
-
-
