@@ -48,7 +48,6 @@ GRACE_S = 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status."""
     args = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     machine = _describe(args.cpu)
     if machine["card"] is None:
         print("there is no GPU; --cpu shows that the check runs, and says nothing about speed")
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         finally:
             if folder == report.FOLDER:
-                report.write_section()
+                report.write_section(report.RESULTS, report.FOLDER)
     return summarise(report.load(file)["parts"], args.parts)
 
 
@@ -192,4 +191,6 @@ def _keys(value: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    # SIGTERM must end the part's processes as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     sys.exit(main())

@@ -78,7 +78,7 @@ def line(card: str, key: str, result: Result) -> str:
 
 
 def section(folder: Path = FOLDER) -> str:
-    """The section about GPUs, between its two comments."""
+    """The section about GPUs, between its two comments, from the results in a folder."""
     rows = []
     for path in sorted(folder.glob("gpu-*.json")):
         data = load(path)
@@ -89,8 +89,8 @@ def section(folder: Path = FOLDER) -> str:
     return f"{BEGIN}\n## On a GPU\n\n{body}\n{END}"
 
 
-def write_section(path: Path = RESULTS, folder: Path = FOLDER) -> None:
-    """Replace the section in RESULTS.md, or append it."""
+def write_section(path: Path, folder: Path) -> None:
+    """Replace the section in RESULTS.md, or append it; the results are in `folder`."""
     text = path.read_text() if path.exists() else ""
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     new = section(folder)
