@@ -46,16 +46,21 @@ def _check_model(check: Context, kind: str) -> None:
     counts = device.pick(COUNTS, (1, 2))
     peer, expected = _diffusers(device, folder, side, counts)
     device.release()
+    if not device.dry:
+        torch.cuda.reset_peak_memory_stats()
     with Program(device, folder, max_batch_images=max(counts)) as program:
         program.generate(1, side)
         alone = [program.generate(1, side, seed=s)[0][0] for s in range(device.pick(2, 2))]
+        ratios = {}
         for count in counts:
             images, seconds = program.generate(count, side)
             rate = count / seconds
             check.record.figure(f"{kind} {count} together, images_per_second", rate)
             check.record.figure(f"{kind} {count} together, times diffusers", rate / peer[count])
+            ratios[count] = f"{rate / peer[count]:.2f} with {count}"
             same = all(np.array_equal(a, b) for a, b in zip(images, alone, strict=False))
             check.record.check(f"{kind} {count} together: same bits as alone", same)
+        check.record.headline(f"{kind}, times diffusers: {', '.join(ratios.values())} together")
         similarity = psnr(alone[0], expected)
         check.record.check(
             f"{kind}: the image of diffusers", similarity >= SIMILAR_DB, f"{similarity:.1f} dB"

@@ -91,10 +91,10 @@ def _linear(check: Context) -> None:
             total[rows] = [a + b for a, b in zip(total[rows], times, strict=True)]
             ratios[rows] = times[1] / times[0]
         check.record.figure(f"linear {outputs} x {inputs}, times cuBLAS", ratios)
-    check.record.figure(
-        "linear layers together, times cuBLAS",
-        {rows: cublas / fixed for rows, (fixed, cublas) in total.items()},
-    )
+    ratios = {rows: cublas / fixed for rows, (fixed, cublas) in total.items()}
+    check.record.figure("linear layers together, times cuBLAS", ratios)
+    text = ", ".join(f"{ratio:.2f} with {rows}" for rows, ratio in ratios.items())
+    check.record.headline(f"linear layers, times cuBLAS: {text} rows")
 
 
 def _time_linear(check: Context, function: Any, x: torch.Tensor, weight: torch.Tensor) -> float:

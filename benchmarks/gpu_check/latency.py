@@ -51,7 +51,9 @@ async def _measure(check: Context, folder: Path) -> None:
         record.bar("ready from a warm page cache", served.start_s, maximum=READY_BAR_S, unit="s")
         for name, length in (("idle", prompt), (f"idle, prompt of {long}", long)):
             answers = [await served.generate(p, 2) for p in prompts_of(probes + 1, length, length)]
-            record.figure(f"ttft_s {name}", spread([a.first_token for a in answers[1:]]))
+            times = spread([a.first_token for a in answers[1:]])
+            record.figure(f"ttft_s {name}", times)
+            record.headline(f"time to first token, {name}: {1000 * times['p50']:.0f} ms")
         await _under_load(check, served, streams, probes, prompt)
 
 
@@ -69,7 +71,10 @@ async def _under_load(
     if complete:
         check.record.skip(name, "the load ended before the last probe")
     else:
-        check.record.figure(name, spread([a.first_token for a in answers]))
+        times = spread([a.first_token for a in answers])
+        check.record.figure(name, times)
+        text = f"{1000 * times['p50']:.0f} ms"
+        check.record.headline(f"time to first token under a load of {streams}: {text}")
     tokens = [len(answer.tokens) for answer in results]
     check.record.check("all streams complete", tokens == [count] * streams)
     results = await served.generate_all(prompts_of(streams, prompt, 9), count)

@@ -13,7 +13,7 @@ from typing import Any
 
 Result = dict[str, Any]
 """`state` (running, complete, skipped, failed or interrupted), `reason` (of the last three),
-`seconds`, `checks`, `figures` and `skipped` (name to reason)."""
+`seconds`, `checks`, `figures`, `skipped` (name to reason) and `headlines`."""
 
 
 class Skipped(Exception):
@@ -31,6 +31,7 @@ class Recorder:
             "checks": [],
             "figures": {},
             "skipped": {},
+            "headlines": [],
         }
 
     def check(self, name: str, passed: bool, detail: str = "") -> bool:
@@ -63,6 +64,11 @@ class Recorder:
         """Record a number, or a list or object of them."""
         self.result["figures"][name] = value
         print(f"  {name}: {_short(value)}", flush=True)
+        self._save()
+
+    def headline(self, text: str) -> None:
+        """Record a sentence for the report."""
+        self.result["headlines"].append(text)
         self._save()
 
     def skip(self, name: str, reason: str) -> None:

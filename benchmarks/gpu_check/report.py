@@ -68,7 +68,7 @@ def line(card: str, key: str, result: Result) -> str:
     checks = result["checks"]
     count = f"{len(checks) - len(failures(result))} of {len(checks)}"
     bars = [f"{c['name']}: {c['detail']}" for c in checks if c.get("bar")]
-    remarks = [*bars, *(f for f in failures(result) if f not in bars)]
+    remarks = [*result.get("headlines", ()), *bars, *(f for f in failures(result) if f not in bars)]
     remarks += [f"{name}: {reason}" for name, reason in result["skipped"].items()]
     if reason := result.get("reason"):
         remarks.append(reason)

@@ -166,11 +166,11 @@ def test_the_report_has_one_line_for_each_part(tmp_path: Path) -> None:
     path = report.file_of(CARD, tmp_path)
     entry = {"title": "kernels", "commit": "abc"}
     report.add(path, CARD, "b", result(ok=False) | entry)
-    report.add(path, CARD, "a", result() | entry)
+    report.add(path, CARD, "a", result() | entry | {"headlines": ["5 tok/s"]})
     rows = [line for line in report.section(tmp_path).splitlines() if CARD in line]
     assert [row.split(" | ")[0] for row in rows] == ["| a", "| b"]
     assert ["passed" in rows[0], "FAILED" in rows[1]] == [True, True]
-    assert "a / check: 0.81, at least 0.8" in rows[0]
+    assert "5 tok/s; a / check: 0.81, at least 0.8" in rows[0]
     assert {row.count("|") for row in rows} == {8}
 
 
@@ -200,10 +200,10 @@ def test_the_published_report_says_what_has_run() -> None:
 
 
 def test_rates_leave_out_prompts_and_the_tail() -> None:
-    measured = Round(10.0, [[11.0, 12.0, 13.0, 14.0], [12.0, 13.0, 14.0, 18.0]])
+    measured = Round(10.0, [[11.0, 12.0, 13.0, 14.0], [12.5, 13.0, 13.5, 18.0]])
     assert measured.total_rate == 8 / 8
-    assert measured.decode_rate == 4 / 2  # from 12 to 14
-    assert measured.first_token == 1.5
+    assert measured.decode_rate == 4 / 1.5  # from 12.5 to 14
+    assert measured.first_token == 1.75
     assert math.isnan(Round(0.0, [[1.0], [2.0]]).decode_rate)
     assert summary([measured] * 3)["rounds"] == [1.0] * 3
 
@@ -308,10 +308,10 @@ def wheel(folder: Path, name: str, *requirements: str) -> Path:
     return path
 
 
-INDEX = {
+INDEX: dict[str, tuple[str, ...]] = {
     "one": ("two>=2", "three; python_version < '3.12'", "torch>=9", "four; extra == 'x'"),
     "two": ("five==1", "one"),
-    "five": (),
+    **dict.fromkeys(("three", "four", "five", "torch"), ()),
 }
 
 
