@@ -28,7 +28,8 @@ def measure(check: Context) -> None:
 
 def _attention(check: Context, bandwidth: float) -> None:
     from runners.text.gpu.attention import AttentionShape, TritonBackend, VarlenBackend
-    from runners.text.gpu.proof import Case, choose_backend, default_programs
+    from runners.text.gpu.plan import default_programs
+    from runners.text.gpu.proof import Case, choose_backend
 
     device = check.device.target
     shape = AttentionShape(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
@@ -37,7 +38,7 @@ def _attention(check: Context, bandwidth: float) -> None:
     backends: dict[str, Any] = {"triton": TritonBackend(), "varlen": VarlenBackend()}
     if chosen.name == "triton":
         backends["triton"] = chosen
-    programs = default_programs(device, shape)
+    programs = default_programs(device, shape.kv_heads)
     for name, backend in backends.items():
         if problem := backend.obstacle(shape, device):
             check.record.skip(f"speed of {name}", problem)
