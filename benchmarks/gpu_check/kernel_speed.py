@@ -26,9 +26,16 @@ def measure(check: Context) -> None:
     _linear(check)
 
 
+def count_programs(device: torch.device, shape: Any) -> int:
+    """Programs for each KV head such that all heads together fill the device several times."""
+    if device.type != "cuda":
+        return 2
+    processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return -(-4 * processors // shape.kv_heads)
+
+
 def _attention(check: Context, bandwidth: float) -> None:
     from runners.text.gpu.attention import AttentionShape, TritonBackend, VarlenBackend
-    from runners.text.gpu.plan import default_programs
     from runners.text.gpu.proof import Case, choose_backend
 
     device = check.device.target
@@ -38,7 +45,7 @@ def _attention(check: Context, bandwidth: float) -> None:
     backends: dict[str, Any] = {"triton": TritonBackend(), "varlen": VarlenBackend()}
     if chosen.name == "triton":
         backends["triton"] = chosen
-    programs = default_programs(device, shape.kv_heads)
+    programs = count_programs(device, shape)
     for name, backend in backends.items():
         if problem := backend.obstacle(shape, device):
             check.record.skip(f"speed of {name}", problem)

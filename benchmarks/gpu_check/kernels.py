@@ -72,12 +72,11 @@ def attention_shapes(dry: bool) -> Iterator[Any]:
 def _check_attention(check: Context) -> None:
     """Every shape with the tile that all bits are measured by, and torch's own kernel."""
     from runners.text.gpu.attention import TritonBackend, VarlenBackend
-    from runners.text.gpu.plan import default_programs
     from runners.text.gpu.proof import find_error
 
     device = check.device.target
     for shape in attention_shapes(check.device.dry):
-        programs = default_programs(device, shape.kv_heads)
+        programs = kernel_speed.count_programs(device, shape)
         problem = find_error(_triton(check, TritonBackend), shape, device, programs)
         check.record.check(f"attention {_label(shape)}", problem is None, problem or "")
         varlen = VarlenBackend()
@@ -93,13 +92,12 @@ def _triton(check: Context, backend: Any, tiles: tuple[int, int] = BASE_TILES) -
 def _check_tiles(check: Context) -> None:
     """Which tiles for decoding and prompts give the bits of the base. None has to."""
     from runners.text.gpu.attention import AttentionShape, TritonBackend
-    from runners.text.gpu.plan import default_programs
     from runners.text.gpu.proof import find_error
 
     device = check.device.target
     for dtype, size in check.device.pick(product(DTYPES, (64, 128, 256)), ()):
         shape = AttentionShape(32, 8, size, size, dtype, dtype)
-        programs = default_programs(device, shape.kv_heads)
+        programs = kernel_speed.count_programs(device, shape)
         verdicts = {
             str(tiles): find_error(TritonBackend(tiles), shape, device, programs) or "same bits"
             for tiles in OTHER_TILES
