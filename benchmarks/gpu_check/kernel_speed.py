@@ -31,7 +31,8 @@ def count_programs(device: torch.device, shape: Any) -> int:
     if device.type != "cuda":
         return 2
     processors = int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return -(-4 * processors // shape.kv_heads)
+    kv_heads: int = shape.kv_heads
+    return -(-4 * processors // kv_heads)
 
 
 def _attention(check: Context, bandwidth: float) -> None:
