@@ -18,6 +18,7 @@ from benchmarks.gpu_check import report
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.part import run_part
 from benchmarks.gpu_check.recorder import failures, passed
+from runners.text.gpu import kernels
 from tests.support.processes import alive, wait_until
 
 PART = gpu_check.Part("a part", "tests.support.gpu_parts")
@@ -30,6 +31,9 @@ def test_every_part_runs_on_a_cpu(
 ) -> None:
     pytest.importorskip("mii")
     monkeypatch.setenv("MII_CACHE_PATH", str(tmp_path / "mii"))
+    # Only the process of the kernels is to run Triton's interpreter, which is slow.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
     results = report.RESULTS.read_text()
     with warnings.catch_warnings(action="ignore"):  # of libraries
         status = gpu_check.main(["--cpu", "--output", str(tmp_path)])
