@@ -12,7 +12,7 @@ export BENTOML_DO_NOT_TRACK ?= True
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PORT
 
-.PHONY: serve test test-fast lint lint-imports setup docs bench soak bento image-test clean
+.PHONY: serve test test-fast lint lint-imports setup docs bench gpu-check soak bento image-test clean
 
 serve: setup
 	@$(BIN)/python -m model_store_scripts.make_demo_models
@@ -81,6 +81,12 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 # make soak, or make soak SOAK_ARGS="--minutes 4"
 soak: setup
 	@$(BIN)/python -m benchmarks.soak $(SOAK_ARGS)
+
+# Kernels, tokens, images and speed on one GPU, in parts of at most 9 minutes: make gpu-check, or
+# make gpu-check PARTS=a,c FORCE=1. NO_SETUP=1 runs $(PYTHON) as it is, where there is no network.
+gpu-check: $(if $(NO_SETUP),,setup)
+	@$(if $(NO_SETUP),$(PYTHON),$(BIN)/python) -m benchmarks.gpu_check \
+		$(if $(PARTS),--parts $(PARTS)) $(if $(FORCE),--force) $(GPU_CHECK_ARGS)
 
 # A bento with chosen models: make bento TEXT_MODEL=tag IMAGE_MODEL=tag
 bento: setup

@@ -34,13 +34,9 @@ class Dialect(Protocol):
 
 
 class OpenAICompletions(Dialect):
-    """`POST /v1/completions` as server-sent events. `extra` fields are added to every body.
+    """`POST /v1/completions` as server-sent events. `extra` fields are added to every body."""
 
-    If the server sends no usage, each event counts as one token.
-    """
-
-    def __init__(self, model: str, *, sends_usage: bool = True, **extra: Any) -> None:
-        self._sends_usage = sends_usage
+    def __init__(self, model: str, **extra: Any) -> None:
         self._body = {"model": model, "temperature": 0, "stream": True} | extra
 
     @override
@@ -60,8 +56,6 @@ class OpenAICompletions(Dialect):
                 if usage := event.get("usage"):
                     record.tokens = usage["completion_tokens"]
                     record.counted_prompt = usage["prompt_tokens"]
-        if not self._sends_usage:
-            record.tokens = len(record.events)
 
 
 class TorchServePredictions(Dialect):

@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version("torch"),
         "transformers": version("transformers"),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -60,7 +60,7 @@ def _cpuinfo() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the working tree, with a plus if there are uncommitted changes."""
     try:
         process = subprocess.run(

@@ -74,7 +74,7 @@ def _stock(clients: int, threads: int, work_dir: Path) -> Callable[[list[workloa
     import mii.api
     from mii.config import ModelConfig
 
-    import runners.engines.mii.patches.apply as patches
+    from runners.engines.mii.patches.apply import ORIGINALS
 
     memory = {"mode": "allocate", "size": BLOCKS_PER_REQUEST * clients}
     config = ModelConfig(
@@ -82,7 +82,7 @@ def _stock(clients: int, threads: int, work_dir: Path) -> Callable[[list[workloa
         tensor_parallel=1,
         inference_engine_config={"state_manager": {"memory_config": memory}},
     )
-    stock_class: Any = patches.ORIGINALS["MIIPipeline"][0]
+    stock_class: Any = ORIGINALS["MIIPipeline"][0]
     pipeline = stock_class(
         inference_engine=mii.api.load_model(config),
         tokenizer=mii.api.load_tokenizer(config),

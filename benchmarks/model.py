@@ -34,15 +34,6 @@ SHAPE: dict[str, Any] = {
 }
 KV_BYTES_PER_TOKEN = 30 * 2 * 3 * 64 * 4
 """Layers, keys and values, KV heads, head dimension, bytes per float32."""
-LARGE_SHAPE = SHAPE | {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "initializer_range": 0.02,
-}
-"""Llama 3.2 1B's shape, except for the vocabulary."""
 EVEN_SHAPE = SHAPE | {
     "hidden_size": 512,
     "intermediate_size": 2048,
@@ -50,7 +41,6 @@ EVEN_SHAPE = SHAPE | {
     "num_key_value_heads": 4,
 }
 """Similar in size (143M parameters), with a number of heads that two ranks can split evenly."""
-LARGE_KV_BYTES_PER_TOKEN = 16 * 2 * 8 * 64 * 2
 WORDS = "words.json"
 
 
@@ -67,11 +57,6 @@ def bfloat16_model_folder() -> Path:
 def even_model_folder() -> Path:
     """The folder of a model that two ranks can split, written the first time."""
     return cached("even-model", lambda folder: write_model(folder, EVEN_SHAPE, "float32"))
-
-
-def large_model_folder() -> Path:
-    """The folder of a model of a billion parameters in bfloat16, written the first time."""
-    return cached("large-model", lambda folder: write_model(folder, LARGE_SHAPE, "bfloat16"))
 
 
 def words(folder: Path) -> list[str]:

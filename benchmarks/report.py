@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import limit
+from benchmarks.gpu_check import report as gpu_report
 from benchmarks.metrics import spread
 from benchmarks.results import Cell, Results, loads, servers, values
 from benchmarks.sections import row_text, sections, spread_text, table_text
@@ -27,6 +28,7 @@ def render(results: Results) -> str:
         *(_cpu(results) if servers(results, "cpu") else ()),
         *sections(results),
         _remarks(results),
+        gpu_report.section(),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,0 +1,382 @@
+"""What the GPU check concludes from its measurements, on results that were made up."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from benchmarks import report as whole_report
+from benchmarks.cache import ROOT
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import gather_wheels, report
+from benchmarks.gpu_check.device import Device
+from benchmarks.gpu_check.kernels import CUTOFFS, kept
+from benchmarks.gpu_check.models import LARGE, SHAPES
+from benchmarks.gpu_check.part import Context
+from benchmarks.gpu_check.rates import Cost, Limits, Round, summary
+from benchmarks.gpu_check.recorder import Recorder, Result, failures, passed
+from benchmarks.gpu_check.session import Output
+from benchmarks.gpu_check.tokens import Reference, compare, same_bits
+
+CARD = "NVIDIA H100 80GB HBM3"
+
+
+# --- results of parts, and which parts run
+
+
+def result(*, state: str = "complete", ok: bool = True) -> Result:
+    checks = [{"name": "a | check", "passed": ok, "detail": "0.81, at least 0.8", "bar": True}]
+    return {"state": state, "checks": checks, "figures": {}, "skipped": {}, "seconds": 1.0}
+
+
+class Card:
+    """A machine with a GPU, whose parts end as `results` says."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.results: dict[str, Result | type[BaseException]] = {}
+        self.ran: list[str] = []
+        self.folder = folder
+        (folder / "RESULTS.md").write_text("# Results\n\nOthers.\n")
+        description = {"card": CARD, "versions": {"torch": "2"}}
+        monkeypatch.setattr(gpu_check, "_describe", lambda dry: description)
+        monkeypatch.setattr(gpu_check, "run", self._run)
+        monkeypatch.setattr(report, "FOLDER", folder)
+        monkeypatch.setattr(report, "RESULTS", folder / "RESULTS.md")
+
+    def _run(self, part: gpu_check.Part, *_: object, **__: object) -> Result:
+        key = next(key for key, known in gpu_check.PARTS.items() if known is part)
+        self.ran.append(key)
+        end = self.results.get(key, result())
+        if isinstance(end, type):
+            raise end
+        return dict(end)
+
+    def check(self, *arguments: str) -> int:
+        self.ran.clear()
+        return gpu_check.main(arguments)
+
+    @property
+    def parts(self) -> dict[str, Result]:
+        path = self.folder / "gpu-nvidia-h100-80gb-hbm3.json"
+        parts: dict[str, Result] = json.loads(path.read_text())["parts"]
+        return parts
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Card:
+    return Card(tmp_path, monkeypatch)
+
+
+def test_parts_with_a_result_are_not_run_again(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert card.check("--parts", "a,c") == 0
+    assert card.check("--parts", "a,b,c") == 0
+    assert card.ran == ["b"]
+    assert card.check("--parts", "a", "--force") == 0
+    assert card.ran == ["a"]
+    monkeypatch.setattr(report, "source_digest", lambda: "other sources")
+    assert card.check("--parts", "a,b,c") == 0
+    assert card.ran == ["a", "b", "c"]
+
+
+def test_a_failed_check_fails_the_command_again_without_a_new_run(card: Card) -> None:
+    card.results["b"] = result(ok=False)
+    assert card.check("--parts", "a,b") == 1
+    assert card.check("--parts", "a,b") == 1
+    assert card.ran == []
+    assert card.check("--parts", "a") == 0
+
+
+def test_parts_that_did_not_end_are_run_again(card: Card) -> None:
+    card.results["a"] = result(state="failed")
+    assert card.check("--parts", "a,b") == 1
+    card.results["a"] = result()
+    assert card.check("--parts", "a,b") == 0
+    assert card.ran == ["a"]
+
+
+def test_an_interruption_keeps_the_parts_before_it(card: Card) -> None:
+    card.results["b"] = KeyboardInterrupt
+    assert card.check("--parts", "a,b,c") == 130
+    assert list(card.parts) == ["a"]
+    assert "| a |" in (card.folder / "RESULTS.md").read_text()
+    del card.results["b"]
+    assert card.check("--parts", "a,b,c") == 0
+    assert card.ran == ["b", "c"]
+
+
+def test_a_part_that_is_impossible_here_is_no_failure(card: Card) -> None:
+    reason = {"reason": "not installed: deepspeed"}
+    card.results["d"] = result(state="skipped") | {"checks": []} | reason
+    assert card.check("--parts", "d") == 0
+    assert "not installed: deepspeed" in (card.folder / "RESULTS.md").read_text()
+
+
+def test_without_a_gpu_nothing_is_written(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "_describe", lambda dry: {"card": None, "versions": {}})
+    assert card.check() == 2
+    assert [path.name for path in card.folder.iterdir()] == ["RESULTS.md"]
+
+
+def test_results_elsewhere_leave_the_report_as_it_is(card: Card) -> None:
+    before = (card.folder / "RESULTS.md").read_text()
+    assert card.check("--parts", "a", "--output", str(card.folder / "other")) == 0
+    assert (card.folder / "RESULTS.md").read_text() == before
+
+
+def test_unknown_parts_are_refused(card: Card, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        card.check("--parts", "a,x")
+    assert "choose from a, b, c, d, e, f, g" in capsys.readouterr().err
+
+
+def test_a_recorder_leaves_a_complete_file_at_any_time(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    record = Recorder(path)
+    record.figure("speed", {1: math.nan})
+    assert json.loads(path.read_text())["figures"] == {"speed": {"1": None}}
+    assert record.bar("share", 0.8, minimum=0.8)
+    assert not record.bar("start", 31.0, maximum=30.0, unit="s")
+    assert not record.bar("ratio", math.nan, minimum=1.0)
+    stored = json.loads(path.read_text())
+    assert stored["state"] == "running"
+    assert failures(stored) == ["start: 31 s, at most 30.0", "ratio: nan, at least 1.0"]
+    record.end("complete", 2.0)
+    assert not passed(json.loads(path.read_text()))
+
+
+# --- the report
+
+
+def test_the_report_has_one_line_for_each_part(tmp_path: Path) -> None:
+    path = report.file_of(CARD, tmp_path)
+    entry = {"title": "kernels", "commit": "abc"}
+    report.add(path, CARD, "b", result(ok=False) | entry)
+    report.add(path, CARD, "a", result() | entry | {"headlines": ["5 tok/s"]})
+    rows = [line for line in report.section(tmp_path).splitlines() if CARD in line]
+    assert [row.split(" | ")[0] for row in rows] == ["| a", "| b"]
+    assert ["passed" in rows[0], "FAILED" in rows[1]] == [True, True]
+    assert "5 tok/s; a / check: 0.81, at least 0.8" in rows[0]
+    assert {row.count("|") for row in rows} == {8}
+
+
+def test_the_section_is_replaced_and_the_rest_remains(tmp_path: Path) -> None:
+    target = tmp_path / "RESULTS.md"
+    target.write_text("# Results\n\nBefore.\n")
+    report.write_section(target, tmp_path)
+    first = target.read_text()
+    assert f"`make gpu-check`: {report.NOT_RUN}." in first
+    report.write_section(target, tmp_path)
+    assert target.read_text() == first
+    report.add(report.file_of(CARD, tmp_path), CARD, "a", result() | {"title": "kernels"})
+    report.write_section(target, tmp_path)
+    text = target.read_text()
+    assert text.startswith("# Results\n\nBefore.\n")
+    assert report.NOT_RUN not in text
+    assert text.count(report.BEGIN) == 1
+
+
+def test_the_published_report_says_what_has_run() -> None:
+    section = report.section()
+    assert section in report.RESULTS.read_text()
+    assert section in whole_report.render({})
+
+
+# --- rates
+
+
+def test_rates_leave_out_prompts_and_the_tail() -> None:
+    measured = Round(10.0, [[11.0, 12.0, 13.0, 14.0], [12.5, 13.0, 13.5, 18.0]])
+    assert measured.total_rate == 8 / 8
+    assert measured.decode_rate == 4 / 1.5  # from 12.5 to 14
+    assert measured.first_token == 1.75
+    assert math.isnan(Round(0.0, [[1.0], [2.0]]).decode_rate)
+    assert summary([measured] * 3)["rounds"] == [1.0] * 3
+
+
+def test_a_step_reads_all_weights_but_the_input_embedding() -> None:
+    config = LlamaConfig(
+        vocab_size=10,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    weights = sum(p.numel() for p in model.parameters()) - 10 * 8
+    cost = Cost.of(model)
+    assert cost == Cost(4 * weights, weights, kv_bytes_per_token=2 * 2 * 1 * 4 * 4)
+    limits = Limits(bytes_per_second=1e6, operations_per_second=1e6)
+    expected = 100 / 2 * (4 * weights + 2 * 30 * 64) / 1e6
+    assert cost.bandwidth_share(100, 2, 30, limits) == pytest.approx(expected)
+    assert cost.operations_share(100, limits) == pytest.approx(100 * 2 * weights / 1e6)
+
+
+def test_the_large_model_has_eight_billion_parameters() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**LARGE))
+    assert 8.0e9 < sum(p.numel() for p in model.parameters()) < 8.1e9
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_small_models_have_heads_that_the_kernels_take(kind: str) -> None:
+    config: Any = SHAPES[kind]()
+    assert getattr(config, "head_dim", None) or config.hidden_size // config.n_head == 64
+
+
+# --- tokens
+
+
+def check(tmp_path: Path) -> Context:
+    return Context(Recorder(tmp_path / "result.json"), Device(dry=False), tmp_path)
+
+
+def reference(*rows: list[float]) -> Reference:
+    logits = torch.tensor(rows)
+    return Reference(logits.argmax(-1).tolist(), logits)
+
+
+def test_near_ties_are_allowed_in_bfloat16_only(tmp_path: Path) -> None:
+    near = reference([0.0, 4.0, 3.95], [1.0, 4.0, 0.0])
+    far = reference([0.0, 4.0, 3.0], [1.0, 4.0, 0.0])
+    other = [Output([2, 0])]
+    context = check(tmp_path)
+    assert compare(context, "same", [Output([1, 1])], [near], torch.float32)
+    assert compare(context, "near", other, [near], torch.bfloat16)
+    assert not compare(context, "near", other, [near], torch.float32)
+    assert not compare(context, "far", other, [far], torch.bfloat16)
+    details = [entry["detail"] for entry in context.record.result["checks"]]
+    assert details[1] == (
+        "0 of 1 equal; tie: prompt 0 from token 0 on, margin 0.012 of the largest logit"
+    )
+
+
+def test_errors_and_short_answers_differ(tmp_path: Path) -> None:
+    full = reference([0.0, 1.0], [0.0, 1.0])
+    context = check(tmp_path)
+    assert not compare(context, "short", [Output([1])], [full], torch.bfloat16)
+    assert not compare(context, "error", [Output(error="broken")], [full], torch.bfloat16)
+
+
+def test_bits_are_compared_exactly(tmp_path: Path) -> None:
+    one = Output([1, 2], [(-0.1,), (-0.2,)])
+    close = Output([1, 2], [(-0.1,), (math.nextafter(-0.2, 0),)])
+    context = check(tmp_path)
+    assert same_bits(context, "equal", [one], [one])
+    assert not same_bits(context, "close", [close], [one])
+    assert "from token 1 on" in context.record.result["checks"][1]["detail"]
+
+
+def test_the_reference_of_cutoffs_keeps_what_transformers_keeps() -> None:
+    torch.manual_seed(0)
+    row = 3 * torch.randn(200)
+    ids: Any = torch.zeros(1, 1, dtype=torch.long)
+    warpers: list[Any] = [TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper]
+    for case in CUTOFFS:
+        scores: Any = row[None].clone()
+        for warper, value, neutral in zip(warpers, case, (0, 1.0, 0.0), strict=True):
+            if value != neutral:
+                scores = warper(value)(ids, scores)
+        assert torch.equal(kept(row, *case), scores[0] > float("-inf")), case
+
+
+# --- wheels
+
+
+def wheel(folder: Path, name: str, *requirements: str) -> Path:
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.0"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{name}-1.0.dist-info/METADATA", "\n".join(lines) + "\n")
+    return path
+
+
+INDEX: dict[str, tuple[str, ...]] = {
+    "one": ("two>=2", "three; python_version < '3.12'", "torch>=9", "four; extra == 'x'"),
+    "two": ("five==1", "one"),
+    **dict.fromkeys(("three", "four", "five", "torch"), ()),
+}
+
+
+def fetch(requirement: Requirement, folder: Path) -> Path | None:
+    if requirement.name not in INDEX:
+        return None
+    return wheel(folder, requirement.name, *INDEX[requirement.name])
+
+
+def gathered(present: str, folder: Path, *names: str) -> tuple[list[str], str]:
+    wheels, remarks = gather_wheels.gather(
+        [Requirement(name) for name in names],
+        gather_wheels.parse_freeze(present),
+        gather_wheels.environment("3.12"),
+        fetch,
+        folder,
+    )
+    return [path.name.partition("-")[0] for path in wheels], "\n".join(remarks)
+
+
+def test_requirements_of_requirements_are_gathered(tmp_path: Path) -> None:
+    assert gathered("torch==2.11.0+cu130", tmp_path, "one")[0] == ["one", "two", "five"]
+
+
+def test_what_is_present_is_left_out_if_it_is_new_enough(tmp_path: Path) -> None:
+    assert gathered("two==2.1\n", tmp_path, "one")[0] == ["one"]
+    names, remarks = gathered("two==1.9\nfive @ file:///five\n", tmp_path, "one")
+    assert names == ["one", "two"]
+    assert "two: for one, which needs two>=2; there is 1.9" in remarks
+
+
+def test_what_has_no_wheel_is_named(tmp_path: Path) -> None:
+    names, remarks = gathered("", tmp_path, "missing>=1", "five")
+    assert names == ["five"]
+    assert "missing: for Triptych; NOT carried" in remarks
+
+
+def test_too_large_a_load_is_refused_with_its_largest_wheels(tmp_path: Path) -> None:
+    wheels = []
+    for name, size in (("small", 1), ("large", 3)):
+        path = tmp_path / f"{name}.whl"
+        path.write_bytes(b"x" * size * 2**20)
+        wheels.append(path)
+    gather_wheels.check_size(wheels, 4)
+    with pytest.raises(
+        gather_wheels.Refused, match=r"4\.0 MiB are more than 3; .*\n *3\.0 MiB large"
+    ):
+        gather_wheels.check_size(wheels, 3)
+
+
+def test_the_groups_have_what_pyproject_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+    def names(*groups: str) -> set[str]:
+        return {requirement.name for requirement in gather_wheels.roots(project, groups)}
+
+    assert {"pydantic", "msgspec", "platformdirs"} <= names("text")
+    assert not names("text") & {"bentoml", "torch", "transformers", "diffusers", "fastapi"}
+    assert names("images") == {"diffusers", "greenlet", "pillow"}
+    assert names("deepspeed") == {"deepspeed"}
+    assert {"deepspeed", "deepspeed-mii", "deepspeed-kernels", "grpcio"} <= names("mii")
+
+
+def test_the_names_of_platforms() -> None:
+    names = gather_wheels.platforms("manylinux_2_28_x86_64")
+    assert names[0] == "manylinux_2_28_x86_64"
+    assert {"manylinux_2_17_x86_64", "manylinux2014_x86_64"} <= set(names)
+    assert gather_wheels.parse_freeze("a.b_C==1.0+cu1\n# note\n") == {"a-b-c": Version("1.0+cu1")}
