@@ -10,6 +10,7 @@ import asyncio
 import statistics
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -98,8 +99,13 @@ def _rank(rank: int, folder: str, repeats: int, results: Any) -> None:
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     group = TPGroup()
-    decode = Batch([[7]] * 16, [200] * 16, [list(range(7))] * 16)
-    mixed = Batch([*decode.tokens, [7] * 512], [*decode.past, 0], [*decode.block_tables, [0] * 16])
+    decode = Batch([[7]] * 16, [200] * 16, [array("i", range(7))] * 16, [True] * 16)
+    mixed = Batch(
+        [*decode.tokens, [7] * 512],
+        [*decode.past, 0],
+        [*decode.block_tables, array("i", [0] * 16)],
+        [*decode.wanted, False],
+    )
 
     def send_batch(batch: Batch) -> None:
         if rank == 0:

@@ -17,6 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers that each compute with a thread for every core take them from one another.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# Before Triton is imported, which reads it then. Without a GPU its kernels run in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 LOOPING = "loop"
 """A conversation that begins with it makes the template below loop."""
 CHAT_TEMPLATE = (

@@ -152,6 +152,9 @@ class TextConfig(BaseRunnerConfig):
     `varlen`, `flashinfer` if that is installed, or `torch`, slowly, for what no kernel can; `auto`
     is the fastest that is proved equal at the start. On a CPU `auto` and `cpu` are Triptych's
     kernels for CPUs; `torch` and `triton`, in Triton's interpreter, try the path of a GPU there."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of the KV cache on a GPU: `auto`, that of the model, or `fp8` (e4m3), which takes half
+    of the memory and is slightly less exact."""
     cuda_graphs: bool = True
     """Whether decoding steps on a GPU run as CUDA graphs, captured while the model serves."""
     graph_memory: Annotated[int, Field(ge=0)] = 1024

@@ -46,9 +46,8 @@ def invert(amounts: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Per row of int64 `amounts` `[n, m]`, the first index whose cumulative share exceeds
     `uniform`."""
     cumulative = amounts.cumsum(-1)
-    total = cumulative[:, -1]
-    # The product may be rounded up to the total.
-    target = torch.minimum((uniform * total).to(torch.int64), total - 1)
+    # Even the largest uniform number, 1 - 2**-53, is not rounded up to the whole total.
+    target = (uniform * cumulative[:, -1]).to(torch.int64)
     index = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     return index.clamp_max(amounts.shape[-1] - 1)
 

@@ -1,7 +1,7 @@
-"""How the steps of a model run: on the CPU path or on the GPU path, which has a sampler of its own.
+"""How the steps of a model run: on the CPU path, or on the GPU path, which samples on the device.
 
-`loading` chooses once per rank. The GPU path also runs on a CPU when `attention_kernel` names one of
-its kernels: that is how it is tested where there is no GPU.
+`loading` chooses once per rank. The GPU path also runs on a CPU when `attention_kernel` names one
+of its kernels: that is how it is tested where there is no GPU.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from runners.text.model_runner import HFModelRunner, Layout, input_device
 from runners.text.samplers import HostSampler, Sampler
 
 logger = logging.getLogger("triptych.text")
+
+
+CHECKED_ROWS, CHECKED_SEQUENCES = 64, 2
+"""What the steps of a parity check need, whatever is configured."""
 
 
 class SizedRunner(ModelRunner, Protocol):
@@ -81,6 +85,8 @@ class GPUExecution(Execution):
     limits: StepLimits
     graphs: GraphOptions | None
     overlap: bool
+    kv_dtype: torch.dtype | None = None
+    """None: that of the model."""
 
     @override
     def runner(
@@ -89,23 +95,36 @@ class GPUExecution(Execution):
         if layout == "padded":
             return HFModelRunner(model, layout, blocks=blocks)
         options = self.graphs if graphs else None
-        return GPUModelRunner(model, self.backend, self.limits, blocks=blocks, graphs=options)
+        return GPUModelRunner(
+            model,
+            self.backend,
+            self.limits,
+            blocks=blocks,
+            graphs=options,
+            kv_dtype=self.kv_dtype,
+        )
 
     @override
     def sampler(self, model: PreTrainedModel) -> Sampler:
         vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         return DeviceSampler(input_device(model), vocab_size)
 
-    def with_best_backend(self, model: PreTrainedModel, requested: str) -> GPUExecution:
-        """With the backend that is proved equal and is the fastest for what the model's layers ask
-        of it; the model runs in the packed layout. Raises: ConfigError if `requested` cannot."""
+    def with_best_backend(
+        self, model: PreTrainedModel, requested: str, kv_dtype: torch.dtype | None
+    ) -> GPUExecution:
+        """With KV of `kv_dtype`, and the backend that is proved equal and is the fastest for what
+        the model's layers ask of it; the model runs in the packed layout.
+
+        Raises: ConfigError if `requested` cannot be used.
+        """
         device = input_device(model)
-        shapes = attention_shapes(model, self.limits)
+        shapes = attention_shapes(model, self.limits, kv_dtype)
         chosen = {choose_backend(shape, device, requested) for shape in shapes}
         if len(chosen) > 1:
             # One plan serves all layers, so they share a backend that can all of them.
             chosen = {choose_backend(shape, device, "triton") for shape in shapes}
-        return replace(self, backend=chosen.pop() if len(chosen) == 1 else TorchBackend())
+        backend = chosen.pop() if len(chosen) == 1 else TorchBackend()
+        return replace(self, backend=backend, kv_dtype=kv_dtype)
 
 
 def choose_execution(
@@ -120,6 +139,8 @@ def choose_execution(
     if not on_gpu and kernel in ("varlen", "flashinfer"):
         raise ConfigError(f"{kernel} is for models on a GPU", field="attention_kernel")
     if not on_gpu and kernel in ("auto", "cpu"):
+        if config.kv_cache_dtype != "auto":
+            raise ConfigError("is for models on a GPU", field="kv_cache_dtype")
         return HostExecution()
     reason = _not_capturable(model) if config.cuda_graphs else "cuda_graphs is off"
     if group is not None and device.type == "cpu":
@@ -127,8 +148,8 @@ def choose_execution(
     if reason:
         logger.info("%s: decode steps run eagerly: %s", config.name, reason)
     limits = StepLimits(
-        rows=max(config.max_step_tokens, config.max_batch_size) + 1,
-        sequences=config.max_batch_size,
+        rows=max(config.max_step_tokens, config.max_batch_size, CHECKED_ROWS) + 1,
+        sequences=max(config.max_batch_size, CHECKED_SEQUENCES),
         context=max_context,
     )
     graphs = None if reason else GraphOptions(config.graph_memory << 20)

@@ -30,7 +30,7 @@ from runners.text.cpu import switch_off_kernels
 from runners.text.engine import Engine, PagedEngine
 from runners.text.execution import Execution, GPUExecution, SizedRunner, choose_execution
 from runners.text.lockstep import Follower, Leader, TPGroup
-from runners.text.memory import kv_tokens
+from runners.text.memory import first_step, kv_tokens
 from runners.text.paging.blocks import BLOCK_SIZE
 from runners.text.parity import ParityCheck, check_and_pack, choose_gpu_kernels
 from runners.text.program import TextProgram
@@ -123,8 +123,7 @@ def prepare_model(
     if isinstance(execution, GPUExecution):
         if config.weight_quantization is not None:
             raise ConfigError("is for models on a CPU", field="weight_quantization")
-        kernel = config.attention_kernel
-        layout, execution = choose_gpu_kernels(model, execution, kernel, parity)
+        layout, execution = choose_gpu_kernels(model, execution, config, parity)
     else:
         layout = check_and_pack(model, config.weight_quantization, parity)
     give_back_memory()
@@ -134,6 +133,8 @@ def prepare_model(
         tokens = group.all_reduce_min(tokens)
     blocks = max(1, tokens // BLOCK_SIZE)
     runner = execution.runner(model, layout, blocks=blocks, graphs=True)
+    if isinstance(execution, GPUExecution):
+        runner.run(first_step(1))  # allocates the KV cache, so that no request has to wait for it
     return BatchedModel(model, execution, runner, blocks, max_context, config.prefix_caching)
 
 

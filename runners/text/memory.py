@@ -38,7 +38,7 @@ def kv_tokens(
     runner = execution.runner(model, layout, blocks=-(-config.max_step_tokens // BLOCK_SIZE))
     on_gpu = any(parameter.device.type == "cuda" for parameter in model.parameters())
     # On a GPU, the allocator keeps what the largest step takes, and the rest is for KV.
-    runner.run(_step(config.max_step_tokens if on_gpu else 1))
+    runner.run(first_step(config.max_step_tokens if on_gpu else 1))
     # Ranks share the memory of their machine, but no GPU.
     sizes = {
         device: size * (config.local_world_size if device.type == "cpu" else 1)
@@ -64,7 +64,7 @@ def kv_tokens(
     return config.max_kv_tokens
 
 
-def _step(tokens: int) -> Batch:
+def first_step(tokens: int) -> Batch:
     """The first step of one sequence of that many tokens."""
     blocks = array("i", range(-(-tokens // BLOCK_SIZE)))
     return Batch([[0] * tokens], [0], [blocks], [True])

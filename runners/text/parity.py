@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from runners.config.base import TextConfig
 from runners.contracts.errors import ConfigError, first_line, reraise_as
 from runners.hf.dtypes import cast_to_float32, computes_in_float32
 from runners.hf.models import DEVICE_ERRORS
@@ -26,6 +27,7 @@ from runners.text.cpu.fusing import fuse_modules, unfuse_modules
 from runners.text.cpu.linear import Quantization, pack_linears, unpack_linears
 from runners.text.engine import PagedEngine
 from runners.text.execution import Execution, GPUExecution, HostExecution
+from runners.text.gpu.attention import FLOAT8
 from runners.text.lockstep import TPGroup, is_rank_loss
 from runners.text.model_runner import Layout, input_device
 from runners.text.paging.blocks import BLOCK_SIZE
@@ -63,6 +65,7 @@ class ParityCheck:
     ) -> None:
         self._model = model
         self._execution = execution or HostExecution()
+        self._default_attention = model.config._attn_implementation
         self._group = group
         self._failure = ""
         """Why the last check failed."""
@@ -104,12 +107,11 @@ class ParityCheck:
         Raises: ConfigError if the ranks cannot agree on that.
         """
         model = self._model
-        default_attention = model.config._attn_implementation
         if getattr(model, "_supports_attention_backend", False):
             model.set_attn_implementation(PACKED)
             if self.matches("packed"):
                 return "packed"
-            model.set_attn_implementation(default_attention)
+            model.set_attn_implementation(self._default_attention)
         return "padded" if self.matches("padded") else None
 
     def matches(self, layout: Layout, *, tolerance: float | None = None) -> bool:
@@ -193,27 +195,35 @@ def check_and_pack(
 def choose_gpu_kernels(
     model: PreTrainedModel,
     execution: GPUExecution,
-    requested: str,
+    config: TextConfig,
     parity: ParityCheck | None = None,
 ) -> tuple[Layout, GPUExecution]:
     """The layout of a model on the GPU path, and the path with its attention backend.
 
-    Arguments as in `check_and_pack`; `requested` is the configured backend. Raises: ConfigError if
-    no layout matches, or the backend that the config names does not.
+    `parity` as in `check_and_pack`. Raises: ConfigError if no layout matches, or not with what the
+    config asks for.
     """
     parity = (parity or ParityCheck(model)).for_model(model, execution)
     if computes_in_float32(model):
         cast_to_float32(model)
+    name, kernel = type(model).__name__, config.attention_kernel
+    kv_dtype = FLOAT8 if config.kv_cache_dtype == "fp8" else None
     layout = parity.choose_layout()
     if layout == "padded":
+        if kernel != "auto":
+            logger.warning("%s has its own attention: attention_kernel %s is ignored", name, kernel)
+        if kv_dtype is not None:
+            raise ConfigError(f"{name} has its own attention, without fp8", field="kv_cache_dtype")
         return layout, execution
-    best = execution.with_best_backend(model, requested)
-    if parity.for_model(model, best).matches(layout):
+    best = execution.with_best_backend(model, kernel, kv_dtype)
+    tolerance = None if kv_dtype is None else QUANTIZED
+    if parity.for_model(model, best).matches(layout, tolerance=tolerance):
         return layout, best
-    name = f"{type(model).__name__} with attention kernel {best.backend.name}"
-    if requested != "auto":
-        raise ConfigError(f"{name}: its logits differ", field="attention_kernel")
-    logger.warning("%s: its logits differ; it runs with torch's operators", name)
+    if kv_dtype is not None:
+        raise ConfigError(f"{name}: its logits change too much", field="kv_cache_dtype")
+    if kernel != "auto":
+        raise ConfigError(f"{name}: its logits differ with {kernel}", field="attention_kernel")
+    logger.warning("%s runs with torch's attention: its logits differ with a kernel", name)
     return layout, execution
 
 

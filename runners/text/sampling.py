@@ -184,8 +184,9 @@ def _draw_truncated(
     """A random token per row among those that top-k, top-p and min-p keep."""
     vocab_size = logits.shape[-1]
     values, ids = logits.topk(min(CANDIDATES, vocab_size), sorted=True)
-    # Only top-p asks for what all tokens weigh.
-    weighed = logits if any(state.top_p < 1.0 for state in states) else values
+    # What all tokens weigh matters to top-p alone, without top-k.
+    needs_all = (s.top_p < 1.0 and not 0 < s.top_k < vocab_size for s in states)
+    weighed = logits if any(needs_all) else values
     limits = (
         torch.tensor([state.top_k for state in states]),
         torch.tensor([state.top_p for state in states], dtype=torch.float32),

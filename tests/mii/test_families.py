@@ -11,6 +11,7 @@ import pytest
 from runners.engines.mii.fastgen import FastGenEngine, FastGenModel
 from runners.engines.mii.patches.loading import load_cpu_engine
 from runners.text.paging.blocks import BLOCK_SIZE
+from runners.text.samplers import HostSampler
 from tests.support.mii import model_config
 from tests.support.models import greedy, write_model
 from tests.support.scheduling import Run, sequence
@@ -89,7 +90,9 @@ def test_triptychs_scheduler_drives_miis_engine(kv_blocks: int, tmp_path: Path) 
     folder = write_model("mistral", tmp_path / "mistral")
     cpu_engine = load_cpu_engine(model_config(folder, kv_blocks=kv_blocks))
     blocks = int(cpu_engine.free_blocks[0])
-    engine: Any = FastGenEngine(FastGenModel(cpu_engine), blocks=blocks, block_size=BLOCK_SIZE)
+    engine: Any = FastGenEngine(
+        FastGenModel(cpu_engine), HostSampler(), blocks=blocks, block_size=BLOCK_SIZE
+    )
     run = Run(engine, max_step_tokens=32)
     prompts = prompts_of(folder)
     for i, prompt in enumerate(prompts):

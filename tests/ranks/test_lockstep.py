@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,18 @@ import torch.multiprocessing as mp
 from runners.text.lockstep import HEADER, TPGroup, decode, encode
 from runners.text.paging.batch import Batch
 
-SHORT = Batch([[7], [8, 9]], [200, 0], [[1, 2, 3], [4]])
-LONG = Batch([[5], list(range(3 * HEADER))], [31, 64], [[0], list(range(96))])
+SHORT = Batch(
+    [[-2], [8, 9]], [200, 0], [array("i", [1, 2, 3]), array("i", [4])], [True, False], shared=True
+)
+LONG = Batch(
+    [[5], list(range(3 * HEADER))],
+    [31, 64],
+    [array("i", [0]), array("i", range(96))],
+    [False, True],
+)
 
 
-@pytest.mark.parametrize("batch", [SHORT, LONG, Batch([], [], [])])
+@pytest.mark.parametrize("batch", [SHORT, LONG, Batch([], [], [], [])])
 def test_a_batch_is_made_integers_of_and_back(batch: Batch) -> None:
     assert decode([*encode(batch), 0, 0]) == batch
 

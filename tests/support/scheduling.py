@@ -16,6 +16,7 @@ from runners.hf.models import SamplingDefaults
 from runners.text.cpu.linear import Quantization
 from runners.text.detokenizer import Detokenizer
 from runners.text.engine import PagedEngine
+from runners.text.gpu.model_runner import GPUModelRunner
 from runners.text.loading import prepare_model
 from runners.text.model_runner import HFModelRunner
 from runners.text.sampling import SamplerState
@@ -56,9 +57,9 @@ def load(
     return prepare_model(model, config).create_engine()
 
 
-def runner_of(engine: PagedEngine) -> HFModelRunner:
+def runner_of(engine: PagedEngine) -> HFModelRunner | GPUModelRunner:
     """What computes the engine's steps."""
-    assert isinstance(engine.model, HFModelRunner)
+    assert isinstance(engine.model, HFModelRunner | GPUModelRunner)
     return engine.model
 
 
@@ -84,6 +85,7 @@ class Run:
         self, engine: PagedEngine, *, max_batch_size: int = 8, max_step_tokens: int = 16
     ) -> None:
         self.tokens: dict[str, list[int]] = {}
+        self.text: dict[str, str] = {}
         self.finished: list[str] = []
         self.failed: list[tuple[str, type[Exception]]] = []
         self.peak = 0
@@ -102,6 +104,7 @@ class Run:
     def _take(self, deltas: list[TextDelta]) -> None:
         for delta in deltas:
             self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            self.text[delta.request_id] = self.text.get(delta.request_id, "") + delta.text
             if delta.finish_reason:
                 self.finished.append(delta.request_id)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,28 +12,42 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MambaConfig, MambaF
 from runners.contracts.errors import ConfigError, EngineFailure
 from runners.text import attention, model_runner, parity
 from runners.text.cpu.linear import PackedLinear
+from runners.text.engine import PagedEngine
+from runners.text.gpu.model_runner import GPUModelRunner
+from runners.text.model_runner import HFModelRunner
 from runners.text.parity import ParityCheck, check_and_pack
 from tests.support.models import CONFIGS, greedy, write_model
 from tests.support.scheduling import COUNT, Run, load, runner_of, sequence
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
+NOT_CAPTURED = {"longcat_flash"}
+"""Their forwards wait for a value: they run without graphs."""
 PADDED = {"bloom", "gptj", "gpt_neo", "mpt", "falcon", "falcon_mq", "qwen2_moe", "llama4_text"}
 
 
-@pytest.fixture(params=["kernels", "torch"])
+@pytest.fixture(params=["kernels", "torch", "pages"])
 def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether our kernels run, or what runs without a compiler."""
+    """Whether our kernels run, what runs without a compiler, or the path of a GPU."""
     if request.param == "torch":
         for module in (attention, parity):
             monkeypatch.setattr(module, "load_kernels", lambda: None)
     return str(request.param)
 
 
+def load_on(operators: str, folder: Path, **options: Any) -> PagedEngine:
+    kernel = "torch" if operators == "pages" else "auto"
+    return load(folder, attention_kernel=kernel, **options)
+
+
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_mixed_chunked_steps_equal_generate(kind: str, operators: str, tmp_path: Path) -> None:
     folder = write_model(kind, tmp_path / kind)
-    engine = load(folder)
-    assert runner_of(engine).layout == ("padded" if kind in PADDED else "packed")
+    engine = load_on(operators, folder)
+    runner = runner_of(engine)
+    if isinstance(runner, HFModelRunner):
+        assert runner.layout == ("padded" if kind in PADDED else "packed")
+    assert isinstance(runner, GPUModelRunner) == (operators == "pages" and kind not in PADDED)
+    assert engine.overlaps == (operators == "pages")
     packed = any(isinstance(m, PackedLinear) for m in runner_of(engine).model.modules())
     assert packed == (operators == "kernels")
     run = Run(engine)
@@ -42,6 +57,9 @@ def test_mixed_chunked_steps_equal_generate(kind: str, operators: str, tmp_path:
     run.drain()
     expected = greedy(folder, PROMPTS, COUNT)
     assert [run.tokens[str(i)] for i in range(len(PROMPTS))] == expected
+    if isinstance(runner, GPUModelRunner):
+        assert runner.graphs is not None
+        assert bool(len(runner.graphs)) == (kind not in NOT_CAPTURED)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -50,7 +68,7 @@ def test_sixteen_bit_weights_equal_generate_in_float32(
     kind: str, dtype: torch.dtype, operators: str, tmp_path: Path
 ) -> None:
     folder = write_model(kind, tmp_path / kind, dtype=dtype)
-    engine = load(folder)
+    engine = load_on(operators, folder)
     linears = [m for m in runner_of(engine).model.modules() if isinstance(m, PackedLinear)]
     types = {linear.packed.dtype for linear in linears}
     assert types == ({dtype} if operators == "kernels" else set())
@@ -122,7 +140,7 @@ def test_a_model_whose_packed_layers_change_it_keeps_its_own(
 def test_one_sequence_that_overflows_ends_alone(kind: str, operators: str, tmp_path: Path) -> None:
     """Its KV is NaN; neither its neighbours nor who gets its blocks afterwards may see that."""
     folder = write_model(kind, tmp_path / kind)
-    engine = load(folder, kv_tokens=4 * 32, prefix_caching=False)
+    engine = load_on(operators, folder, kv_tokens=4 * 32, prefix_caching=False)
     broken = 319
 
     def overflow(_: object, inputs: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:

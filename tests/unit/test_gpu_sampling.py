@@ -19,9 +19,10 @@ from typing_extensions import override
 
 from runners.contracts.text import SamplingParams
 from runners.hf.models import SamplingDefaults
-from runners.text.distribution import cutoff_of_best, draw, rank, weights
+from runners.text.distribution import cutoff_of_best, draw, invert, rank, weights
 from runners.text.gpu.kernels.cutoff import cutoff
 from runners.text.gpu.sampling import DeviceSampler
+from runners.text.samplers import SampledStep
 from runners.text.sampling import RankedToken, SamplerState, sample
 
 CPU = torch.device("cpu")
@@ -99,6 +100,13 @@ def same_ranks(ours: Sequence[RankedToken | None], theirs: Sequence[RankedToken 
             assert [value for _, value in one.top] == pytest.approx(values, abs=1e-6)
 
 
+def results(step: SampledStep) -> tuple[list[int | None], list[RankedToken | None]]:
+    """The tokens of a step, None for rows of NaN, and their log-probabilities."""
+    rows = step.result()
+    assert all((row.token is None) == (row.error is not None) for row in rows)
+    return [row.token for row in rows], [row.ranked for row in rows]
+
+
 @pytest.mark.parametrize("part", range(5))
 def test_a_thousand_parameter_sets_give_the_tokens_of_the_host(part: int) -> None:
     """Each step is launched before the host knows the tokens of the one before it."""
@@ -116,10 +124,10 @@ def test_a_thousand_parameter_sets_give_the_tokens_of_the_host(part: int) -> Non
             step = sampler.launch(logits, device, [index] * STATES)
             assert torch.equal(logits, before)
             if in_flight is not None:
-                for each, token in zip(device, in_flight.result()[0], strict=True):
+                for each, token in zip(device, results(in_flight)[0], strict=True):
                     assert token is not None
                     each.record(token)
-            tokens, ranked = step.result()
+            tokens, ranked = results(step)
             params = [vars(each) for each in device]
             assert tokens == want, params
             assert step.tokens.tolist() == want
@@ -137,10 +145,10 @@ def test_a_row_has_the_same_token_alone_and_in_any_batch() -> None:
         for index in range(STEPS):
             logits = random_logits(rng, STATES, vocab_size)
             step = together.launch(logits, [batch for batch, _ in pairs], [index] * STATES)
-            tokens, ranked = step.result()
+            tokens, ranked = results(step)
             for i, (batch, single) in enumerate(pairs):
-                own = alone[i].launch(logits[i : i + 1], [single], [index]).result()
-                assert own == ([tokens[i]], [ranked[i]])
+                own = alone[i].launch(logits[i : i + 1], [single], [index])
+                assert results(own) == ([tokens[i]], [ranked[i]])
                 assert tokens[i] is not None
                 batch.record(tokens[i] or 0)
                 single.record(tokens[i] or 0)
@@ -165,7 +173,7 @@ def test_a_step_that_was_discarded_is_sampled_again_with_the_same_result() -> No
             step = sampler.launch(launched, [discarded], [index])
             if index < 7:
                 sampler.launch(rows[6], [discarded], [index + 1])
-        token = step.result()[0][0]
+        token = results(step)[0][0]
         assert token == want[index]
         discarded.record(token)
 
@@ -182,11 +190,13 @@ def test_rows_with_nan_are_named_and_leave_the_others_alone() -> None:
     sampler = DeviceSampler(CPU, 8)
     logits = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
-    clean = [sampler.launch(logits, [state(**p, logprobs=2)] * 4, [0] * 4).result() for p in kinds]
+    clean = [
+        results(sampler.launch(logits, [state(**p, logprobs=2)] * 4, [0] * 4)) for p in kinds
+    ]
     logits[2, 5] = float("nan")
     for params, (tokens, ranked) in zip(kinds, clean, strict=True):
         step = sampler.launch(logits, [state(**params, logprobs=2)] * 4, [0] * 4)
-        assert step.result() == (
+        assert results(step) == (
             [*tokens[:2], None, tokens[3]],
             [*ranked[:2], None, ranked[3]],
         )
@@ -203,23 +213,42 @@ def test_infinite_logits_give_the_first_best_token(value: float, params: dict[st
     best = 3 if value > 0 else 0
     sampled = {"temperature": 1.0, "seed": 0, **params}
     assert sample(logits, [state(**sampled)])[0] == [best]
-    assert DeviceSampler(CPU, 8).launch(logits, [state(**sampled)], [0]).result()[0] == [best]
+    step = DeviceSampler(CPU, 8).launch(logits, [state(**sampled)], [0])
+    assert results(step)[0] == [best]
 
 
 def test_the_counts_of_sequences_that_are_gone_are_used_again() -> None:
+    """All tokens tie, so the first that was not sampled before comes next."""
     sampler = DeviceSampler(CPU, 16)
     logits = torch.zeros(20, 16)
+
+    def sampled(states: Sequence[SamplerState], index: int) -> list[int]:
+        count = len(states)
+        return sampler.launch(logits[:count], states, [index] * count).tokens.tolist()
+
     for _ in range(3):
-        states = [state(presence_penalty=1.0, prompt=[i % 16]) for i in range(20)]
-        # All tokens tie, so the first that was not sampled before comes next.
-        for index in range(3):
-            assert sampler.launch(logits, states, [index] * 20).tokens.tolist() == [index] * 20
+        states = [state(presence_penalty=1.0) for _ in range(20)]
+        # The tables grow while some sequences run.
+        assert [sampled(states[:6], index) for index in range(3)] == [[i] * 6 for i in range(3)]
+        assert sampled(states[6:], 0) == [0] * 14
+        assert sampled(states[:6], 3) == [3] * 6
+        assert sampled(states[6:], 1) == [1] * 14
         del states
         gc.collect()
     assert len(sampler._counts.output) == 32
-    greedy = DeviceSampler(CPU, 16)
-    greedy.launch(logits, [state(temperature=1.0, min_new_tokens=5, eos=[3])] * 20, [0] * 20)
-    assert len(greedy._counts.output) == 0
+    # Its predecessor had as many tokens, and others.
+    states = [state(presence_penalty=1.0) for _ in range(20)]
+    for each in states:
+        for token in (0, 9, 9, 0):
+            each.record(token)
+    assert sampled(states, 4) == [1] * 20
+
+
+def test_sequences_without_penalties_are_not_counted() -> None:
+    sampler = DeviceSampler(CPU, 16)
+    sampled = state(temperature=1.0, min_new_tokens=5, eos=[3], logit_bias={4: 1.0})
+    sampler.launch(torch.zeros(1, 16), [sampled], [0])
+    assert len(sampler._counts.output) == 0
 
 
 def test_a_launch_never_waits_for_the_device() -> None:
@@ -262,7 +291,7 @@ def test_only_what_a_step_needs_is_computed() -> None:
             torch.zeros(4, 50, dtype=torch.bfloat16), [state()] * 4, [9] * 4
         )
     assert "argmax" in seen
-    assert not {"_to_copy", "exp_", "sort", "index", "_log_softmax"} & set(seen)
+    assert not {"to", "_to_copy", "exp_", "sort", "index", "_log_softmax"} & set(seen)
 
 
 def kept(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
@@ -339,6 +368,10 @@ def test_a_uniform_number_at_an_end_draws_a_token_that_is_kept(uniform: float) -
         if vocab_size > 1:
             want = [last - 1 if uniform else 1]
             assert draw(logits, logits.argmax(-1), number).tolist() == want
+    for seed in range(50):
+        amounts = torch.randint(1, 2**62, (1, 1), generator=torch.Generator().manual_seed(seed))
+        total = torch.cat([amounts, torch.zeros(1, 1, dtype=torch.int64)], -1)
+        assert invert(total, number).tolist() == [0]
 
 
 def test_equally_likely_alternatives_are_listed_by_id() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from runners.config.model import DeepSpeedTextConfig
 from runners.contracts.errors import ConfigError
 from runners.rank.memory import Memory, machine_memory
+from runners.text.execution import HostExecution
 from runners.text.memory import kv_tokens
 from runners.text.model_runner import HFModelRunner
 from runners.text.paging.batch import Batch
@@ -100,7 +102,7 @@ class Rank:
         self._model = AutoModelForCausalLM.from_pretrained(self._folder)
         self._layout = check_and_pack(self._model, None)
         runner = HFModelRunner(self._model, self._layout, blocks=1)
-        runner.run(Batch([[0]], [0], [[0]]))
+        runner.run(Batch([[0]], [0], [array("i", [0])], [True]))
         [self._token_bytes] = runner.bytes_per_token().values()
         self._patch = monkeypatch
 
@@ -108,7 +110,9 @@ class Rank:
         memory = Memory(total * self._token_bytes, free * self._token_bytes)
         self._patch.setattr("runners.text.memory.machine_memory", lambda: memory)
         config = DeepSpeedTextConfig(name="m", model_path=self._folder, **fields)
-        return kv_tokens(self._model, self._layout, config, max_context=64)
+        return kv_tokens(
+            self._model, self._layout, config, max_context=64, execution=HostExecution()
+        )
 
 
 @pytest.fixture

@@ -15,6 +15,12 @@ PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
 BLOCK = 32
 
 
+@pytest.fixture(params=["auto", "torch"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    """The attention kernel: that of a CPU, or one of the path of a GPU, on which steps overlap."""
+    return str(request.param)
+
+
 def test_one_failing_sampler_ends_its_own_sequence_only(llama: Path) -> None:
     run = Run(load(llama))
     good, bad = sequence("good", PROMPTS[0]), sequence("bad", PROMPTS[1])
@@ -28,8 +34,8 @@ def test_one_failing_sampler_ends_its_own_sequence_only(llama: Path) -> None:
     assert run.scheduler.kv_used == 0
 
 
-def test_kv_is_never_exceeded_and_what_does_not_fit_waits(llama: Path) -> None:
-    run = Run(load(llama, kv_tokens=3 * BLOCK))
+def test_kv_is_never_exceeded_and_what_does_not_fit_waits(llama: Path, kernel: str) -> None:
+    run = Run(load(llama, attention_kernel=kernel, kv_tokens=3 * BLOCK))
     for i, prompt in enumerate(PROMPTS):
         run.scheduler.add(sequence(str(i), prompt))
     run.drain()
@@ -40,10 +46,13 @@ def test_kv_is_never_exceeded_and_what_does_not_fit_waits(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_preempted_sequences_lose_no_token(llama: Path, prefix_caching: bool) -> None:
+def test_preempted_sequences_lose_no_token(llama: Path, prefix_caching: bool, kernel: str) -> None:
     """Six sequences that grow to three blocks each, in seven blocks."""
     prompts = [[10 + i] * (5 + i) for i in range(6)]
-    run = Run(load(llama, kv_tokens=7 * BLOCK, prefix_caching=prefix_caching))
+    engine = load(
+        llama, kv_tokens=7 * BLOCK, prefix_caching=prefix_caching, attention_kernel=kernel
+    )
+    run = Run(engine)
     for i, prompt in enumerate(prompts):
         run.scheduler.add(sequence(str(i), prompt, 75))
     run.drain()
@@ -54,9 +63,9 @@ def test_preempted_sequences_lose_no_token(llama: Path, prefix_caching: bool) ->
     assert run.finished[0] == "0"
 
 
-def test_a_preempted_seeded_sequence_draws_the_same_tokens(llama: Path) -> None:
+def test_a_preempted_seeded_sequence_draws_the_same_tokens(llama: Path, kernel: str) -> None:
     def tokens(kv_tokens: int) -> tuple[dict[str, list[int]], int]:
-        run = Run(load(llama, kv_tokens=kv_tokens))
+        run = Run(load(llama, attention_kernel=kernel, kv_tokens=kv_tokens))
         for i in range(5):
             params = SamplingParams(temperature=1.0, seed=i)
             run.scheduler.add(sequence(str(i), [10 + i] * 6, 60, params))
@@ -69,9 +78,13 @@ def test_a_preempted_seeded_sequence_draws_the_same_tokens(llama: Path) -> None:
     assert tight == roomy
 
 
-def test_many_mixed_requests_in_little_kv_all_finish(llama: Path) -> None:
+def test_many_mixed_requests_in_little_kv_all_finish(llama: Path, kernel: str) -> None:
     draw = random.Random(0)
-    run = Run(load(llama, kv_tokens=8 * BLOCK), max_batch_size=32, max_step_tokens=64)
+    run = Run(
+        load(llama, attention_kernel=kernel, kv_tokens=8 * BLOCK),
+        max_batch_size=32,
+        max_step_tokens=64,
+    )
     wanted = {}
     for i in range(64):
         prompt = [draw.randrange(300) for _ in range(draw.randrange(1, 100))]
@@ -83,10 +96,10 @@ def test_many_mixed_requests_in_little_kv_all_finish(llama: Path) -> None:
     assert run.scheduler.kv_used == 0
 
 
-def test_equal_prompt_heads_are_computed_once(llama: Path) -> None:
+def test_equal_prompt_heads_are_computed_once(llama: Path, kernel: str) -> None:
     head = [i % 250 for i in range(70)]
     prompts = [[*head, 251], [*head, 252, 253], head[:40] + [254] * 30]
-    run = Run(load(llama), max_step_tokens=512)
+    run = Run(load(llama, attention_kernel=kernel), max_step_tokens=512)
     fed: list[int] = []
     submit = run.engine.submit
 

@@ -8,6 +8,7 @@ sequence without tokens is one to flush.
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -30,6 +31,16 @@ from runners.text.lockstep import Follower, Leader, TPGroup
 from runners.text.paging.batch import Batch
 from runners.text.program import TextProgram
 from runners.text.samplers import Sampler
+
+logger = logging.getLogger("triptych.mii")
+
+IGNORED = frozenset(
+    {
+        *("attention_kernel", "kv_cache_dtype", "cuda_graphs", "graph_memory", "overlap"),
+        *("batch_invariant", "gpu_memory_share", "prefix_caching", "cpu_kernels"),
+    }
+)
+"""Fields that FastGen has no counterpart for."""
 
 
 class InferenceEngine(Protocol):
@@ -159,6 +170,8 @@ class FastGenEngine(Engine):
 
 def load_fastgen(context: RankContext, config: MIITextConfig) -> TextProgram | Follower:
     """The program over FastGen's engine, on this rank's GPU. Raises: ConfigError."""
+    if ignored := sorted(config.model_fields_set & IGNORED):
+        logger.warning("%s: FastGen ignores %s", config.name, ", ".join(ignored))
     # MII takes seconds, and mode `persistent` needs only `model_values` of this module.
     import mii.modeling.models
 

@@ -1,8 +1,9 @@
 """Graphs of steps: a step's launches, recorded once and replayed without Python.
 
-`GPUModelRunner` captures one graph for each shape that it pads steps to. On a GPU a graph is a CUDA graph. On a
-CPU, where tests run, it is the list of operators that torch dispatched: like a CUDA graph it reads
-the same tensors at each replay, runs none of the model's Python, and refuses what waits for a value.
+`GPUModelRunner` captures one graph for each shape that it pads steps to. On a GPU a graph is a CUDA
+graph. On a CPU, where tests run, it is the list of operators that torch dispatched: like a CUDA
+graph it reads the same tensors at each replay, runs none of the model's Python, and refuses what
+waits for a value.
 """
 
 from __future__ import annotations

@@ -12,11 +12,13 @@ class PagePool:
     """Pages for `blocks` KV blocks in every layer, and one more for the rows of padding.
 
     Keys and values are `[blocks + 1, BLOCK_SIZE, kv_heads, size]`, as the attention kernels of
-    FlashAttention and FlashInfer read them. A layer is allocated when it is first used.
+    FlashAttention and FlashInfer read them, of type `dtype` or else of that of the model. A layer
+    is allocated when it is first used.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, dtype: torch.dtype | None = None) -> None:
         self.blocks = blocks
+        self._dtype = dtype
         self._layers: dict[int, KVPages] = {}
 
     @property
@@ -31,6 +33,11 @@ class PagePool:
             self._layers[index] = layer
         return layer
 
+    def smaller(self) -> PagePool | None:
+        """An empty pool with nine tenths of the blocks; None if that is none."""
+        blocks = self.blocks * 9 // 10
+        return PagePool(blocks, self._dtype) if blocks else None
+
     def bytes_per_block(self) -> dict[torch.device, int]:
         """Bytes of one block in all layers, per device."""
         total: dict[torch.device, int] = {}
@@ -41,4 +48,5 @@ class PagePool:
         return total
 
     def _pages(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_zeros(self.blocks + 1, BLOCK_SIZE, like.shape[-3], like.shape[-1])
+        shape = (self.blocks + 1, BLOCK_SIZE, like.shape[-3], like.shape[-1])
+        return torch.zeros(shape, dtype=self._dtype or like.dtype, device=like.device)

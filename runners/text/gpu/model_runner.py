@@ -39,7 +39,8 @@ class GraphOptions:
 
 
 class GPUModelRunner(ModelRunner):
-    """A model and its KV cache of `blocks` blocks; `graphs` is None to run every step eagerly."""
+    """A model and its KV cache of `blocks` blocks; `graphs` is None to run every step eagerly,
+    `kv_dtype` is None for that of the model."""
 
     def __init__(
         self,
@@ -49,13 +50,14 @@ class GPUModelRunner(ModelRunner):
         *,
         blocks: int,
         graphs: GraphOptions | None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model: PreTrainedModel = model.train(False)
         self.device = input_device(model)
         self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self._limits = limits
         self._inputs = ForwardInputs.of(model)
-        self._context = StepContext(PagePool(blocks), backend, limits)
+        self._context = StepContext(PagePool(blocks, kv_dtype), backend, limits)
         numbers = 2 * limits.rows + limits.sequences
         self._numbers = torch.zeros(numbers, dtype=torch.int64, device=self.device)
         self._sampled = torch.zeros(limits.sequences, dtype=torch.int64, device=self.device)
@@ -102,15 +104,14 @@ class GPUModelRunner(ModelRunner):
 
     @override
     def shrink(self) -> int | None:
-        blocks = self._context.pool.blocks * 9 // 10
-        if blocks < 1:
+        if (pool := self._context.pool.smaller()) is None:
             return None
         if self.graphs is not None:
             self.graphs.clear()
-        self._context.pool = PagePool(blocks)
+        self._context.pool = pool
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return blocks
+        return pool.blocks
 
     def bytes_per_token(self) -> dict[torch.device, int]:
         """Bytes of KV per token on each device, once a batch has run."""

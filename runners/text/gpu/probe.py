@@ -44,9 +44,11 @@ class _Recorder(TorchBackend):
         super().attend(query, pages, plan, out, options)
 
 
-def attention_shapes(model: PreTrainedModel, limits: StepLimits) -> set[AttentionShape]:
+def attention_shapes(
+    model: PreTrainedModel, limits: StepLimits, kv_dtype: torch.dtype | None
+) -> set[AttentionShape]:
     """The different shapes of attention among a packed model's layers, from a step of one token."""
     recorder = _Recorder()
-    runner = GPUModelRunner(model, recorder, limits, blocks=1, graphs=None)
+    runner = GPUModelRunner(model, recorder, limits, blocks=1, graphs=None, kv_dtype=kv_dtype)
     runner.run(Batch([[0]], [0], [array("i", [0])], [True]))
     return recorder.shapes

@@ -202,5 +202,5 @@ def _additive(visible: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 forward_context: ContextVar[Any] = ContextVar("forward_context")
-"""The context of the forward that is running, a `ForwardContext` or on the GPU path a `StepContext`;
-the attention function reads it."""
+"""The context of the forward that is running: a `ForwardContext`, or on the GPU path a
+`StepContext`. The attention function reads it."""

@@ -20,7 +20,10 @@ FAILURE = "failure.txt"
 """The file beside the plan that says why the deployment cannot run."""
 FATAL = 3
 """Exit status of a process that would fail again if it were restarted."""
-ENGINE_FIELDS = ("dtype", "cpu_kernels", "weight_quantization", "prefix_caching", "num_threads")
+ENGINE_FIELDS = (
+    *("dtype", "cpu_kernels", "attention_kernel", "kv_cache_dtype"),
+    *("weight_quantization", "prefix_caching", "num_threads"),
+)
 """The fields of Triptych's config that MII's config lacks and the CPU engine uses."""
 
 _LOCAL_HOSTS = frozenset({"", "localhost", "127.0.0.1"})

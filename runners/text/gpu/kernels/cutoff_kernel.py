@@ -73,7 +73,9 @@ def _mass_above(row, vocab, key, step, lowest, largest, COUNT: tl.constexpr, BLO
         if COUNT:
             weight = tl.where(inside, 1.0, 0.0).to(tl.float64)
         else:
-            weight = tl.where(x < largest, tl.exp(x - largest), 1.0)
+            below = x < largest
+            # Not `x - largest` of all: of two infinities it is NaN.
+            weight = tl.exp(tl.where(below, x, 0.0) - tl.where(below, largest, 0.0))
             weight = tl.where(inside, weight, 0.0).to(tl.float64)
         first += tl.where(keys >= key + step, weight, 0.0)
         second += tl.where(keys >= key + 2 * step, weight, 0.0)

@@ -3,7 +3,7 @@
 cuBLAS chooses its kernel, and with it the order of a sum, by the shape. Here the order depends on
 the weight alone: its input dimension is cut into a fixed number of parts, each is summed in order,
 and the parts are added in order. Few rows leave most of a GPU idle, so the parts are then computed
-by programs of their own and added by `_add_kernel`; many rows go through all parts in one program.
+by separate programs and added by `_add_kernel`; many rows go through all parts in one program.
 Tiles of different sizes may use different instructions, so only those are used together that
 `prove_tiles` has seen to give the same bits.
 """
@@ -263,7 +263,7 @@ def _linear_kernel(
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if PARTS > 1 and not IS_PARALLEL:
+        if PARTS > 1 and not IS_PARALLEL:  # noqa: SIM102 - decided when it is compiled
             if (first + BLOCK_K) % PART == 0:
                 total += acc
                 acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)

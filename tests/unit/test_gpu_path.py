@@ -1,0 +1,335 @@
+"""The path of a GPU on a CPU: overlapping steps, graphs, memory that is not enough.
+
+That its tokens are those of `generate` is in test_engine and test_scheduler, which run on it too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runners.contracts.errors import ConfigError, EngineFailure
+from runners.contracts.text import SamplingParams
+from runners.text.detokenizer import Detokenizer
+from runners.text.engine import PagedEngine, PendingStep, Row
+from runners.text.gpu.graphs import (
+    CaptureError,
+    GraphCache,
+    RecordedGraph,
+    row_sizes,
+    sequence_sizes,
+)
+from runners.text.gpu.model_runner import GPUModelRunner
+from tests.support.models import greedy
+from tests.support.scheduling import COUNT, Run, load, sequence, tokenizer
+
+PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
+BLOCK = 32
+
+
+def pages(folder: Path, **options: Any) -> PagedEngine:
+    return load(folder, attention_kernel="torch", **options)
+
+
+def gpu_runner(engine: PagedEngine) -> GPUModelRunner:
+    assert isinstance(engine.model, GPUModelRunner)
+    return engine.model
+
+
+class Order:
+    """In which order steps are submitted and their results fetched."""
+
+    def __init__(self, engine: PagedEngine) -> None:
+        self.events: list[str] = []
+        self.rows: list[list[Row]] = []
+        submit = engine.submit
+
+        def recorded(rows: Any) -> PendingStep:
+            number = len(self.rows)
+            self.rows.append(list(rows))
+            self.events.append(f"submit {number}")
+            step = submit(rows)
+            result = step.result
+
+            class Step:
+                def result(step) -> Any:  # noqa: N805
+                    self.events.append(f"result {number}")
+                    return result()
+
+            return Step()
+
+        engine.submit = recorded  # type: ignore[method-assign]
+
+
+def test_a_step_is_submitted_before_the_tokens_of_the_last_are_known(llama: Path) -> None:
+    engine = pages(llama)
+    order = Order(engine)
+    run = Run(engine)
+    run.scheduler.add(sequence("only", [5, 6, 7], 4))
+    run.drain()
+    assert order.events[:5] == ["submit 0", "submit 1", "result 0", "submit 2", "result 1"]
+    # Its length is known beforehand: no step is submitted in vain.
+    assert len(order.rows) == 4
+    assert run.tokens == {"only": greedy(llama, [[5, 6, 7]], 4)[0]}
+
+
+def test_without_overlap_each_step_is_fetched_before_the_next(llama: Path) -> None:
+    engine = pages(llama, overlap=False)
+    order = Order(engine)
+    run = Run(engine)
+    run.scheduler.add(sequence("only", [5, 6, 7], 4))
+    run.drain()
+    assert order.events[:4] == ["submit 0", "result 0", "submit 1", "result 1"]
+    assert run.tokens == {"only": greedy(llama, [[5, 6, 7]], 4)[0]}
+
+
+def test_an_end_token_costs_one_discarded_token(llama: Path) -> None:
+    engine = pages(llama)
+    order = Order(engine)
+    run = Run(engine)
+    want = greedy(llama, [PROMPTS[1]], 40)[0]
+    end = want[5]
+    ending = sequence("ending", PROMPTS[1], 40)
+    ending.eos_ids = frozenset({end})
+    run.scheduler.add(ending)
+    run.scheduler.add(sequence("other", PROMPTS[0], 40))
+    run.drain()
+    assert run.tokens["ending"] == want[: want.index(end) + 1]
+    assert run.tokens["other"] == greedy(llama, [PROMPTS[0]], 40)[0]
+    steps = [row.index for rows in order.rows for row in rows if row.uid == 0 and row.sampler]
+    assert steps == list(range(want.index(end) + 2))
+    assert run.scheduler.kv_used == 0
+
+
+def test_a_stop_string_cuts_the_text_where_it_begins(llama: Path) -> None:
+    whole = tokenizer().decode(greedy(llama, [PROMPTS[0]], 24)[0], skip_special_tokens=True)
+    run = Run(pages(llama))
+    stopping = sequence("stopping", PROMPTS[0], 24)
+    stopping.detokenizer = Detokenizer(tokenizer(), [whole[4:6]])
+    run.scheduler.add(stopping)
+    run.drain()
+    assert run.text["stopping"] == whole[: whole.index(whole[4:6])]
+    assert run.scheduler.kv_used == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
+def test_nothing_is_emitted_after_an_abort(steps: int, llama: Path) -> None:
+    run = Run(pages(llama, prefix_caching=False))
+    for name in ("gone", "stays"):
+        run.scheduler.add(sequence(name, PROMPTS[0], 20))
+    for _ in range(steps):
+        run.step()
+    before = list(run.tokens.get("gone", []))
+    run.scheduler.abort("gone")
+    # It takes the blocks that the aborted one writes to in the step that is under way.
+    run.scheduler.add(sequence("next", PROMPTS[1], 20))
+    run.drain()
+    assert run.tokens.get("gone", []) == before
+    assert "gone" not in run.finished
+    assert run.tokens["stays"] == greedy(llama, [PROMPTS[0]], 20)[0]
+    assert run.tokens["next"] == greedy(llama, [PROMPTS[1]], 20)[0]
+    assert run.scheduler.kv_used == 0
+
+
+def test_the_last_abort_leaves_a_step_that_is_fetched(llama: Path) -> None:
+    run = Run(pages(llama))
+    run.scheduler.add(sequence("gone", PROMPTS[0], 20))
+    run.step()
+    run.scheduler.abort("gone")
+    assert run.scheduler.kv_used == 0
+    run.drain()
+    assert run.tokens == {}
+
+
+def test_answers_alone_and_in_any_batch_are_the_same(llama: Path) -> None:
+    params = {
+        str(i): SamplingParams(temperature=0.8, seed=i, top_p=0.9, repetition_penalty=1.2)
+        for i in range(6)
+    }
+
+    def tokens(names: list[str], **options: Any) -> dict[str, list[int]]:
+        run = Run(pages(llama, **options))
+        for name in names:
+            run.scheduler.add(sequence(name, PROMPTS[int(name) % 4], 40, params[name]))
+        run.drain()
+        return run.tokens
+
+    alone = {name: tokens([name])[name] for name in params}
+    assert tokens(list(params)) == alone
+    assert tokens(list(params), kv_tokens=6 * BLOCK) == alone, "preempted"
+    assert tokens(list(params), cuda_graphs=False, overlap=False) == alone
+
+
+def test_a_step_without_memory_fails_one_request_and_shrinks_the_cache(llama: Path) -> None:
+    engine = pages(llama)
+    total = engine.total_tokens
+    run = Run(engine, max_step_tokens=64)
+    for i in (0, 2):
+        run.scheduler.add(sequence(str(i), PROMPTS[i], 30))
+    for _ in range(4):
+        run.step()
+    compute = engine.model.run
+    failures = iter([True])
+
+    def without_memory(batch: Any) -> torch.Tensor:
+        if sum(map(len, batch.tokens)) > 8 and next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(batch)
+
+    engine.model.run = without_memory  # type: ignore[method-assign]
+    run.scheduler.add(sequence("large", PROMPTS[3], 30))
+    run.drain()
+    assert run.failed == [("large", EngineFailure)]
+    assert engine.total_tokens == total * 9 // 10 // BLOCK * BLOCK
+    want = greedy(llama, [PROMPTS[0], PROMPTS[2]], 30)
+    assert run.tokens == {"0": want[0], "2": want[1]}
+    assert gpu_runner(engine).graphs is not None
+
+
+def test_what_cannot_shrink_ends_the_rank(llama: Path) -> None:
+    run = Run(load(llama))
+
+    def without_memory(_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    run.engine.model.run = without_memory  # type: ignore[method-assign]
+    run.scheduler.add(sequence("only", PROMPTS[0]))
+    with pytest.raises(torch.OutOfMemoryError):
+        run.drain()
+
+
+def test_graphs_are_captured_when_needed_again_and_while_idle(llama: Path) -> None:
+    engine = pages(llama, max_batch_size=8)
+    graphs = gpu_runner(engine).graphs
+    assert graphs is not None
+    run = Run(engine)
+    run.scheduler.add(sequence("only", [5, 6, 7], 2))
+    run.drain()
+    assert len(graphs) == 0, "one prompt and one decoding step: none is needed twice"
+    captured = []
+    for _ in range(6):
+        engine.idle()
+        captured.append(len(graphs))
+    assert captured == [1, 2, 3, 4, 4, 4], "1, 2, 4 and 8 sequences"
+    run.scheduler.add(sequence("again", [5, 6, 7], 12))
+    run.drain()
+    assert run.tokens["again"] == greedy(llama, [[5, 6, 7]], 12)[0]
+
+
+def test_a_graph_that_gives_something_else_is_not_used(
+    llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = pages(llama)
+    replay = RecordedGraph.replay
+
+    def wrong(graph: RecordedGraph) -> None:
+        replay(graph)
+        graph.output.add_(torch.arange(graph.output.shape[-1]))
+
+    monkeypatch.setattr(RecordedGraph, "replay", wrong)
+    run = Run(engine)
+    for i, prompt in enumerate(PROMPTS):
+        run.scheduler.add(sequence(str(i), prompt))
+    run.drain()
+    assert [run.tokens[str(i)] for i in range(4)] == greedy(llama, PROMPTS, COUNT)
+    assert "a replay gave something else" in caplog.text
+    graphs = gpu_runner(engine).graphs
+    assert graphs is not None
+    assert graphs.stopped
+    assert len(graphs) == 0
+
+
+def test_the_memory_of_graphs_is_bounded(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved = iter(range(0, 100 << 20, 5 << 20))
+    monkeypatch.setattr(GraphCache, "_reserved", lambda _: next(reserved))
+    cache = GraphCache[int](torch.device("cpu"), max_bytes=8 << 20)
+    for key in range(4):
+        assert not cache.is_due(key)
+        if cache.is_due(key):
+            cache.capture(key, lambda: torch.zeros(2))
+    assert len(cache) == 2
+    assert cache.stopped
+    assert "2 graphs take 10 MiB" in caplog.text
+
+
+def test_a_recorded_graph_reads_its_inputs_anew_and_runs_no_python() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    calls = []
+
+    def forward() -> torch.Tensor:
+        calls.append(1)
+        y = x.t().reshape(6)  # a copy here, which a replay has to make again
+        y[1:3] *= 2
+        return torch.nn.functional.linear(y.view(3, 2), torch.ones(4, 2)).softmax(-1) + y.sum()
+
+    graph = RecordedGraph(forward)
+    x.copy_(torch.randn(2, 3))
+    graph.replay()
+    assert len(calls) == 1
+    assert torch.equal(graph.output, forward())
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x: x[x > 1],
+        lambda x: x[: int(x.sum())],
+        lambda x: x.nonzero(),
+        lambda x: x if x.max() > 0 else -x,
+    ],
+)
+def test_what_waits_for_a_value_cannot_be_captured(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    with pytest.raises(CaptureError, match="waits for a value"):
+        RecordedGraph(lambda: forward(torch.arange(4.0)))
+
+
+def test_steps_are_padded_to_few_sizes() -> None:
+    assert sequence_sizes(1) == [1]
+    assert sequence_sizes(6) == [1, 2, 4, 6]
+    assert sequence_sizes(300)[-3:] == [256, 288, 300]
+    assert row_sizes(20) == [20]
+    assert row_sizes(513) == [64, 96, 128, 192, 256, 384, 512, 513]
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flashinfer"])
+def test_a_kernel_of_a_gpu_is_refused_on_a_cpu(kernel: str, llama: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{kernel} is for models on a GPU"):
+        load(llama, attention_kernel=kernel)
+
+
+def test_quantized_weights_of_the_cpu_are_refused_there(llama: Path) -> None:
+    with pytest.raises(ConfigError, match="is for models on a CPU") as caught:
+        load(llama, attention_kernel="torch", quantization="int8")
+    assert caught.value.field == "weight_quantization"
+
+
+def test_an_offloaded_model_runs_without_graphs_and_says_so(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from accelerate import cpu_offload
+
+    import tests.support.scheduling as scheduling
+
+    caplog.set_level(logging.INFO)
+    original = scheduling.AutoModelForCausalLM.from_pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            scheduling.AutoModelForCausalLM,
+            "from_pretrained",
+            lambda folder: cpu_offload(original(folder), torch.device("cpu")),
+        )
+        engine = pages(llama)
+    assert "decode steps run eagerly: parts of the model are moved" in caplog.text
+    run = Run(engine)
+    run.scheduler.add(sequence("only", PROMPTS[1]))
+    run.drain()
+    assert run.tokens["only"] == greedy(llama, [PROMPTS[1]], COUNT)[0]
