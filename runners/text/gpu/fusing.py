@@ -83,7 +83,8 @@ class FusedGate(_Fused):
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
         """`[..., n]` of `[..., 2 n]`."""
-        return _gated(*gate_up.chunk(2, dim=-1), self.module.act_fn, self.is_silu)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return _gated(gate, up, self.module.act_fn, self.is_silu)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +120,14 @@ def fuse_rows(model: PreTrainedModel) -> int:
     for module in model.modules():
         if not _has_hooks(module):
             for name, fused in _candidates(module):
-                if _equivalent(fused):
+                if name not in vars(module) and _equivalent(fused):
                     # Not `setattr`, which takes a module for a child.
                     vars(module)[name] = fused
                     count += 1
                     break
     for source in _sources(model):
         function: Any = vars(source).get(ROTARY)
-        if function is not None and _is_llama_rotary(source):
+        if not isinstance(function, FusedRotary) and _is_llama_rotary(source):
             vars(source)[ROTARY] = FusedRotary(function)
             count += 1
     return count
@@ -254,8 +255,6 @@ def _is_llama_rotary(source: ModuleType) -> bool:
 
 def _statements(function: Any) -> str:
     """The parameters and statements of a function."""
-    if isinstance(function, FusedRotary):
-        function = function.original
     if not inspect.isfunction(function):
         return f"no function: {function}"
     tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]

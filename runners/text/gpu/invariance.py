@@ -11,12 +11,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
+from runners.contracts.errors import first_line
+from runners.text.engine import ModelRunner, PagedEngine
 from runners.text.gpu import kernels
+from runners.text.samplers import HostSampler
 
 logger = logging.getLogger("triptych.text")
 
@@ -27,7 +29,8 @@ PROOF_SIZE = 1024
 BATCHES = (2, 3, 9, 17, 33, 65, 130)
 """Sequences of a batch that a sequence must have the same bits in."""
 
-_libraries: dict[str, torch.library.Library] = {}
+_libraries: dict[str, Any] = {}
+_library: Callable[..., Any] = torch.library.Library
 
 
 def install_invariant_operators(device_type: str) -> None:
@@ -39,7 +42,7 @@ def install_invariant_operators(device_type: str) -> None:
         return
     if not kernels.runs_on(torch.device(device_type)):
         raise RuntimeError(f"no Triton kernels for {device_type}")
-    library = torch.library.Library("aten", "IMPL")
+    library: Any = _library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*[Oo]verrid")
         for name, function in _OVERRIDES.items():
@@ -58,18 +61,41 @@ def find_batch_dependence(
 ) -> str | None:
     """In which batch a sequence gets other bits than alone, if in any.
 
-    `run` returns the logits `[n, vocab]` after each of n prompts, computed in one batch of up to
-    `most`. Prompts have 1 to 4 tokens.
+    `run` returns the logits `[n, vocab]` after each of n prompts of 1 to 4 tokens, computed in one
+    batch of up to `most`.
     """
     prompts = [[(7 * i + 11 * k + 1) % vocab_size for k in range(i % 4 + 1)] for i in range(most)]
     sizes = sorted({min(size, most) for size in BATCHES})
-    alone = {i: run([prompts[i]])[0] for i in {0, 3 % most, sizes[-1] - 1}}
+    alone = {i: run([prompts[i]])[0] for i in {0, 3 % most, most - 1}}
+    different = []
+    # All of them in any case: ranks that share a model have to run the same steps.
     for size in sizes:
         logits = run(prompts[:size])
-        for i, expected in alone.items():
-            if i < size and not torch.equal(logits[i], expected):
-                return f"among {size} sequences"
-    return None
+        if any(i < size and not torch.equal(logits[i], alone[i]) for i in alone):
+            different.append(size)
+    return f"among {' or '.join(map(str, different))}" if different else None
+
+
+def log_batch_dependence(name: str, runner: ModelRunner, most: int, vocab_size: int) -> None:
+    """Log whether a model gives sequences the same bits in any batch of up to `most`.
+
+    `runner` has at least `most` KV blocks.
+    """
+
+    def run(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        engine = PagedEngine(runner, HostSampler(), blocks=len(prompts), prefix_caching=False)
+        for uid, prompt in enumerate(prompts):
+            engine.open(uid, prompt)
+            engine.extend(uid, len(prompt))
+        chunks = {uid: prompt[:-1] for uid, prompt in enumerate(prompts) if len(prompt) > 1}
+        if chunks:
+            engine.put(list(chunks), list(chunks.values()))
+        return engine.put(range(len(prompts)), [prompt[-1:] for prompt in prompts])
+
+    if (where := find_batch_dependence(run, min(most, BATCHES[-1]), vocab_size)) is None:
+        logger.info("%s gives a sequence the same bits in any batch", name)
+    else:
+        logger.warning("%s: alone a sequence has other bits than %s sequences", name, where)
 
 
 def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -122,7 +148,8 @@ def _mean(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     if not _sums_rows(x, dim):
-        return torch.mean(x, dim, keepdim, dtype=dtype, out=_reduced(x, dim, keepdim, dtype))
+        dims = None if dim is None else list(dim)
+        return torch.mean(x, dims, keepdim, dtype=dtype, out=_reduced(x, dim, keepdim, dtype))
     from runners.text.gpu.kernels.rows import row_sum
 
     mean = row_sum(x) / x.shape[-1]
@@ -139,7 +166,8 @@ def _sum(
     if not _sums_rows(x, dim):
         if dtype is None and not x.is_floating_point() and not x.is_complex():
             dtype = torch.int64
-        return torch.sum(x, dim, keepdim, dtype=dtype, out=_reduced(x, dim, keepdim, dtype))
+        dims = None if dim is None else list(dim)
+        return torch.sum(x, dims, keepdim, dtype=dtype, out=_reduced(x, dim, keepdim, dtype))
     from runners.text.gpu.kernels.rows import row_sum
 
     total = row_sum(x)
@@ -172,29 +200,33 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> tor
 def _tiles(dtype: torch.dtype, device: torch.device) -> Sequence[Any]:
     """The tiles that are proved to give the same bits.
 
-    Raises: RuntimeError if none does. The proof waits for the device, so in a capture that comes
-    before it only the base tile is used, which has the same bits.
+    The proof waits for the device. A capture that comes before it gets the base tile, whose bits
+    the others have.
     """
     from runners.text.gpu.kernels.linear import BASE, Tile
 
     if device.type != "cuda":
         # NumPy, which multiplies in the interpreter, gives a row the same bits in any place of 8.
         return [Tile(8, 32)]
-    if torch.cuda.is_current_stream_capturing() and (dtype, device) not in _proved:
+    if (dtype, device) not in _proved_tiles:
+        if torch.cuda.is_current_stream_capturing():
+            return [BASE]
+        _proved_tiles[dtype, device] = _prove(dtype, device)
+    return _proved_tiles[dtype, device]
+
+
+_proved_tiles: dict[tuple[torch.dtype, torch.device], Sequence[Any]] = {}
+
+
+def _prove(dtype: torch.dtype, device: torch.device) -> Sequence[Any]:
+    from runners.text.gpu.kernels.linear import BASE, TILES, prove_tiles
+
+    try:
+        tiles = prove_tiles(PROOF_SIZE, PROOF_SIZE, dtype, device)
+    except RuntimeError as error:
+        logger.warning("linear layers in %s: %s", dtype, first_line(error))
         return [BASE]
-    _proved.add((dtype, device))
-    return _proved_tiles(dtype, device)
-
-
-_proved: set[tuple[torch.dtype, torch.device]] = set()
-
-
-@cache
-def _proved_tiles(dtype: torch.dtype, device: torch.device) -> Sequence[Any]:
-    from runners.text.gpu.kernels.linear import prove_tiles
-
-    tiles = prove_tiles(PROOF_SIZE, PROOF_SIZE, dtype, device)
-    logger.info("linear layers in %s: %d tiles with the same bits", dtype, len(tiles))
+    logger.info("linear layers in %s: %d of %d tiles serve", dtype, len(tiles), len(TILES))
     return tiles
 
 

@@ -31,6 +31,11 @@ def runs_on(device: torch.device) -> bool:
     return installed() and (device.type == "cuda" or interpreted())
 
 
+def compiled_for(device: torch.device) -> bool:
+    """Whether the kernels run on a device as machine code."""
+    return device.type == "cuda" and runs_on(device)
+
+
 def current_device(x: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the device of a tensor the current one, on which Triton launches kernels."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
