@@ -244,7 +244,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _sums_rows(x: torch.Tensor, dim: Sequence[int] | None) -> bool:
     """Whether a reduction is over the last dimension only, and long."""
-    if not dim or len(dim) != 1 or dim[0] not in (-1, x.dim() - 1):
+    if not dim or not x.dim() or len(dim) != 1 or dim[0] not in (-1, x.dim() - 1):
         return False
     return x.shape[-1] > SHORT and _takes(x)
 
