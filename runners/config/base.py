@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import override
 
 from runners.contracts.images import MAX_PIXELS
@@ -196,6 +196,19 @@ class ImageConfig(BaseRunnerConfig):
     """Decodes images one by one: less memory."""
     vae_tiling: bool = False
     """Decodes an image in overlapping tiles: less memory for large images."""
+    compile_denoiser: bool = False
+    """Whether torch compiles the repeated blocks of the denoiser: faster steps on a GPU, after a
+    first start that takes minutes; it keeps the result in the user's cache folder. It needs a C++
+    compiler, and excludes `cpu_offload` `sequential`."""
+
+    @model_validator(mode="after")
+    def _check_compilation(self) -> ImageConfig:
+        if self.compile_denoiser and self.cpu_offload == "sequential":
+            raise ValueError(
+                "compile_denoiser compiles whole blocks, which cpu_offload sequential moves layer "
+                "by layer; use cpu_offload model, or none"
+            )
+        return self
 
     @property
     @override

@@ -20,6 +20,7 @@ from runners.config.engines import DEVICE_STRATEGIES, AccelerateConfig, DeepSpee
 from runners.contracts.errors import ConfigError
 from runners.contracts.runner import RunnerState
 from runners.images.pipeline import load_pipeline
+from runners.images.placement import compile_denoiser, place, prepare_for_gpu
 from runners.images.program import ImageProgram, image_program
 from runners.rank.process_group import connect, meet
 from runners.rank.program import RankContext
@@ -70,8 +71,12 @@ def _load(context: RankContext, device_map: str, max_memory: Any) -> ImageProgra
     if by_strategy and not config.cpu_offload and (gpus > 1 or (gpus and max_memory)):
         options = {"device_map": "balanced", "max_memory": max_memory}
     pipeline = load_pipeline(config, on_cpu=on_cpu, options=options)
+    if not on_cpu:
+        prepare_for_gpu(pipeline)
+    if config.compile_denoiser:
+        compile_denoiser(pipeline)
     if not options and not on_cpu:
-        _place(pipeline, "cuda:0" if by_strategy else device_map, config.cpu_offload)
+        place(pipeline, "cuda:0" if by_strategy else device_map, config.cpu_offload)
     elif config.cpu_offload:
         logger.warning("cpu_offload is ignored: the image model runs on the CPU")
     return image_program(context, pipeline)
@@ -87,16 +92,6 @@ def _check_device_exists(device: torch.device) -> None:
             f"{device} does not exist, this machine has {count} {device.type} devices",
             field="device_map",
         )
-
-
-def _place(pipeline: Any, device: str, cpu_offload: str | None) -> None:
-    """Place a pipeline on one GPU, or offload it to the CPU while it does not compute."""
-    if cpu_offload == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    elif cpu_offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
 
 
 def _device_or_strategy(device_map: str | dict[str, int | str]) -> str:

@@ -9,7 +9,7 @@ Called by the executor, in rank processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_contents: MutableMapping[torch.Tensor, tuple[int, bytes]] = WeakTensorKeyDictionary()
+"""The version and the bytes of tensors without rows, so that each is read from its device once."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,13 @@ class ModelCall:
 
 def group_compatible(calls: Sequence[ModelCall]) -> list[list[int]]:
     """Groups of calls that can run as one batch: the indices of each group, in order."""
+    if len(calls) == 1:
+        return [[0]]
     groups: list[tuple[tuple[object, ...], list[int]]] = []
     for index, call in enumerate(calls):
         key = _batch_key(call)
         for group_key, members in groups:
-            if group_key == key and _equal_constants(calls[members[0]], call):
+            if group_key == key:
                 members.append(index)
                 break
         else:
@@ -75,7 +81,7 @@ def run_batched(calls: Sequence[ModelCall]) -> list[Any]:
 
 
 def _batch_key(call: ModelCall) -> tuple[object, ...]:
-    """What the calls of one batch have in common, apart from the values of tensors."""
+    """What the calls of one batch have in common, apart from the values of their rows."""
     leaves, structure = call.flattened
     return (id(call.function), structure, *(_leaf_key(leaf, call.rows) for leaf in leaves))
 
@@ -84,20 +90,24 @@ def _leaf_key(leaf: Any, rows: int) -> object:
     if isinstance(leaf, torch.Tensor):
         if leaf.ndim == 0:
             return ("scalar", str(leaf.device))
-        has_rows = leaf.shape[0] == rows
-        shape = leaf.shape[1:] if has_rows else leaf.shape
-        return (has_rows, shape, leaf.dtype, str(leaf.device))
+        if leaf.shape[0] == rows:
+            return (leaf.shape[1:], leaf.dtype, str(leaf.device))
+        return (_content(leaf), leaf.shape, leaf.dtype, str(leaf.device))
     by_value = isinstance(leaf, (int, float, str, bool, type(None), torch.Size))
     return leaf if by_value else id(leaf)
 
 
-def _equal_constants(one: ModelCall, other: ModelCall) -> bool:
-    """Whether the tensors without rows, such as the positions of patches, have equal values."""
-    return all(
-        a is b or torch.equal(a, b)
-        for a, b in zip(one.flattened[0], other.flattened[0], strict=True)
-        if isinstance(a, torch.Tensor) and a.ndim and a.shape[0] != one.rows
-    )
+def _content(tensor: torch.Tensor) -> bytes:
+    """The values of a tensor without rows, such as the positions of patches.
+
+    A pipeline passes the same tensor in each step. To compare it on the device in each step would
+    have the host wait for the device every time.
+    """
+    known = _contents.get(tensor)
+    if known is None or known[0] != tensor._version:
+        content = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        known = _contents[tensor] = (tensor._version, content)
+    return known[1]
 
 
 def _concatenate(values: Sequence[Any], rows: Sequence[int]) -> Any:

@@ -7,7 +7,8 @@ order, and all share torch's one thread pool. Called by the image program, in ra
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ import greenlet
 import torch
 
 from runners.images.batching import ModelCall, group_compatible, run_batched
+
+logger = logging.getLogger("triptych.images")
 
 
 class PipelineCoroutine(greenlet.greenlet):
@@ -54,6 +57,9 @@ class BatchExecutor:
 
     def __len__(self) -> int:
         return len(self._running)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._running)
 
     def start(self, request_id: str, run: Callable[[], None]) -> None:
         """Start an image: `run` is executed up to its first model call."""
@@ -107,7 +113,16 @@ def _run_group(calls: list[ModelCall]) -> list[_Outcome]:
     except torch.AcceleratorError:  # the device computes nothing afterwards
         raise
     except Exception as error:
-        if len(calls) == 1:
-            return [_Outcome(error=error)]
-        # The batch may not fit into memory, or one call may be at fault: run each alone.
-        return [outcome for call in calls for outcome in _run_group([call])]
+        # The frames of its traceback would keep the memory of the forward.
+        failure = error.with_traceback(None)
+    if isinstance(failure, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    if len(calls) == 1:
+        return [_Outcome(error=failure)]
+    # The batch may not fit into memory, or one call may be at fault.
+    logger.warning(
+        "a batch of %d model calls failed with %s; each runs alone",
+        len(calls),
+        type(failure).__name__,
+    )
+    return [outcome for call in calls for outcome in _run_group([call])]

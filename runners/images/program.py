@@ -7,6 +7,7 @@ It takes requests from the host, runs denoising steps and emits events. Made by
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -22,6 +23,7 @@ from runners.config.base import ImageConfig
 from runners.contracts.errors import (
     ConfigError,
     ContentFiltered,
+    EngineFailure,
     InvalidRequest,
     TriptychError,
     first_line,
@@ -31,6 +33,13 @@ from runners.contracts.runner import RunnerState
 from runners.hf.dtypes import weight_dtype
 from runners.images.executor import BatchExecutor, batched
 from runners.images.generator import ImageGenerator
+from runners.images.memory import (
+    GpuMemory,
+    gpu_memories,
+    pixels_at_once,
+    reset_peaks,
+    warn_if_too_large,
+)
 from runners.images.pipeline import denoiser_of, models_of, parameters_of
 from runners.images.schedulers import Schedulers
 from runners.protocol.messages import (
@@ -43,14 +52,18 @@ from runners.protocol.messages import (
     request_failed,
 )
 from runners.rank.inbox import Inbox
-from runners.rank.memory import check_fits, machine_memory
+from runners.rank.memory import check_fits, gpu_memory_share, machine_memory
 from runners.rank.program import Occupancy, RankContext, RankProgram
 
 logger = logging.getLogger("triptych.images")
 
 
 class ImageProgram(RankProgram):
-    """Generates the images of a text-to-image model, up to `max_batch` at a time."""
+    """Generates the images of a text-to-image model, up to `max_batch` at a time.
+
+    `max_running_pixels`: what fits into the memory of the GPU at a time, as height times width of
+    all images; one image is started in any case. None: no limit.
+    """
 
     def __init__(
         self,
@@ -59,10 +72,13 @@ class ImageProgram(RankProgram):
         generator: ImageGenerator,
         max_batch: int,
         emit: Callable[[RankMessage], None],
+        max_running_pixels: int | None = None,
     ) -> None:
         self._info = info
         self._generator = generator
         self._max_batch = max_batch
+        self._max_running_pixels = max_running_pixels
+        self._pixels: dict[str, int] = {}
         self._emit = emit
         self._executor = BatchExecutor()
         self._waiting: deque[ImageRequest] = deque()
@@ -99,7 +115,7 @@ class ImageProgram(RankProgram):
                 self._abort(item.request_id)
         # This is a setting of the thread, and the rank's loop runs every step in the same one.
         torch.set_grad_enabled(False)
-        while self._waiting and len(self._executor) < self._max_batch:
+        while self._waiting and self._has_room(self._waiting[0]):
             self._start(self._waiting.popleft())
         self._executor.step()
         self._emit_events()
@@ -112,6 +128,15 @@ class ImageProgram(RankProgram):
         self._executor.abort(request_id)
         self._waiting = deque(r for r in self._waiting if r.request_id != request_id)
 
+    def _has_room(self, request: ImageRequest) -> bool:
+        """Whether an image can be started next to those that are running."""
+        if len(self._executor) >= self._max_batch:
+            return False
+        if self._max_running_pixels is None or not len(self._executor):
+            return True
+        self._pixels = {name: self._pixels[name] for name in self._executor}
+        return sum(self._pixels.values()) + _pixels(request) <= self._max_running_pixels
+
     def _emit_events(self) -> None:
         """Emit the events of the step in order, those with pixels in separate messages."""
         for has_pixels, group in itertools.groupby(self._events, key=_has_pixels):
@@ -123,20 +148,33 @@ class ImageProgram(RankProgram):
 
     def _start(self, request: ImageRequest) -> None:
         def run() -> None:
+            lacks_memory = False
             try:
                 self._generator.generate(request, lambda event: self._events.append(event))
             except torch.AcceleratorError:  # the device computes nothing afterwards
                 raise
             except Exception as error:  # one image's error must not end the rank
-                if not isinstance(error, TriptychError):
-                    logger.error(
-                        "an image failed with %s",
-                        type(error).__name__,
-                        extra={"request_id": request.request_id},
-                    )
-                self._emit(request_failed(request.request_id, error))
+                lacks_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+                self._report(request, error)
+            if lacks_memory:  # and the error, whose traceback has the image's tensors, is gone
+                torch.cuda.empty_cache()
 
+        self._pixels[request.request_id] = _pixels(request)
         self._executor.start(request.request_id, run)
+
+    def _report(self, request: ImageRequest, error: Exception) -> None:
+        if not isinstance(error, TriptychError):
+            logger.error(
+                "an image failed with %s",
+                type(error).__name__,
+                extra={"request_id": request.request_id},
+            )
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            error = EngineFailure(
+                "the device's memory is not enough for this image, of "
+                f"{request.width} by {request.height} pixels; a smaller one needs less"
+            )
+        self._emit(request_failed(request.request_id, error))
 
 
 def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
@@ -159,10 +197,43 @@ def image_program(context: RankContext, pipeline: Any) -> ImageProgram:
     _batch_model_calls(pipeline)
     context.progress(RunnerState.WARMUP, "generating a first image")
     generator = ImageGenerator(pipeline, schedulers, _defaults(config))
-    _warm_up(generator, info)
+    before = gpu_memories()
+    reset_peaks()
+    _warm_up(info.architecture, generator, _first_image(info))
+    bound = _max_running_pixels(config, info, before)
+    if config.compile_denoiser:
+        context.progress(RunnerState.WARMUP, "compiling the denoiser")
+        # Torch compiles a block for one row and for several. Without guidance, an image has one.
+        _warm_up(info.architecture, generator, _first_image(info, guidance_scale=1.0))
+        _warm_up(
+            info.architecture,
+            generator,
+            _first_image(info),
+            _first_image(info, request_id="warm-up-2"),
+        )
     return ImageProgram(
-        info=info, generator=generator, max_batch=config.max_batch_images, emit=context.emit
+        info=info,
+        generator=generator,
+        max_batch=config.max_batch_images,
+        emit=context.emit,
+        max_running_pixels=bound,
     )
+
+
+def _max_running_pixels(
+    config: ImageConfig, info: ImageModelInfo, before: list[GpuMemory]
+) -> int | None:
+    """The pixels that fit on the GPUs at a time; None if that is not known.
+
+    `before`: the memory before the first image, which has just been generated.
+    """
+    if config.cpu_offload is not None:
+        return None  # the peak is mostly that of the weights, which images share
+    share = gpu_memory_share(config)
+    bound = pixels_at_once(before, gpu_memories(), pixels=info.height * info.width, share=share)
+    if bound is not None:
+        warn_if_too_large(info.max_pixels, bound)
+    return bound
 
 
 def _defaults(config: ImageConfig) -> dict[str, object]:
@@ -188,26 +259,38 @@ def _batch_model_calls(pipeline: Any) -> None:
             model.decode = batched(decode, ignored_kwargs=frozenset(unused))
 
 
-def _warm_up(generator: ImageGenerator, info: ImageModelInfo) -> None:
-    """Generate an image of two steps, so that a pipeline that cannot do so fails at start.
-
-    Raises: ConfigError.
-    """
-    request = ImageRequest(
-        request_id="warm-up",
+def _first_image(info: ImageModelInfo, **fields: Any) -> ImageRequest:
+    return ImageRequest(
         prompt="warm-up",
         height=info.height,
         width=info.width,
         num_inference_steps=min(2, info.max_inference_steps),
+        **{"request_id": "warm-up"} | fields,
     )
-    try:
-        with torch.no_grad(), contextlib.suppress(ContentFiltered):
+
+
+def _warm_up(architecture: str, generator: ImageGenerator, *requests: ImageRequest) -> None:
+    """Generate images together, so that a pipeline that cannot do so fails at start.
+
+    Raises: ConfigError.
+    """
+
+    def generate(request: ImageRequest) -> None:
+        with contextlib.suppress(ContentFiltered):
             generator.generate(request, lambda event: None)
+
+    executor = BatchExecutor()
+    try:
+        with torch.no_grad():
+            for request in requests:
+                executor.start(request.request_id, functools.partial(generate, request))
+            while len(executor):
+                executor.step()
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
         raise ConfigError(
-            f"{info.architecture} cannot generate an image: {first_line(error)}"
+            f"{architecture} cannot generate an image: {first_line(error)}"
         ) from error
 
 
@@ -227,7 +310,14 @@ def _model_info(config: ImageConfig, pipeline: Any, schedulers: Schedulers) -> I
         engine=config.engine,
         parameters=sum(p.numel() for model in models for p in model.parameters()),
         dtype=str(weight_dtype(denoiser)).removeprefix("torch."),
-        devices=sorted({str(p.device) for model in models for p in model.parameters()}),
+        # `cpu_offload` `sequential` leaves parameters on the device `meta` until they are needed.
+        devices=sorted(
+            {
+                str(pipeline._execution_device if p.is_meta else p.device)
+                for model in models
+                for p in model.parameters()
+            }
+        ),
         height=height,
         width=width,
         num_inference_steps=min(steps, config.max_inference_steps),
@@ -267,6 +357,12 @@ def _max_side(pipeline: Any, denoiser: Any, multiple: int) -> int | None:
     patches = math.isqrt(embedding.pos_embed.shape[1])
     side = patches * denoiser.config.patch_size * pipeline.vae_scale_factor
     return int(side - side % multiple)
+
+
+def _pixels(request: ImageRequest) -> int:
+    assert request.height is not None  # noqa: S101 - `ImageModelInfo.checked` has set it
+    assert request.width is not None  # noqa: S101
+    return request.height * request.width
 
 
 def _has_pixels(event: ImageEvent) -> bool:

@@ -51,11 +51,12 @@ def packed_attention(
     if attention_mask is not None or any(others.get(name) is not None for name in UNSUPPORTED):
         raise NotImplementedError("attention with a mask that the model makes")
     context = forward_context.get()
+    layer_index: int = module.layer_idx  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     options = AttentionOptions(scale, sliding_window, softcap, s_aux)
     if isinstance(context, StepContext):
-        return context.attend(module.layer_idx, query, key, value, options), None  # type: ignore[arg-type]
-    layer = context.pool.layer(module.layer_idx, key, value)  # type: ignore[arg-type]
+        return context.attend(layer_index, query, key, value, options), None
+    layer = context.pool.layer(layer_index, key, value)
     kernels = load_kernels()
     if kernels is not None and layer.native and query.dtype == torch.float32:
         shape = (*query.shape[1::2], key.shape[1], value.shape[3], sliding_window, scale, softcap)

@@ -102,9 +102,9 @@ class UnsampledStep(SampledStep):
     ever more steps, and the scheduler measures them."""
 
     def __init__(self, device: torch.device) -> None:
-        self._end = torch.cuda.Event() if device.type == "cuda" else None
-        if self._end is not None:
-            self._end.record(torch.cuda.current_stream(device))
+        self._end: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._end = torch.cuda.current_stream(device).record_event()
 
     @property
     @override

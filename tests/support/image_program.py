@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,26 @@ from runners.images.pipeline import load_pipeline
 from runners.images.program import image_program
 from runners.protocol.messages import Abort, Events, Failed, RankMessage, Submit
 from runners.rank.program import RankContext
+from tests.support.fake_device import FakeDevice
 from tests.support.images import Pixels, pixels_of
 
 
 class LocalImageProgram:
     """An image program, and all messages that it emitted.
 
-    `on_cpu=False` keeps half precision, as on a GPU.
+    `on_cpu=False` keeps half precision, as on a GPU. `device` runs it on that, `prepare` is done to
+    the pipeline before.
     """
 
-    def __init__(self, folder: Path, *, on_cpu: bool = True, **overrides: object) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        on_cpu: bool = True,
+        device: FakeDevice | None = None,
+        prepare: Callable[[Any], None] = lambda pipeline: None,
+        **overrides: object,
+    ) -> None:
         config: Any = load_setup_config(folder, name=folder.name, overrides=overrides)[0]
         self.messages: list[RankMessage] = []
         context = RankContext(
@@ -35,7 +47,10 @@ class LocalImageProgram:
         )
         with warnings.catch_warnings(action="ignore"):  # of diffusers
             self.pipeline: Any = load_pipeline(config, on_cpu=on_cpu)
-            self._program = image_program(context, self.pipeline)
+            self._device = device or contextlib.nullcontext()
+            with self._device:
+                prepare(self.pipeline)
+                self._program = image_program(context, self.pipeline)
 
     @property
     def info(self) -> ImageModelInfo:
@@ -59,7 +74,7 @@ class LocalImageProgram:
 
     def step(self) -> None:
         """Run one step of the program."""
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        with self._device, torch.no_grad(), warnings.catch_warnings(action="ignore"):
             self._program.step()
 
     def result_of(self, request: ImageRequest) -> Pixels | Failed | None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload  # type: ignore[import-untyped]
+from transformers import AutoModelForCausalLM
 
 from runners.contracts.errors import ConfigError, EngineFailure
 from runners.contracts.text import SamplingParams
@@ -107,7 +109,7 @@ def test_an_end_token_costs_one_discarded_token(llama: Path) -> None:
 
 
 def test_a_stop_string_cuts_the_text_where_it_begins(llama: Path) -> None:
-    whole = tokenizer().decode(greedy(llama, [PROMPTS[0]], 24)[0], skip_special_tokens=True)
+    whole = str(tokenizer().decode(greedy(llama, [PROMPTS[0]], 24)[0], skip_special_tokens=True))
     run = Run(pages(llama))
     stopping = sequence("stopping", PROMPTS[0], 24)
     stopping.detokenizer = Detokenizer(tokenizer(), [whole[4:6]])
@@ -197,7 +199,7 @@ def test_what_cannot_shrink_ends_the_rank(llama: Path) -> None:
     def without_memory(_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    run.engine.model.run = without_memory  # type: ignore[method-assign]
+    run.engine.model.run = without_memory  # type: ignore[method-assign,assignment]
     run.scheduler.add(sequence("only", PROMPTS[0]))
     with pytest.raises(torch.OutOfMemoryError):
         run.drain()
@@ -315,15 +317,11 @@ def test_quantized_weights_of_the_cpu_are_refused_there(llama: Path) -> None:
 def test_an_offloaded_model_runs_without_graphs_and_says_so(
     llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from accelerate import cpu_offload
-
-    import tests.support.scheduling as scheduling
-
     caplog.set_level(logging.INFO)
-    original = scheduling.AutoModelForCausalLM.from_pretrained
+    original = AutoModelForCausalLM.from_pretrained
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            scheduling.AutoModelForCausalLM,
+            AutoModelForCausalLM,
             "from_pretrained",
             lambda folder: cpu_offload(original(folder), torch.device("cpu")),
         )

@@ -190,9 +190,7 @@ def test_rows_with_nan_are_named_and_leave_the_others_alone() -> None:
     sampler = DeviceSampler(CPU, 8)
     logits = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     kinds: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 1}]
-    clean = [
-        results(sampler.launch(logits, [state(**p, logprobs=2)] * 4, [0] * 4)) for p in kinds
-    ]
+    clean = [results(sampler.launch(logits, [state(**p, logprobs=2)] * 4, [0] * 4)) for p in kinds]
     logits[2, 5] = float("nan")
     for params, (tokens, ranked) in zip(kinds, clean, strict=True):
         step = sampler.launch(logits, [state(**params, logprobs=2)] * 4, [0] * 4)

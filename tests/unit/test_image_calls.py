@@ -52,6 +52,8 @@ def test_calls_that_differ_in_more_than_rows_stay_apart() -> None:
         call(2, 1.0, extra={"shift": torch.full((4,), value)}) for value in (1.0, 1.0, 2.0)
     ]
     assert group_compatible(positions) == [[0, 1], [2]]
+    positions[1].kwargs["extra"]["shift"].fill_(2.0)
+    assert group_compatible(positions) == [[0], [1, 2]]
     generators = [call(2, 1.0, extra={"shift": 0, "by": torch.Generator()}) for _ in range(2)]
     assert group_compatible(generators) == [[0], [1]]
 

@@ -194,11 +194,16 @@ def test_a_broken_device_ends_the_rank(
 
 @pytest.mark.parametrize("target", [encoding, denoising])
 def test_lack_of_memory_ends_only_one_image(
-    folder: Path, target: Callable[[Any], tuple[Any, str]]
+    folder: Path, target: Callable[[Any], tuple[Any, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = LocalImageProgram(folder)
+    freed: list[bool] = []
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: freed.append(True))
     restore = broken(*target(program.pipeline), torch.OutOfMemoryError("too much"))
-    assert program.failure(image_request()).reason.endswith("OutOfMemoryError")
+    failed = program.failure(image_request(height=64))
+    assert (failed.error, failed.field) == ("EngineFailure", None)
+    assert "memory is not enough for this image, of 32 by 64 pixels" in failed.reason
+    assert freed
     restore()
     program.generate(image_request())
 

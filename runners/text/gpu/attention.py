@@ -50,11 +50,21 @@ class KVPages:
     key_scale: float = 1.0
     value_scale: float = 1.0
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write keys `[T, kv_heads, size]` and values to `slots` int64 `[T]` of `token_slots`."""
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slots: torch.Tensor,
+        *,
+        in_interpreter: bool = True,
+    ) -> None:
+        """Write keys `[T, kv_heads, size]` and values to `slots` int64 `[T]` of `token_slots`.
+
+        `in_interpreter`: by the kernel also on a CPU, if Triton interprets there.
+        """
         # Triton's interpreter rounds to float8 wrongly where the exponent changes.
-        is_cuda, is_float8 = key.device.type == "cuda", self.keys.dtype == FLOAT8
-        if kernels.runs_on(key.device) and (is_cuda or not is_float8):
+        in_interpreter = in_interpreter and self.keys.dtype != FLOAT8
+        if kernels.runs_on(key.device) and (key.is_cuda or in_interpreter):
             from runners.text.gpu.kernels.kv import write_kv
 
             key, value = _with_dense_rows(key), _with_dense_rows(value)

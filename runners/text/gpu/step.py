@@ -119,7 +119,12 @@ class StepContext:
         _, heads, rows, _ = query.shape
         plan = self._plan(query.device, heads, key.shape[1], value.shape[3])
         pages = self.pool.layer(layer_index, key, value)
-        pages.write(key[0].transpose(0, 1), value[0].transpose(0, 1), plan.slots[:rows])
+        pages.write(
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            plan.slots[:rows],
+            in_interpreter=self._backend.name == "triton",
+        )
         # The kernel leaves out the rows of padding.
         out = query.new_zeros(1, rows, heads, value.shape[3])
         self._backend.attend(query[0].transpose(0, 1), pages, plan, out[0], options)
