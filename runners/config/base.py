@@ -16,7 +16,7 @@ Engine = Literal["accelerate", "deepspeed", "mii"]
 TextTask = Literal["text-generation", "conversational"]
 ImageTask = Literal["text-to-image"]
 Task = Literal[TextTask, ImageTask, PipelineTask]
-AttentionKernel = Literal["auto", "cpu", "triton", "varlen", "flashinfer", "torch"]
+AttentionKernel = Literal["auto", "cpu", "triton", "varlen", "torch"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32", "float64"]
 
 DTYPES = {
@@ -149,9 +149,9 @@ class TextConfig(BaseRunnerConfig):
     memory."""
     attention_kernel: AttentionKernel = "auto"
     """What computes attention: on a GPU Triptych's own kernel `triton`, torch's FlashAttention
-    `varlen`, `flashinfer` if that is installed, or `torch`, slowly, for what no kernel can; `auto`
-    is the fastest that is proved equal at the start. On a CPU `auto` and `cpu` are Triptych's
-    kernels for CPUs; `torch` and `triton`, in Triton's interpreter, try the path of a GPU there."""
+    `varlen`, or `torch`, slowly, for what no kernel can; `auto` is the fastest that is proved equal
+    at the start. On a CPU `auto` and `cpu` are Triptych's kernels for CPUs; `torch`, and `triton`
+    in Triton's interpreter, try the path of a GPU there."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """Type of the KV cache on a GPU: `auto`, that of the model, or `fp8` (e4m3), which takes half
     of the memory and is slightly less exact."""

@@ -136,8 +136,8 @@ def choose_execution(
     on_gpu = any(parameter.device.type == "cuda" for parameter in model.parameters())
     if on_gpu and kernel == "cpu":
         raise ConfigError("cpu is for models on a CPU", field="attention_kernel")
-    if not on_gpu and kernel in ("varlen", "flashinfer"):
-        raise ConfigError(f"{kernel} is for models on a GPU", field="attention_kernel")
+    if not on_gpu and kernel == "varlen":
+        raise ConfigError("varlen is for models on a GPU", field="attention_kernel")
     if not on_gpu and kernel in ("auto", "cpu"):
         if config.kv_cache_dtype != "auto":
             raise ConfigError("is for models on a GPU", field="kv_cache_dtype")

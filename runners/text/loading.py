@@ -141,7 +141,9 @@ def prepare_model(
     blocks = max(1, tokens // BLOCK_SIZE)
     runner = execution.runner(model, layout, blocks=blocks, graphs=True)
     if isinstance(execution, GPUExecution):
-        runner.run(first_step(1))  # allocates the KV cache, so that no request has to wait for it
+        # Allocates the KV cache and captures a graph, so that no request has to wait for it.
+        runner.run(first_step(1))
+        runner.idle()
     return BatchedModel(model, execution, runner, blocks, max_context, config.prefix_caching)
 
 

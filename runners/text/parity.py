@@ -11,12 +11,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedModel
 
-from runners.config.base import TextConfig
+from runners.config.base import AttentionKernel, TextConfig
 from runners.contracts.errors import ConfigError, first_line, reraise_as
 from runners.hf.dtypes import cast_to_float32, computes_in_float32
 from runners.hf.models import DEVICE_ERRORS
@@ -137,6 +137,14 @@ class ParityCheck:
         difference = (logits - self._reference).abs().max()
         return self.all_ranks(bool(torch.isfinite(logits).all() and difference <= limit))
 
+    def backend_of_leader(self, execution: GPUExecution) -> str:
+        """The name of the attention backend that rank 0 chose; its timings decide for all."""
+        names = get_args(AttentionKernel)
+        index = torch.tensor(names.index(execution.backend.name))
+        if self._group is not None:
+            self._group.broadcast(index)
+        return str(names[int(index)])
+
     def all_ranks(self, success: bool, error: Exception | None = None) -> bool:
         """Whether all ranks have success; `error` is the failure of this one.
 
@@ -222,6 +230,8 @@ def choose_gpu_kernels(
             raise ConfigError(f"{name} has its own attention, without fp8", field="kv_cache_dtype")
         return layout, execution
     best = execution.with_best_backend(model, kernel, kv_dtype)
+    if (chosen := parity.backend_of_leader(best)) != best.backend.name:
+        best = execution.with_best_backend(model, chosen, kv_dtype)
     tolerance = None if kv_dtype is None else QUANTIZED
     check = parity.for_model(model, best)
     if has_kernels:

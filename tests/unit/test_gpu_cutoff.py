@@ -111,15 +111,15 @@ def test_odd_logits(compute: partial[torch.Tensor]) -> None:
     """Zeros of both signs are one value. Infinity is the best token, and a ban is none."""
     rows = torch.tensor(
         [
-            [-0.0, 0.0, -5.0, -6.0],
+            [1.0, -0.0, 0.0, -6.0],
             [INFINITY, 1.0, 2.0, -INFINITY],
             [-INFINITY, -INFINITY, 3.0, -INFINITY],
             [-1.0, -2.0, -3e38, -1e-40],
         ]
     )
-    threshold = compute(rows, *parameters([(1, 1.0, 0.0), (0, 0.5, 0.1), (2, 0.9, 0.2), (3, 1, 0)]))
+    threshold = compute(rows, *parameters([(2, 0.6, 0.0), (0, 0.5, 0.1), (2, 0.9, 0.2), (3, 1, 0)]))
     assert (rows >= threshold[:, None]).tolist() == [
-        [True, True, False, False],
+        [True, True, True, False],
         [True, False, False, False],
         [False, False, True, False],
         [True, True, False, True],

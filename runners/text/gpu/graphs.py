@@ -155,6 +155,7 @@ class GraphCache(Generic[Key]):
         self._max_bytes = max_bytes
         self._agree = agree
         self._graphs: dict[Key, Graph] = {}
+        self._verified: set[Key] = set()
         self._requested: set[Key] = set()
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.stopped = False
@@ -168,8 +169,8 @@ class GraphCache(Generic[Key]):
         return self._graphs.get(key)
 
     def is_due(self, key: Key) -> bool:
-        """Whether a shape without a graph, whose step is about to run, is to be captured first."""
-        is_due = key in self._requested and not self.stopped
+        """Whether a shape whose step is about to run is to be captured first."""
+        is_due = key in self._requested and key not in self._graphs and not self.stopped
         self._requested.add(key)
         return is_due
 
@@ -189,17 +190,22 @@ class GraphCache(Generic[Key]):
         else:
             self._stop(failure)
 
-    def verify(self, key: Key, equal: bool) -> bool:
+    def is_verified(self, key: Key) -> bool:
+        """Whether the first replay of a graph was as it should be."""
+        return key in self._verified
+
+    def verify(self, key: Key, equal: bool) -> None:
         """Keep a graph whose first replay gave what the step gives without it, on all ranks."""
-        if not self._agree(equal):
+        if self._agree(equal):
+            self._verified.add(key)
+        else:
             del self._graphs[key]
             self._stop("a replay gave something else")
-            return False
-        return True
 
     def clear(self) -> None:
         """Forget all graphs: the KV cache that they address is gone."""
         self._graphs.clear()
+        self._verified.clear()
         self.bytes = 0
 
     def _create(self, forward: Forward) -> Graph:

@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from runners.text.engine import ModelRunner
 from runners.text.gpu.attention import Backend
-from runners.text.gpu.graphs import GraphCache, replay, row_sizes, sequence_sizes
+from runners.text.gpu.graphs import Graph, GraphCache, replay, row_sizes, sequence_sizes
 from runners.text.gpu.kv import PagePool
 from runners.text.gpu.step import StepContext, StepLimits, StepShape, arrays_of
 from runners.text.gpu.transfer import copy_into
@@ -77,14 +77,15 @@ class GPUModelRunner(ModelRunner):
             self._fill(batch, shape)
             return self._forward(shape)
         shape = self._padded_shape(batch)
-        graph = self.graphs.get(shape)
-        if graph is None and self.graphs.is_due(shape):
+        if self.graphs.is_due(shape):
             self._capture(shape)
-            self._fill(batch, shape)
-            logits = self._first_replay(shape)
+        self._fill(batch, shape)
+        if (graph := self.graphs.get(shape)) is None:
+            logits = self._compute(shape)
+        elif self.graphs.is_verified(shape):
+            logits = replay(graph)
         else:
-            self._fill(batch, shape)
-            logits = self._compute(shape) if graph is None else replay(graph)
+            logits = self._first_replay(shape, graph)
         return logits[: sum(batch.wanted)]
 
     @override
@@ -168,15 +169,13 @@ class GPUModelRunner(ModelRunner):
         self._compute(shape)
         self.graphs.capture(shape, lambda: self._compute(shape))
 
-    def _first_replay(self, shape: StepShape) -> torch.Tensor:
-        """The logits of a step that may have a new graph, which must give the same."""
-        logits = self._compute(shape)
-        assert self.graphs is not None  # noqa: S101 - the caller checked it
-        if (graph := self.graphs.get(shape)) is None:
-            return logits
-        expected = logits.clone()
+    def _first_replay(self, shape: StepShape, graph: Graph) -> torch.Tensor:
+        """The logits of a step whose graph is new, and must give the same as the step without."""
+        expected = self._compute(shape).clone()
         equal = torch.equal(replay(graph).nan_to_num(), expected.nan_to_num())
-        return graph.output if self.graphs.verify(shape, equal) else expected
+        assert self.graphs is not None  # noqa: S101 - the caller checked it
+        self.graphs.verify(shape, equal)
+        return expected
 
 
 def _at_least(count: int, sizes: list[int]) -> int:

@@ -129,10 +129,10 @@ def prove_tiles(
         same = [expected[len(x) - len(batch) :] for batch in batches]
         try:
             results = [linear(batch, weight, bias, [tile]) for batch in batches]
-        except RuntimeError:
+        except Exception:
             if tile == base:
                 raise
-            continue  # too much shared memory for this device
+            continue  # too much shared memory for this device, for which Triton has its own error
         if all(map(torch.equal, results, same)):
             proven.append(tile)
     if base not in proven:
