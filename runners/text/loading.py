@@ -128,9 +128,11 @@ def prepare_model(
             raise ConfigError("is for models on a CPU", field="weight_quantization")
         layout, execution = choose_gpu_kernels(model, execution, config, parity)
         if config.batch_invariant and compiled_for(input_device(model)):
-            most = min(execution.limits.sequences, max(1, execution.limits.rows // 4))
-            checked = execution.runner(model, layout, blocks=most)
-            log_batch_dependence(config.name, checked, most, checked.vocab_size)
+            log_batch_dependence(
+                config.name,
+                execution.limits,
+                lambda blocks: execution.runner(model, layout, blocks=blocks),
+            )
     else:
         layout = check_and_pack(model, config.weight_quantization, parity)
     give_back_memory()

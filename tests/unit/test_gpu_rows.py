@@ -35,8 +35,10 @@ from runners.text.gpu.invariance import (
     install_invariant_operators,
     remove_invariant_operators,
 )
+from runners.text.gpu.kernels import rows
 from runners.text.gpu.kernels.matmul import batched, grouped
 from runners.text.gpu.kernels.rows import gated, rms_norm, rotary, row_sum
+from runners.text.gpu.step import StepLimits
 from tests.support.models import CONFIGS, LAYERS, VOCAB, greedy, write_tokenizer
 from tests.support.scheduling import Run, load, sequence
 
@@ -292,7 +294,15 @@ def test_what_computes_something_else_is_left_alone(fuse: Callable[[Any], int]) 
     moved: Any = norm(LlamaRMSNorm, 64, torch.float32)
     moved._hf_hook = object()
     config.hidden_act = "relu"
-    others = [ClampedRMSNorm(64), TwoTimesMLP(CONFIGS["llama"]()), LlamaMLP(config), hooked, moved]
+    large = LlamaRMSNorm(rows.MAX_NORM_SIZE + 1)
+    others = [
+        ClampedRMSNorm(64),
+        large,
+        TwoTimesMLP(CONFIGS["llama"]()),
+        LlamaMLP(config),
+        hooked,
+        moved,
+    ]
     model: Any = nn.ModuleList(others)
     fuse(model)
     assert not fused_kinds(model)
@@ -383,7 +393,7 @@ def test_a_models_bits_do_not_depend_on_the_batch(
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     runner: Any = Packed(model)
     with caplog.at_level(logging.INFO):
-        invariance.log_batch_dependence(name, runner, size, VOCAB)
+        invariance.log_batch_dependence(name, StepLimits(40, size, 64), lambda blocks: runner)
     assert caplog.messages == [f"{name} gives a sequence the same bits in any batch"]
 
 

@@ -50,7 +50,8 @@ class FusedNorm(_Fused):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The norm of rows `[..., n]`; what the kernel does not take goes to the original."""
         weight: Any = self.module.weight
-        if not _takes(x) or weight.dtype not in (x.dtype, torch.float32):
+        fits = x.shape[-1:] == weight.shape and weight.dtype in (x.dtype, torch.float32)
+        if not fits or not _takes(x):
             return self.original(x)
         from runners.text.gpu.kernels.rows import rms_norm
 
@@ -103,8 +104,9 @@ class FusedRotary(_Fused):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Arguments as transformers has them."""
         alike = {each.dtype for each in (q, k, cos, sin)} == {q.dtype} and _takes(q)
-        shapes = q.dim() == 4 and len(q) == 1 and cos.shape == (1, q.shape[2], q.shape[3])
-        if not alike or not shapes or unsqueeze_dim != 1 or q.shape[3] % 2:
+        fits = q.dim() == 4 and len(q) == 1 and cos.shape == sin.shape == (1, *q.shape[2:])
+        fits = fits and k.shape == (1, k.shape[1], *q.shape[2:]) and q.shape[3] % 2 == 0
+        if not alike or not fits or unsqueeze_dim != 1:
             return self.original(q, k, cos, sin, unsqueeze_dim)
         from runners.text.gpu.kernels.rows import rotary
 
@@ -150,6 +152,10 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, FusedNorm | FusedMLP |
     if type(module).__name__.endswith("RMSNorm"):
         weight: Any = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.dim() == 1 and _takes(weight):
+            from runners.text.gpu.kernels.rows import MAX_NORM_SIZE
+
+            if len(weight) > MAX_NORM_SIZE:
+                return
             eps = _epsilon(module)
             for offset, rounds_first in ((0.0, True), (0.0, False), (1.0, False)):
                 yield "forward", FusedNorm(module.forward, module, eps, offset, rounds_first)
@@ -220,7 +226,7 @@ def _close(result: torch.Tensor, expected: torch.Tensor) -> bool:
 def _gated(
     gate: torch.Tensor, up: torch.Tensor, act_fn: Callable[..., torch.Tensor], is_silu: bool
 ) -> torch.Tensor:
-    if not _takes(gate) or up.dtype != gate.dtype:
+    if not _takes(gate) or up.dtype != gate.dtype or up.shape != gate.shape:
         return act_fn(gate) * up
     from runners.text.gpu.kernels.rows import gated
 
@@ -231,9 +237,9 @@ def _takes(x: torch.Tensor) -> bool:
     """Whether the kernels take rows of this tensor."""
     if not kernels.runs_on(x.device):
         return False
-    from runners.text.gpu.kernels.rows import DTYPES, MAX_NORM_SIZE
+    from runners.text.gpu.kernels.rows import DTYPES
 
-    return x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_NORM_SIZE
+    return x.dtype in DTYPES and x.numel() > 0
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import torch
 from runners.contracts.errors import first_line
 from runners.text.engine import ModelRunner, PagedEngine
 from runners.text.gpu import kernels
+from runners.text.gpu.step import StepLimits
 from runners.text.samplers import HostSampler
 
 logger = logging.getLogger("triptych.text")
@@ -76,11 +77,15 @@ def find_batch_dependence(
     return f"among {' or '.join(map(str, different))}" if different else None
 
 
-def log_batch_dependence(name: str, runner: ModelRunner, most: int, vocab_size: int) -> None:
-    """Log whether a model gives sequences the same bits in any batch of up to `most`.
+def log_batch_dependence(
+    name: str, limits: StepLimits, create_runner: Callable[[int], ModelRunner]
+) -> None:
+    """Log whether a model gives sequences the same bits in any batch.
 
-    `runner` has at least `most` KV blocks.
+    `create_runner` returns a runner with a number of KV blocks. It is released before this returns.
     """
+    most = min(limits.sequences, max(1, limits.rows // 4), BATCHES[-1])
+    runner = create_runner(most)
 
     def run(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         engine = PagedEngine(runner, HostSampler(), blocks=len(prompts), prefix_caching=False)
@@ -92,7 +97,8 @@ def log_batch_dependence(name: str, runner: ModelRunner, most: int, vocab_size: 
             engine.put(list(chunks), list(chunks.values()))
         return engine.put(range(len(prompts)), [prompt[-1:] for prompt in prompts])
 
-    if (where := find_batch_dependence(run, min(most, BATCHES[-1]), vocab_size)) is None:
+    vocab_size = run([[0]]).shape[1]
+    if (where := find_batch_dependence(run, most, vocab_size)) is None:
         logger.info("%s gives a sequence the same bits in any batch", name)
     else:
         logger.warning("%s: alone a sequence has other bits than %s sequences", name, where)
