@@ -26,7 +26,7 @@ class Row:
 
     uid: int
     tokens: Sequence[int]
-    """Its next tokens; `PENDING` for the one that the step before samples."""
+    """Its next tokens; the last may be `PENDING`, for the one that the step before samples."""
     sampler: SamplerState | None = None
     """Samples the token that follows; None if none is to be sampled."""
     index: int = 0
@@ -225,7 +225,9 @@ class PagedEngine(Engine):
 
     def _ids(self, row: Row) -> list[int]:
         """Its tokens; `-1 - i` stands for the token that the last step sampled as its number i."""
-        return [t if t != PENDING else -1 - self._sampled[row.uid] for t in row.tokens]
+        if row.tokens[-1] != PENDING:
+            return list(row.tokens)
+        return [*row.tokens[:-1], -1 - self._sampled[row.uid]]
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,8 @@ class _PagedStep(PendingStep):
     @override
     def result(self) -> list[SampledRow]:
         results = self.step.result()
+        if not self.engine.overlaps:
+            return results
         for row, sampled in zip(self.rows, results, strict=True):
             if sampled.token is not None:
                 self.engine.resolve(row.uid, sampled.token)

@@ -62,7 +62,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """Number of its tokens, prompt and output, the pending one included."""
-        return len(self.prompt_ids) + self.num_output
+        return len(self.prompt_ids) + len(self.output_ids) + self.pending
 
     @property
     def decoding(self) -> bool:
