@@ -29,8 +29,11 @@ from runners.rank.program import RankContext
 from runners.text.cpu import switch_off_kernels
 from runners.text.engine import Engine, PagedEngine
 from runners.text.execution import Execution, GPUExecution, SizedRunner, choose_execution
+from runners.text.gpu.invariance import log_batch_dependence
+from runners.text.gpu.kernels import compiled_for
 from runners.text.lockstep import Follower, Leader, TPGroup
 from runners.text.memory import first_step, kv_tokens
+from runners.text.model_runner import input_device
 from runners.text.paging.blocks import BLOCK_SIZE
 from runners.text.parity import ParityCheck, check_and_pack, choose_gpu_kernels
 from runners.text.program import TextProgram
@@ -124,6 +127,12 @@ def prepare_model(
         if config.weight_quantization is not None:
             raise ConfigError("is for models on a CPU", field="weight_quantization")
         layout, execution = choose_gpu_kernels(model, execution, config, parity)
+        if config.batch_invariant and compiled_for(input_device(model)):
+            log_batch_dependence(
+                config.name,
+                execution.limits,
+                lambda blocks: execution.runner(model, layout, blocks=blocks),
+            )
     else:
         layout = check_and_pack(model, config.weight_quantization, parity)
     give_back_memory()

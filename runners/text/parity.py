@@ -28,6 +28,9 @@ from runners.text.cpu.linear import Quantization, pack_linears, unpack_linears
 from runners.text.engine import PagedEngine
 from runners.text.execution import Execution, GPUExecution, HostExecution
 from runners.text.gpu.attention import FLOAT8
+from runners.text.gpu.fusing import fuse_rows, unfuse_rows
+from runners.text.gpu.invariance import install_invariant_operators
+from runners.text.gpu.kernels import compiled_for
 from runners.text.lockstep import TPGroup, is_rank_loss
 from runners.text.model_runner import Layout, input_device
 from runners.text.paging.blocks import BLOCK_SIZE
@@ -211,6 +214,9 @@ def choose_gpu_kernels(
     `parity` as in `check_and_pack`. Raises: ConfigError if no layout matches, or not with what the
     config asks for.
     """
+    has_kernels = compiled_for(input_device(model))
+    if has_kernels and config.batch_invariant:
+        install_invariant_operators("cuda")
     parity = (parity or ParityCheck(model)).for_model(model, execution)
     if computes_in_float32(model):
         cast_to_float32(model)
@@ -227,7 +233,13 @@ def choose_gpu_kernels(
     if (chosen := parity.backend_of_leader(best)) != best.backend.name:
         best = execution.with_best_backend(model, chosen, kv_dtype)
     tolerance = None if kv_dtype is None else QUANTIZED
-    if parity.for_model(model, best).matches(layout, tolerance=tolerance):
+    check = parity.for_model(model, best)
+    if has_kernels:
+        fuse_rows(model)
+        if check.matches(layout, tolerance=tolerance):
+            return layout, best
+        unfuse_rows(model)
+    if check.matches(layout, tolerance=tolerance):
         return layout, best
     if kv_dtype is not None:
         raise ConfigError(f"{name}: its logits change too much", field="kv_cache_dtype")

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from runners.text.gpu import kernels
 from runners.text.gpu.attention import FLOAT8, AttentionShape, TritonBackend
-from runners.text.gpu.kernels import cutoff_kernel
+from runners.text.gpu.kernels import cutoff_kernel, matmul, rows
 from runners.text.gpu.kernels.linear import TILES, linear
 from runners.text.gpu.proof import Case
 
@@ -81,15 +81,29 @@ def compile_all(arch: int) -> list[dict[str, object]]:
             backend = TritonBackend(tiles)
             case.tiles = tiles
             case.attend(backend, [(0, 39, 40), (1, 0, 40)], case.options(shape.window), 8)
-    for dtype, tile, rows in (
+    for dtype, tile, count in (
         (HALF, TILES[0], 4),  # parts in several programs
         (HALF, TILES[-1], 100),
         (torch.float32, TILES[0], 100),
     ):
         layer = str(dtype)
         weight = torch.zeros(128, 1024, dtype=dtype)
-        linear(torch.zeros(rows, 1024, dtype=dtype), weight, weight[:, 0], [tile])
+        linear(torch.zeros(count, 1024, dtype=dtype), weight, weight[:, 0], [tile])
     layer = ""
+    for size in (128, 4096):
+        rows.rms_norm(
+            torch.zeros(4, size, dtype=HALF), torch.zeros(size, dtype=HALF), 1e-6, 0, True
+        )
+    rows.row_sum(torch.zeros(4, 4096))
+    hidden = torch.zeros(4, 4096, dtype=HALF)
+    rows.gated(hidden, hidden, "silu")
+    rows.gated(hidden, hidden, "gelu_tanh")
+    heads = torch.zeros(1, 4, 32, 128, dtype=HALF).transpose(1, 2)
+    rows.rotary(heads, heads[:, :8], heads[:, 0], heads[:, 0])
+    for dtype in (HALF, torch.float32):
+        a, b = torch.zeros(2, 100, 128, dtype=dtype), torch.zeros(2, 128, 128, dtype=dtype)
+        matmul.batched(a, b.mT)
+        matmul.grouped(a[0], b.mT, torch.ones(2).int())
     ones = torch.ones(1)
     cutoff_kernel.launch(torch.zeros(1, 10_000), ones.int(), ones, ones)
     return compiled

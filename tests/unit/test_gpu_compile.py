@@ -27,6 +27,8 @@ def test_kernels_compile(arch: int, shared_memory: int, instruction: str, tmp_pa
     assert names == {
         *("_attention_kernel", "_reduce_kernel", "_write_kernel"),
         *("_linear_kernel", "_add_kernel", "_cutoff_kernel"),
+        *("_rms_norm_kernel", "_row_sum_kernel", "_gated_kernel", "_rotary_kernel"),
+        *("_batched_kernel", "_grouped_kernel"),
     }
     for each in kernels:
         assert each["assembled"] > 0
@@ -34,5 +36,9 @@ def test_kernels_compile(arch: int, shared_memory: int, instruction: str, tmp_pa
     attention = [k for k in kernels if k["name"] == "llama _attention_kernel"]
     linear = [k for k in kernels if k["name"] == "torch.bfloat16 _linear_kernel"]
     # The tensor cores of this GPU are used, and fed by asynchronous copies.
-    for each in (attention[0], linear[-1]):
+    batched, grouped = (
+        [k for k in kernels if k["name"] == f" {name}"]
+        for name in ("_batched_kernel", "_grouped_kernel")
+    )
+    for each in (attention[0], linear[-1], batched[0], grouped[0]):
         assert {instruction, "cp.async"} <= set(each["instructions"]), each

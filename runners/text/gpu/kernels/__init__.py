@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -28,3 +29,13 @@ def interpreted() -> bool:
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels run on tensors of a device."""
     return installed() and (device.type == "cuda" or interpreted())
+
+
+def compiled_for(device: torch.device) -> bool:
+    """Whether the kernels run on a device as machine code."""
+    return device.type == "cuda" and runs_on(device)
+
+
+def current_device(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the device of a tensor the current one, on which Triton launches kernels."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
