@@ -334,3 +334,13 @@ def test_an_offloaded_model_runs_without_graphs_and_says_so(
     run.scheduler.add(sequence("only", PROMPTS[1]))
     run.drain()
     assert run.tokens["only"] == greedy(llama, [PROMPTS[1]], COUNT)[0]
+
+
+def test_a_model_runs_on_the_kernel_itself(llama: Path) -> None:
+    """In Triton's interpreter, which conftest switches on."""
+    run = Run(load(llama, attention_kernel="triton"))
+    for i, prompt in enumerate([[5, 6, 7], [9] * 34]):
+        run.scheduler.add(sequence(str(i), prompt, 3))
+    run.drain()
+    want = greedy(llama, [[5, 6, 7], [9] * 34], 3)
+    assert run.tokens == {"0": want[0], "1": want[1]}

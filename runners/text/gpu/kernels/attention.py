@@ -70,45 +70,46 @@ def paged_attention(
         tiles = [(decode_tile, 0, 2)]
     elif not has_chunks:
         tiles.pop()
-    for block_m, first, last in tiles:
-        tile_heads = heads_per_tile(block_m, group)
-        grid = (programs, kv_heads, triton.cdiv(group, tile_heads))
-        _attention_kernel[grid](
-            *(query, keys, values, out, scratch, states, sinks if has_sinks else out),
-            *(query_starts, lengths, block_tables, items, bounds),
-            *(query.stride(0), query.stride(1), out.stride(0), out.stride(1)),
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            block_tables.stride(0),
-            *factors(scale, softcap, key_scale),
-            value_scale,
-            window,
-            FIRST=first,
-            LAST=last,
-            GROUP=group,
-            HEADS=tile_heads,
-            KEY_SIZE=key_size,
+    with kernels.current_device(query):
+        for block_m, first, last in tiles:
+            tile_heads = heads_per_tile(block_m, group)
+            grid = (programs, kv_heads, triton.cdiv(group, tile_heads))
+            _attention_kernel[grid](
+                *(query, keys, values, out, scratch, states, sinks if has_sinks else out),
+                *(query_starts, lengths, block_tables, items, bounds),
+                *(query.stride(0), query.stride(1), out.stride(0), out.stride(1)),
+                *keys.stride()[:3],
+                *values.stride()[:3],
+                block_tables.stride(0),
+                *factors(scale, softcap, key_scale),
+                value_scale,
+                window,
+                FIRST=first,
+                LAST=last,
+                GROUP=group,
+                HEADS=tile_heads,
+                KEY_SIZE=key_size,
+                VALUE_SIZE=value_size,
+                BLOCK_M=block_m,
+                SPLIT=split,
+                WINDOW=window > 0,
+                SOFTCAP=softcap > 0,
+                SINKS=has_sinks,
+                **launch_options(block_m, key_size, value_size, query.dtype),
+            )
+        _reduce_kernel[(programs, triton.cdiv(heads, REDUCED_HEADS))](
+            *(out, scratch, states, sinks if has_sinks else out, reductions, bounds),
+            *(out.stride(0), out.stride(1), value_scale, window),
+            QUERY_HEADS=heads,
             VALUE_SIZE=value_size,
-            BLOCK_M=block_m,
+            VALUE_BLOCK=_block(value_size),
+            HEADS=REDUCED_HEADS,
             SPLIT=split,
             WINDOW=window > 0,
-            SOFTCAP=softcap > 0,
             SINKS=has_sinks,
-            **launch_options(block_m, key_size, value_size, query.dtype),
+            num_warps=4,
+            enable_fp_fusion=False,
         )
-    _reduce_kernel[(programs, triton.cdiv(heads, REDUCED_HEADS))](
-        *(out, scratch, states, sinks if has_sinks else out, reductions, bounds),
-        *(out.stride(0), out.stride(1), value_scale, window),
-        QUERY_HEADS=heads,
-        VALUE_SIZE=value_size,
-        VALUE_BLOCK=_block(value_size),
-        HEADS=REDUCED_HEADS,
-        SPLIT=split,
-        WINDOW=window > 0,
-        SINKS=has_sinks,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
 
 
 def scratch_size(slots: int, heads: int, value_size: int) -> int:

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runners.text.gpu.kernels import current_device
+
 BLOCK = 4096
 """Logits that are read at once."""
 
@@ -19,18 +21,19 @@ def launch(
     if logits.shape[0]:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         log_min_p = min_p.log()
-        _cutoff_kernel[(logits.shape[0],)](
-            logits,
-            logits.stride(0),
-            logits.shape[1],
-            top_k,
-            top_p,
-            log_min_p,
-            thresholds,
-            BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])),
-            num_warps=8,
-            enable_fp_fusion=False,
-        )
+        with current_device(logits):
+            _cutoff_kernel[(logits.shape[0],)](
+                logits,
+                logits.stride(0),
+                logits.shape[1],
+                top_k,
+                top_p,
+                log_min_p,
+                thresholds,
+                BLOCK=min(BLOCK, triton.next_power_of_2(logits.shape[1])),
+                num_warps=8,
+                enable_fp_fusion=False,
+            )
     return thresholds
 
 

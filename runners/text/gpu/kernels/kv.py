@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from runners.text.gpu.kernels import current_device
+
 LARGEST_FLOAT8 = tl.constexpr(448.0)
 """Of e4m3. Larger values are clamped: the type has no infinity."""
 
@@ -26,7 +28,9 @@ def write_kv(
     pages in float8 (e4m3) the numbers are divided by the scales.
     """
     kv_heads = key.shape[1]
-    if key.shape[0]:
+    if not key.shape[0]:
+        return
+    with current_device(key):
         _write_kernel[(key.shape[0],)](
             *(key, value, keys, values, slots),
             *(key.stride(0), key.stride(1), value.stride(0), value.stride(1)),

@@ -166,8 +166,8 @@ def fixed_order_linear(
     _linear_kernel[(tiles, parts if is_parallel else 1)](
         *(x, weight, out if bias is None else bias, out, partials),
         *(rows, outputs, inputs, x.stride(0), weight.stride(0)),
-        PARTS=parts,
-        PART=triton.cdiv(blocks, parts) * BLOCK_K,
+        triton.cdiv(blocks, parts) * BLOCK_K,
+        HAS_PARTS=parts > 1,
         IS_PARALLEL=is_parallel,
         HAS_BIAS=bias is not None and not is_parallel,
         MASK=inputs % BLOCK_K != 0,
@@ -207,7 +207,8 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@triton.jit
+# A number of rows that is 1, or a multiple of 16, must not compile to other code.
+@triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x,
     weight,
@@ -219,8 +220,8 @@ def _linear_kernel(
     inputs,
     x_stride,
     weight_stride,
-    PARTS: tl.constexpr,
-    PART: tl.constexpr,
+    part_size,
+    HAS_PARTS: tl.constexpr,
     IS_PARALLEL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     MASK: tl.constexpr,
@@ -247,8 +248,8 @@ def _linear_kernel(
     low = 0
     high = inputs
     if IS_PARALLEL:
-        low = tl.program_id(1) * PART
-        high = tl.minimum(low + PART, inputs)
+        low = tl.program_id(1) * part_size
+        high = tl.minimum(low + part_size, inputs)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for first in range(low, high, BLOCK_K):
@@ -263,11 +264,11 @@ def _linear_kernel(
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if PARTS > 1 and not IS_PARALLEL:  # noqa: SIM102 - decided when it is compiled
-            if (first + BLOCK_K) % PART == 0:
+        if HAS_PARTS and not IS_PARALLEL:  # noqa: SIM102 - decided when it is compiled
+            if (first + BLOCK_K) % part_size == 0:
                 total += acc
                 acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    if PARTS > 1 and not IS_PARALLEL:
+    if HAS_PARTS and not IS_PARALLEL:
         # The last part may be shorter. If it is not, this adds zeros.
         acc = total + acc
     if HAS_BIAS:
@@ -281,7 +282,7 @@ def _linear_kernel(
         tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_kernel(
     partials,
     bias,
