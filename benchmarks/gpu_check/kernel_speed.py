@@ -41,7 +41,7 @@ def _attention(check: Context, bandwidth: float) -> None:
 
     device = check.device.target
     shape = AttentionShape(32, 8, 128, 128, torch.bfloat16, torch.bfloat16)
-    chosen = choose_backend(shape, device)
+    chosen = choose_backend([shape], device)
     check.record.figure("chosen backend", f"{chosen.name} {chosen.tiles}")
     backends: dict[str, Any] = {"triton": TritonBackend(), "varlen": VarlenBackend()}
     if chosen.name == "triton":

@@ -7,6 +7,7 @@ of its kernels: that is how it is tested where there is no GPU.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,15 +18,15 @@ from typing_extensions import override
 from runners.config.base import TextConfig
 from runners.contracts.errors import ConfigError
 from runners.text.engine import ModelRunner
-from runners.text.gpu.attention import Backend, TorchBackend
+from runners.text.gpu.attention import AttentionShape, Backend, TorchBackend
 from runners.text.gpu.model_runner import GPUModelRunner, GraphOptions
-from runners.text.gpu.probe import attention_shapes
 from runners.text.gpu.proof import choose_backend
 from runners.text.gpu.sampling import DeviceSampler
 from runners.text.gpu.step import StepLimits
 from runners.text.lockstep import TPGroup
 from runners.text.model_runner import HFModelRunner, Layout, input_device
-from runners.text.samplers import HostSampler, Sampler
+from runners.text.samplers import HostSampler, SampledStep, Sampler
+from runners.text.sampling import SamplerState
 
 logger = logging.getLogger("triptych.text")
 
@@ -56,8 +57,8 @@ class Execution(Protocol):
         """A runner with a KV cache of `blocks` blocks."""
         ...
 
-    def sampler(self, model: PreTrainedModel) -> Sampler:
-        """What samples from the logits of the model."""
+    def sampler(self) -> Sampler:
+        """What samples from the logits of a model."""
         ...
 
 
@@ -73,7 +74,7 @@ class HostExecution(Execution):
         return HFModelRunner(model, layout, blocks=blocks)
 
     @override
-    def sampler(self, model: PreTrainedModel) -> Sampler:
+    def sampler(self) -> Sampler:
         return HostSampler()
 
 
@@ -105,26 +106,36 @@ class GPUExecution(Execution):
         )
 
     @override
-    def sampler(self, model: PreTrainedModel) -> Sampler:
-        vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-        return DeviceSampler(input_device(model), vocab_size)
+    def sampler(self) -> Sampler:
+        return LogitsSampler()
 
-    def with_best_backend(
-        self, model: PreTrainedModel, requested: str, kv_dtype: torch.dtype | None
+    def with_backend(
+        self, shapes: Collection[AttentionShape], device: torch.device, requested: str
     ) -> GPUExecution:
-        """With KV of `kv_dtype`, and the backend that is proved equal and is the fastest for what
-        the model's layers ask of it; the model runs in the packed layout.
+        """With the backend that is proved equal for all shapes and is the fastest.
 
         Raises: ConfigError if `requested` cannot be used.
         """
-        device = input_device(model)
-        shapes = attention_shapes(model, self.limits, kv_dtype)
-        chosen = {choose_backend(shape, device, requested) for shape in shapes}
-        if len(chosen) > 1:
-            # One plan serves all layers, so they share a backend that can all of them.
-            chosen = {choose_backend(shape, device, "triton") for shape in shapes}
-        backend = chosen.pop() if len(chosen) == 1 else TorchBackend()
-        return replace(self, backend=backend, kv_dtype=kv_dtype)
+        backend = choose_backend(shapes, device, requested)
+        if self.graphs is not None and device.type == "cuda" and not backend.capturable:
+            logger.warning("steps run eagerly: %s attention cannot be captured", backend.name)
+            return replace(self, backend=backend, graphs=None)
+        return replace(self, backend=backend)
+
+
+class LogitsSampler(Sampler):
+    """Samples where the logits are, whose width is known once there are any."""
+
+    def __init__(self) -> None:
+        self._sampler: DeviceSampler | None = None
+
+    @override
+    def launch(
+        self, logits: torch.Tensor, states: Sequence[SamplerState], indices: Sequence[int]
+    ) -> SampledStep:
+        if self._sampler is None:
+            self._sampler = DeviceSampler(logits.device, logits.shape[1])
+        return self._sampler.launch(logits, states, indices)
 
 
 def choose_execution(
@@ -132,6 +143,8 @@ def choose_execution(
 ) -> HostExecution | GPUExecution:
     """The path for a model on its devices. Raises: ConfigError for a kernel of the other device."""
     device = input_device(model)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs are captured on the current one
     kernel = config.attention_kernel
     on_gpu = any(parameter.device.type == "cuda" for parameter in model.parameters())
     if on_gpu and kernel == "cpu":

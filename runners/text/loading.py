@@ -32,7 +32,7 @@ from runners.text.execution import Execution, GPUExecution, SizedRunner, choose_
 from runners.text.gpu.invariance import log_batch_dependence
 from runners.text.gpu.kernels import compiled_for
 from runners.text.lockstep import Follower, Leader, TPGroup
-from runners.text.memory import first_step, kv_tokens
+from runners.text.memory import first_steps, kv_tokens, release_cache
 from runners.text.model_runner import input_device
 from runners.text.paging.blocks import BLOCK_SIZE
 from runners.text.parity import ParityCheck, check_and_pack, choose_gpu_kernels
@@ -88,7 +88,6 @@ def program_for_model(
 class BatchedModel:
     """A model in its layout, and the size of its KV cache."""
 
-    model: PreTrainedModel
     execution: Execution
     runner: SizedRunner
     blocks: int
@@ -101,7 +100,7 @@ class BatchedModel:
         """An engine over the model; with `group`, that of rank 0, whose batches all ranks run."""
         return PagedEngine(
             self.runner if group is None else Leader(self.runner, group),
-            self.execution.sampler(self.model),
+            self.execution.sampler(),
             blocks=self.blocks,
             prefix_caching=self.prefix_caching,
             overlap=self.execution.overlap,
@@ -137,6 +136,8 @@ def prepare_model(
         layout = check_and_pack(model, config.weight_quantization, parity)
     give_back_memory()
     log_dtypes(config.name, model)
+    if isinstance(execution, GPUExecution):
+        release_cache()
     tokens = kv_tokens(model, layout, config, max_context=max_context, execution=execution)
     if group is not None:
         tokens = group.all_reduce_min(tokens)
@@ -144,9 +145,9 @@ def prepare_model(
     runner = execution.runner(model, layout, blocks=blocks, graphs=True)
     if isinstance(execution, GPUExecution):
         # Allocates the KV cache and captures a graph, so that no request has to wait for it.
-        runner.run(first_step(1))
+        runner.run(first_steps(1, 1))
         runner.idle()
-    return BatchedModel(model, execution, runner, blocks, max_context, config.prefix_caching)
+    return BatchedModel(execution, runner, blocks, max_context, config.prefix_caching)
 
 
 def program_for_engine(

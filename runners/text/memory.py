@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 from array import array
 
 import torch
@@ -12,11 +13,14 @@ from transformers import PreTrainedModel
 
 from runners.config.base import TextConfig
 from runners.contracts.errors import ConfigError
+from runners.contracts.text import SamplingParams
+from runners.hf.models import SamplingDefaults
 from runners.rank.memory import Memory, check_fits, gpu_memory_share, machine_memory
-from runners.text.execution import Execution
+from runners.text.execution import Execution, GPUExecution
 from runners.text.model_runner import Layout
 from runners.text.paging.batch import Batch
 from runners.text.paging.blocks import BLOCK_SIZE
+from runners.text.sampling import SamplerState
 
 KV_SHARE = 0.6
 """Share of a CPU's free memory that KV may take by default; activations need some of the rest."""
@@ -35,10 +39,22 @@ def kv_tokens(
     Warns if what is configured needs more than what is free, and raises ConfigError if it needs
     more than there is, or if not even one block fits.
     """
-    runner = execution.runner(model, layout, blocks=-(-config.max_step_tokens // BLOCK_SIZE))
-    on_gpu = any(parameter.device.type == "cuda" for parameter in model.parameters())
+    on_gpu = isinstance(execution, GPUExecution)
     # On a GPU, the allocator keeps what the largest step takes, and the rest is for KV.
-    runner.run(first_step(config.max_step_tokens if on_gpu else 1))
+    step = first_steps(1, 1)
+    if on_gpu:
+        rows = max(config.max_step_tokens, config.max_batch_size)
+        step = first_steps(config.max_batch_size, min(max_context, rows // config.max_batch_size))
+    runner = execution.runner(model, layout, blocks=sum(map(len, step.block_tables)))
+    logits = runner.run(step)
+    if on_gpu:
+        # Drawing from all tokens takes the most memory of all ways to sample.
+        params = SamplingParams(temperature=1.0, top_p=0.5)
+        states = [
+            SamplerState(params, SamplingDefaults(), [], frozenset()) for _ in range(len(logits))
+        ]
+        execution.sampler().launch(logits, states, [0] * len(states)).result()
+    del logits
     # Ranks share the memory of their machine, but no GPU.
     sizes = {
         device: size * (config.local_world_size if device.type == "cpu" else 1)
@@ -53,8 +69,8 @@ def kv_tokens(
         for device, size in sizes.items()
     ]
     tokens = min([config.max_batch_size * max_context, *fitting])
-    logits = 4 * vocab_size  # as float32, in rank 0
-    check_fits("max_batch_size", config.max_batch_size, logits, machine_memory())
+    row = 4 * vocab_size  # logits as float32, in rank 0
+    check_fits("max_batch_size", config.max_batch_size, row, machine_memory())
     if config.max_kv_tokens is None:
         if tokens < BLOCK_SIZE:
             raise ConfigError("no memory is left for the KV cache; choose a smaller model or dtype")
@@ -64,10 +80,22 @@ def kv_tokens(
     return config.max_kv_tokens
 
 
-def first_step(tokens: int) -> Batch:
-    """The first step of one sequence of that many tokens."""
-    blocks = array("i", range(-(-tokens // BLOCK_SIZE)))
-    return Batch([[0] * tokens], [0], [blocks], [True])
+def first_steps(sequences: int, tokens: int) -> Batch:
+    """The first step of sequences that have the same number of tokens."""
+    blocks = -(-tokens // BLOCK_SIZE)
+    return Batch(
+        [[0] * tokens] * sequences,
+        [0] * sequences,
+        [array("i", range(i * blocks, (i + 1) * blocks)) for i in range(sequences)],
+        [True] * sequences,
+    )
+
+
+def release_cache() -> None:
+    """Return to the GPUs what the allocator keeps of the memory that checks took."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _memory(device: torch.device, config: TextConfig) -> Memory:

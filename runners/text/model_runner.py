@@ -49,7 +49,13 @@ class HFModelRunner(ModelRunner):
 
     @override
     def shrink(self) -> int | None:
-        return None
+        blocks = self._pool.blocks * 9 // 10
+        if blocks < 1:
+            return None
+        self._pool = KVPool(blocks)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return blocks
 
     @override
     def idle(self) -> None:
@@ -137,7 +143,12 @@ class ForwardInputs:
     def of(cls, model: PreTrainedModel) -> ForwardInputs:
         """Those of a model."""
         parameters = inspect.signature(model.forward).parameters
-        return cls(*(name in parameters for name in ("position_ids", "logits_to_keep")))
+        # Accelerate moves the indices to the first device, while the rows are on the last.
+        gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
+        return cls(
+            position_ids="position_ids" in parameters,
+            logits_to_keep="logits_to_keep" in parameters and len(gpus) < 2,
+        )
 
     def logits(
         self,

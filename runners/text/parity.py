@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -31,6 +32,7 @@ from runners.text.gpu.attention import FLOAT8
 from runners.text.gpu.fusing import fuse_rows, unfuse_rows
 from runners.text.gpu.invariance import install_invariant_operators
 from runners.text.gpu.kernels import compiled_for
+from runners.text.gpu.probe import attention_shapes
 from runners.text.lockstep import TPGroup, is_rank_loss
 from runners.text.model_runner import Layout, input_device
 from runners.text.paging.blocks import BLOCK_SIZE
@@ -229,9 +231,12 @@ def choose_gpu_kernels(
         if kv_dtype is not None:
             raise ConfigError(f"{name} has its own attention, without fp8", field="kv_cache_dtype")
         return layout, execution
-    best = execution.with_best_backend(model, kernel, kv_dtype)
+    # A step of the model, which all ranks run: what follows must not depend on another.
+    shapes = attention_shapes(model, execution.limits, kv_dtype)
+    execution, device = replace(execution, kv_dtype=kv_dtype), input_device(model)
+    best = execution.with_backend(shapes, device, kernel)
     if (chosen := parity.backend_of_leader(best)) != best.backend.name:
-        best = execution.with_best_backend(model, chosen, kv_dtype)
+        best = execution.with_backend(shapes, device, chosen)
     tolerance = None if kv_dtype is None else QUANTIZED
     check = parity.for_model(model, best)
     if has_kernels:

@@ -176,16 +176,16 @@ class Scheduler:
         overlap, in this one."""
         schedule = self._schedule()
         before, self._submitted = self._submitted, None
+        failure = None
         try:
             if schedule:
                 self._submitted = self._submit(schedule)
         except torch.OutOfMemoryError as error:
-            if before is not None:
-                self._postprocess(before)
-            self._shed(schedule, error)
-            return
+            failure = error.with_traceback(None)  # its frames keep tensors
         if before is not None:
             self._postprocess(before)
+        if failure is not None:
+            self._shed(schedule, failure)
         if self._submitted is not None and not self._engine.overlaps:
             submitted, self._submitted = self._submitted, None
             self._postprocess(submitted)
@@ -250,20 +250,31 @@ class Scheduler:
     def _shed(self, schedule: Schedule, error: Exception) -> None:
         """After a step that had no memory: fail its largest sequence, and run the others anew in a
         smaller KV cache. Raises: `error` if the cache cannot be made smaller."""
-        largest, _ = max(schedule, key=lambda each: (len(each[1]), each[0].length))
-        self._remove(largest)
+        running = [(s, tokens) for s, tokens in schedule if s in self._running]
         for sequence in reversed(list(self._running)):
             self._preempt(sequence)
         if not self._engine.shrink():
             raise error
-        logger.warning("a step had no memory: one request failed, the KV cache is smaller now")
-        reason = "the device has no memory for this request; try a shorter one"
-        self._fail(largest.request_id, EngineFailure(reason))
+        total = self._engine.total_tokens
+        logger.warning("a step had no memory: the KV cache has %d tokens from now on", total)
+        if running:
+            largest, _ = max(running, key=lambda each: (len(each[1]), each[0].length))
+            self._refuse(largest, "the device has no memory for this request; try a shorter one")
+
+    def _refuse(self, sequence: Sequence, reason: str) -> None:
+        self._remove(sequence)
+        self._fail(sequence.request_id, EngineFailure(reason))
 
     def _admit(self) -> None:
         """Admit in order of arrival: small requests must not starve a large one before them."""
         while self._waiting and len(self._running) < self.limits.max_batch_size:
             sequence = self._waiting[0]
+            needed = len(sequence.prompt_ids) + sequence.max_new_tokens
+            if needed > self._engine.total_tokens:
+                total = self._engine.total_tokens
+                reason = f"the request may need {needed} tokens of KV; the cache has {total} left"
+                self._refuse(sequence, reason)
+                continue
             # The running sequences need more KV soon. Without this reserve, they and the new one
             # would preempt each other.
             watermark = min(len(self._running) * BLOCK_SIZE, self._engine.total_tokens // 8)

@@ -199,14 +199,14 @@ def test_float8_pages_are_clamped() -> None:
 
 
 def test_the_choice_on_a_cpu() -> None:
-    assert choose_backend(shape(), CPU).name == "torch"
-    assert choose_backend(shape(2, 1, 16), CPU, "triton") == SMALL_TILES
+    assert choose_backend([shape()], CPU).name == "torch"
+    assert choose_backend([shape(2, 1, 16)], CPU, "triton") == SMALL_TILES
 
 
 def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "interpreted", lambda: False)
     with pytest.raises(ConfigError, match="TRITON_INTERPRET=1"):
-        choose_backend(shape(), CPU, "triton")
+        choose_backend([shape()], CPU, "triton")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_backend_that_cannot_be_used_is_refused(requested: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        choose_backend(shape(), CPU, requested)
+        choose_backend([shape()], CPU, requested)
 
 
 def test_obstacles() -> None:
@@ -287,10 +287,10 @@ def test_the_fastest_correct_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(TritonBackend, "obstacle", lambda *_: None)
     monkeypatch.setattr(proof, "find_error", lambda backend, *_: problems.get(backend.tiles))
     monkeypatch.setattr(proof, "time_calls", lambda backend, *_: (times[backend.tiles] / 2,) * 2)
-    assert choose_backend(shape(), gpu, programs=1) == TritonBackend((16, 128))
+    assert choose_backend([shape()], gpu, programs=1) == TritonBackend((16, 128))
     times[16, 128] = 1.85
-    assert choose_backend(shape(), gpu, programs=1) == TritonBackend((64, 64))
+    assert choose_backend([shape()], gpu, programs=1) == TritonBackend((64, 64))
     problems |= dict.fromkeys(times, "other bits alone")
     monkeypatch.setattr(proof, "time_calls", lambda *_: (9.0, 9.0))
     problems.pop((64, 64))
-    assert choose_backend(shape(), gpu, programs=1) == TritonBackend((64, 64))
+    assert choose_backend([shape()], gpu, programs=1) == TritonBackend((64, 64))

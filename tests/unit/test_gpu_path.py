@@ -193,8 +193,76 @@ def test_a_step_without_memory_fails_one_request_and_shrinks_the_cache(llama: Pa
     assert gpu_runner(engine).graphs is not None
 
 
+def without_memory_once(engine: PagedEngine) -> None:
+    """The next step finds no memory."""
+    compute = engine.model.run
+    failures = iter([True])
+
+    def run(batch: Any) -> torch.Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(batch)
+
+    engine.model.run = run  # type: ignore[method-assign]
+
+
+def test_a_request_that_no_longer_fits_is_refused_and_blocks_nobody(llama: Path) -> None:
+    engine = pages(llama, kv_tokens=4 * BLOCK)
+    run = Run(engine, max_step_tokens=64)
+    without_memory_once(engine)
+    run.scheduler.add(sequence("first", PROMPTS[3], 4))
+    run.scheduler.add(sequence("needs four blocks", PROMPTS[1], 80))
+    run.scheduler.add(sequence("small", PROMPTS[0], 20))
+    run.drain()
+    assert run.failed == [("first", EngineFailure), ("needs four blocks", EngineFailure)]
+    assert run.tokens == {"small": greedy(llama, [PROMPTS[0]], 20)[0]}
+
+
+def test_a_sequence_that_ends_in_the_step_before_is_not_failed(llama: Path) -> None:
+    engine = pages(llama)
+    run = Run(engine)
+    ending = sequence("ending", PROMPTS[0], 20)
+    ending.eos_ids = frozenset({greedy(llama, [PROMPTS[0]], 1)[0][0]})
+    run.scheduler.add(ending)
+    run.step()
+    without_memory_once(engine)
+    run.drain()
+    assert run.finished == ["ending"]
+    assert run.failed == []
+
+
+def test_an_idle_capture_without_memory_ends_only_the_captures(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = pages(llama)
+    runner = gpu_runner(engine)
+
+    def without_memory(_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_compute", without_memory)
+        engine.idle()
+    assert "no further steps are captured as graphs: CUDA out of memory." in caplog.text
+    run = Run(engine)
+    run.scheduler.add(sequence("only", PROMPTS[0]))
+    run.drain()
+    assert run.tokens["only"] == greedy(llama, PROMPTS[:1], COUNT)[0]
+
+
+def test_logits_may_be_narrower_than_the_embedding(llama: Path) -> None:
+    engine = pages(llama)
+    run = Run(engine)
+    compute = engine.model.run
+    engine.model.run = lambda batch: compute(batch)[:, :300]  # type: ignore[method-assign]
+    run.scheduler.add(sequence("only", PROMPTS[0]))
+    run.drain()
+    assert len(run.tokens["only"]) == COUNT
+
+
 def test_what_cannot_shrink_ends_the_rank(llama: Path) -> None:
     run = Run(load(llama))
+    run.engine.model.shrink = lambda: None  # type: ignore[method-assign]
 
     def without_memory(_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -227,15 +295,17 @@ def test_graphs_are_captured_when_needed_again_and_while_idle(llama: Path) -> No
     assert run.tokens["again"] == greedy(llama, [[5, 6, 7]], 12)[0]
 
 
+@pytest.mark.parametrize("is_empty", [True, False])
 def test_a_graph_that_gives_something_else_is_not_used(
-    llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    is_empty: bool, llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = pages(llama)
     replay = RecordedGraph.replay
 
     def wrong(graph: RecordedGraph) -> None:
-        replay(graph)
-        graph.output.add_(torch.arange(graph.output.shape[-1]))
+        if not is_empty:
+            replay(graph)
+            graph.output.add_(torch.arange(graph.output.shape[-1]))
 
     monkeypatch.setattr(RecordedGraph, "replay", wrong)
     run = Run(engine)

@@ -2,8 +2,8 @@
 
 `GPUModelRunner` captures one graph for each shape that it pads steps to. On a GPU a graph is a CUDA
 graph. On a CPU, where tests run, it is the list of operators that torch dispatched: like a CUDA
-graph it reads the same tensors at each replay, runs none of the model's Python, and refuses what
-waits for a value.
+graph it reads the same tensors at each replay, runs none of the model's Python, and refuses
+operators that wait for a value. (It does not see a `tolist`, which dispatches none on a CPU.)
 """
 
 from __future__ import annotations
@@ -52,9 +52,13 @@ class CUDAGraph(Graph):
 
     def __init__(self, forward: Forward, pool: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads of the rank may call CUDA meanwhile.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._output = forward()
+        stream = torch.cuda.current_stream()
+        try:
+            # Other threads of the rank may call CUDA meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self._output = forward()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
 
     @property
     @override
@@ -157,7 +161,7 @@ class GraphCache(Generic[Key]):
         self._graphs: dict[Key, Graph] = {}
         self._verified: set[Key] = set()
         self._requested: set[Key] = set()
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = self._new_pool()
         self.stopped = False
         """Whether no further graph is captured: one failed, or the memory is used up."""
 
@@ -168,17 +172,22 @@ class GraphCache(Generic[Key]):
         """The graph of a shape, if there is one."""
         return self._graphs.get(key)
 
-    def is_due(self, key: Key) -> bool:
-        """Whether a shape whose step is about to run is to be captured first."""
-        is_due = key in self._requested and key not in self._graphs and not self.stopped
+    def is_due(self, key: Key, *, share: float = 1.0) -> bool:
+        """Whether a shape whose step is about to run is to be captured first.
+
+        `share`: of the graphs' memory, beyond which shapes like this one are not captured.
+        """
+        requested = key in self._requested
         self._requested.add(key)
-        return is_due
+        has_room = self.bytes <= share * self._max_bytes
+        return requested and has_room and key not in self._graphs and not self.stopped
 
     def capture(self, key: Key, forward: Forward) -> None:
-        """Capture `forward`, which has run before. What keeps it from that is logged."""
+        """Run `forward` and capture it. What keeps it from that is logged."""
         graph, failure = None, "it failed on another rank"
-        before = self._reserved()
         try:
+            forward()
+            before = self._reserved()
             graph = self._create(forward)
         except Exception as error:  # whatever a model does that a capture does not allow
             failure = first_line(error)
@@ -206,6 +215,8 @@ class GraphCache(Generic[Key]):
         """Forget all graphs: the KV cache that they address is gone."""
         self._graphs.clear()
         self._verified.clear()
+        self._requested.clear()
+        self._pool = self._new_pool()
         self.bytes = 0
 
     def _create(self, forward: Forward) -> Graph:
@@ -213,9 +224,18 @@ class GraphCache(Generic[Key]):
             return CUDAGraph(forward, self._pool)
         return RecordedGraph(forward)
 
+    def _new_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+
     def _reserved(self) -> int:
+        """Bytes of the device that this process has, without what its allocator keeps unused.
+
+        A capture returns that, too, which must not count as what the graph gives back.
+        """
         if self._device.type != "cuda":
             return 0
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(self._device)
 
     def _stop(self, reason: str) -> None:

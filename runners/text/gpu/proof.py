@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -48,9 +48,14 @@ Rows = tuple[int, int, int]
 
 
 def choose_backend(
-    shape: AttentionShape, device: torch.device, requested: str = "auto", *, programs: int = 0
+    shapes: Collection[AttentionShape],
+    device: torch.device,
+    requested: str = "auto",
+    *,
+    programs: int = 0,
 ) -> Backend:
-    """The backend for layers of a shape: the fastest that proves correct, or the one requested.
+    """The backend for layers of all these shapes, which share a plan: the fastest that proves
+    correct for each, or the one requested.
 
     `requested` is auto, triton, varlen or torch. On a CPU, auto is torch. `programs` is that of the
     `StepPlan` (0: `default_programs`).
@@ -61,26 +66,31 @@ def choose_backend(
         raise ConfigError(f"unknown attention backend {requested}", field="attention_kernel")
     if requested == "auto" and device.type != "cuda":
         return TorchBackend()
-    programs = programs or default_programs(device, shape.kv_heads)
     notes, chosen, best = [], None, 0.0
     for candidate in candidates:
         if chosen is not None and candidate.name == "torch":
             break
-        problem = candidate.obstacle(shape, device) or find_error(
-            candidate, shape, device, programs
-        )
-        if problem is not None:
-            notes.append(f"{_label(candidate)}: {problem}")
-            continue
-        if device.type != "cuda":
-            return candidate
-        decode, prefill = time_calls(candidate, shape, device, programs)
-        notes.append(f"{_label(candidate)}: {decode:.3f} ms decoding, {prefill:.3f} ms prefill")
-        if chosen is None or decode + prefill < best / GAIN:
-            chosen, best = candidate, decode + prefill
+        times = []
+        for shape in shapes:
+            per_head = programs or default_programs(device, shape.kv_heads)
+            problem = candidate.obstacle(shape, device) or find_error(
+                candidate, shape, device, per_head
+            )
+            if problem is not None:
+                notes.append(f"{_label(candidate)}: {problem}")
+                break
+            if device.type == "cuda":
+                times.append(time_calls(candidate, shape, device, per_head))
+        else:
+            if device.type != "cuda":
+                return candidate
+            decode, prefill = map(sum, zip(*times, strict=True))
+            notes.append(f"{_label(candidate)}: {decode:.3f} ms decoding, {prefill:.3f} ms prefill")
+            if chosen is None or decode + prefill < best / GAIN:
+                chosen, best = candidate, decode + prefill
     if chosen is None:
         raise ConfigError(f"no attention kernel: {'; '.join(notes)}", field="attention_kernel")
-    logger.info("attention of %s: %s (%s)", shape, _label(chosen), "; ".join(notes))
+    logger.info("attention: %s (%s)", _label(chosen), "; ".join(notes))
     return chosen
 
 
@@ -255,10 +265,16 @@ class Case:
 def time_calls(
     backend: Backend, shape: AttentionShape, device: torch.device, programs: int
 ) -> tuple[float, float]:
-    """Milliseconds of one layer on a GPU: 128 sequences that decode, and a chunk of 2,048 rows."""
+    """Milliseconds of one layer on a GPU: 128 sequences that decode, and a chunk of 2,048 rows.
+
+    Infinite where the GPU lacks the memory to try.
+    """
     sizes = (shape.key_size + shape.value_size) * shape.kv_heads * shape.kv_dtype.itemsize
     length = min(2048, max(256, TIMED_BYTES // sizes // 128))
-    case = Case(shape, device, [length] * 128, backend.tiles, programs)
+    try:
+        case = Case(shape, device, [length] * 128, backend.tiles, programs)
+    except torch.OutOfMemoryError:
+        return float("inf"), float("inf")
     decode: list[Rows] = [(i, length - 1, length) for i in range(128)]
     prefill: list[Rows] = [(i, 0, length) for i in range(max(1, 2048 // length))]
     window = shape.window
