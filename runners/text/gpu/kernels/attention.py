@@ -56,7 +56,7 @@ def paged_attention(
     the rows `query_starts[i] : query_starts[i + 1]`, the last ones of `lengths[i]` tokens. `items`
     and `reductions` are the work (`plan_work`), `bounds` int32 `[4]` where it begins and ends:
     items of decoding rows from 0 to `bounds[1]`, those of chunks to `bounds[2]`, and the number of
-    reductions. `scratch` is float32 with `scratch_size` elements. `window` 0 and `softcap` 0 mean
+    reductions. `scratch` is float32, `H * (D_v + 2)` for each slot. `window` 0 and `softcap` 0 mean
     none. Everything that changes from step to step is read on the device, `has_chunks` excepted.
     """
     heads, key_size = query.shape[1], query.shape[2]
@@ -110,11 +110,6 @@ def paged_attention(
             num_warps=4,
             enable_fp_fusion=False,
         )
-
-
-def scratch_size(slots: int, heads: int, value_size: int) -> int:
-    """Float32 elements of the scratch for `slots` rows of splits, in one layer."""
-    return slots * heads * (value_size + 2)
 
 
 def factors(scale: float, softcap: float, key_scale: float) -> tuple[float, float]:
