@@ -102,7 +102,7 @@ def run(part: Part, folder: Path, *, dry: bool, limit_s: float = LIMIT_S) -> Res
 def run_process(module: str, path: Path, folder: Path, limit_s: float, *, dry: bool = False) -> str:
     """Run a part in a new process group. Returns why it has no complete result, or nothing."""
     command = [sys.executable, "-m", "benchmarks.gpu_check.part", module, str(path)]
-    command += ["--folder", str(folder), *(["--cpu"] if dry else [])]
+    command += ["--folder", str(folder), "--limit", str(limit_s), *(["--cpu"] if dry else [])]
     variables = {"TRITON_INTERPRET": "1"} if dry else {}
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | variables, start_new_session=True

@@ -43,6 +43,20 @@ class Device:
         if not self.dry:
             torch.cuda.synchronize()
 
+    def require_stock(self) -> None:
+        """Raises: RuntimeError if something of Triptych's serves all models of this process.
+
+        What Triptych is compared with has to be computed where nothing is.
+        """
+        from runners.text.gpu.fusing import fused_functions
+        from runners.text.gpu.invariance import installed
+
+        replaced = [f"functions of {name}" for name in fused_functions()]
+        if installed(self.target.type):
+            replaced.append(f"operators of torch for {self.target.type}")
+        if replaced:
+            raise RuntimeError(f"a reference would run on Triptych's {', '.join(replaced)}")
+
     def release(self) -> None:
         """Return freed memory to the device."""
         import gc
@@ -83,7 +97,11 @@ class Device:
         return 2 * source.nbytes / self.seconds(lambda: target.copy_(source))
 
     def matmul_rate(self, dtype: torch.dtype = torch.bfloat16) -> float:
-        """Floating-point operations per second of a large square matrix product."""
+        """Floating-point operations per second of a large square matrix product of torch's.
+
+        Raises: RuntimeError as `require_stock`.
+        """
+        self.require_stock()
         size: int = self.pick(MATMUL_SIZE, 64)
         left, right = (torch.randn(size, size, device=self.target).to(dtype) for _ in range(2))
         return 2 * size**3 / self.seconds(lambda: left @ right)

@@ -9,6 +9,7 @@ import asyncio
 import importlib
 import os
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import transformers as tf
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.models import SEED, SHAPES, written
 from benchmarks.gpu_check.part import Context
+from benchmarks.gpu_check.peers import in_new_process
 from benchmarks.gpu_check.recorder import Skipped
 from benchmarks.gpu_check.serving import Served, serving
 from benchmarks.gpu_check.session import Output
@@ -61,7 +63,7 @@ def run(check: Context) -> None:
         mode: _serve(check, folder, mode, measures=True)
         for mode in check.device.pick(MODES, MODES[:1])
     }
-    speeds["mii.pipeline"] = _pipeline_speeds(check, folder)
+    speeds["mii.pipeline"] = dict(_pipeline_speeds(check.device, folder))
     for name, rates in speeds.items():
         check.record.figure(f"{name} tokens_per_second", rates)
     for count, stock in speeds["mii.pipeline"].items():
@@ -212,10 +214,11 @@ async def _speeds(device: Device, served: Served) -> dict[int, float]:
     return rates
 
 
-def _pipeline_speeds(check: Context, folder: Path) -> dict[int, float]:
+@in_new_process
+def _pipeline_speeds(device: Device, folder: Path) -> Iterator[tuple[int, float]]:
     """MII's pipeline with MII's scheduler; it takes text, so each prompt is decoded first."""
-    prompt, output = _lengths(check.device)
-    pipeline = _stock_pipeline(check.device, folder)
+    prompt, output = _lengths(device)
+    pipeline = _stock_pipeline(device, folder)
     tokenizer: Any = tf.AutoTokenizer.from_pretrained(folder)
 
     def once(count: int, seed: int) -> float:
@@ -224,16 +227,17 @@ def _pipeline_speeds(check: Context, folder: Path) -> dict[int, float]:
         pipeline(texts, max_new_tokens=output, do_sample=False, ignore_eos=True)
         return count * output / (time.perf_counter() - start)
 
-    rates = {}
-    for count in _counts(check.device):
+    for count in _counts(device):
         once(count, count)
-        rates[count] = max(once(count, 1000 + count + i) for i in range(2))
+        yield count, max(once(count, 1000 + count + i) for i in range(2))
     pipeline.destroy()
-    return rates
 
 
 def _stock_pipeline(device: Device, folder: Path) -> Any:
-    """`MIIPipeline` as it is installed, over the engine that Triptych's ranks have."""
+    """`MIIPipeline` as it is installed, over the engine that Triptych's ranks have.
+
+    With a GPU, that is FastGen's own.
+    """
     import mii.api
     from mii.config import ModelConfig
 

@@ -9,7 +9,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.fastgen import require
 from benchmarks.gpu_check.image_models import image_model, prompt_of
 from benchmarks.gpu_check.part import Context
+from benchmarks.gpu_check.peers import in_new_process
 
 Pixels = NDArray[np.uint8]
 COUNTS = (1, 4, 8)
@@ -44,8 +45,7 @@ def _check_model(check: Context, kind: str) -> None:
     folder = image_model(kind, device, check.folder)
     side = device.pick(SIDES[kind], 32)
     counts = device.pick(COUNTS, (1, 2))
-    peer, expected = _diffusers(device, folder, side, counts)
-    device.release()
+    [(peer, expected)] = _diffusers(device, folder, side, counts)
     if not device.dry:
         torch.cuda.reset_peak_memory_stats()
     with Program(device, folder, max_batch_images=max(counts)) as program:
@@ -168,12 +168,17 @@ class Program:
         return images
 
 
+@in_new_process
 def _diffusers(
     device: Device, folder: Path, side: int, counts: Sequence[int]
-) -> tuple[dict[int, float], Pixels]:
-    """Images per second of diffusers by the number of prompts in one call, and its first image."""
+) -> Iterator[tuple[dict[int, float], Pixels]]:
+    """Images per second of diffusers by the number of prompts in one call, and its first image.
+
+    Triptych changes settings of cuDNN and of torch, so diffusers has a process for each model.
+    """
     import diffusers
 
+    warnings.filterwarnings("ignore", module="diffusers")
     pipelines: Any = diffusers.DiffusionPipeline
     dtype = device.pick(torch.bfloat16, torch.float32)
     pipeline = pipelines.from_pretrained(folder, torch_dtype=dtype)
@@ -196,7 +201,7 @@ def _diffusers(
         start = time.perf_counter()
         generate(count)
         rates[count] = count / (time.perf_counter() - start)
-    return rates, np.asarray(generate(1)[0])
+    yield rates, np.asarray(generate(1)[0])
 
 
 def psnr(one: Pixels, other: Pixels) -> float:

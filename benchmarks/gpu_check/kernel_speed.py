@@ -85,6 +85,7 @@ def _seconds(check: Context, backend: Any, case: Any, rows: list[tuple[int, int,
 def _linear(check: Context) -> None:
     from runners.text.gpu.kernels.linear import linear, prove_tiles
 
+    check.device.require_stock()
     device = check.device.target
     total: dict[int, list[float]] = {rows: [0.0, 0.0] for rows in ROWS}
     for outputs, inputs in LAYERS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -30,15 +31,19 @@ class Context:
     device: Device
     folder: Path
     """For models; kept between parts, on a GPU also between runs."""
+    ends: float = math.inf
+    """When the part is ended, by `time.monotonic`."""
 
 
-def run_part(module: str, path: Path, device: Device, folder: Path) -> None:
+def run_part(
+    module: str, path: Path, device: Device, folder: Path, limit_s: float = math.inf
+) -> None:
     """Call `module.run` and end its result, whatever happens."""
     record = Recorder(path, dry=device.dry)
     start = time.monotonic()
     state, reason = "complete", ""
     try:
-        importlib.import_module(module).run(Context(record, device, folder))
+        importlib.import_module(module).run(Context(record, device, folder, start + limit_s))
     except Skipped as error:
         state, reason = "skipped", str(error)
         print(f"  skipped: {reason}", flush=True)
@@ -58,12 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("path", type=Path, nargs="?")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--limit", type=float, default=math.inf)
     args = parser.parse_args(argv)
     device = Device(dry=args.cpu)
     if args.module is None:
         print(json.dumps(describe(device)))
         return
-    run_part(args.module, args.path, device, args.folder)
+    run_part(args.module, args.path, device, args.folder, args.limit)
     sys.stdout.flush()
     # A library's thread may keep a normal exit waiting.
     os._exit(0)

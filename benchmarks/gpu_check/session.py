@@ -72,7 +72,7 @@ class Session:
         from runners.text.loading import prepare_model
         from runners.text.scheduler import Limits, Scheduler
 
-        config = config_for(device, folder, **options)
+        config = self._config = config_for(device, folder, **options)
         if model is None:
             with tempfile.TemporaryDirectory() as work_dir:
                 model = load_model(config, Path(work_dir))
@@ -87,6 +87,15 @@ class Session:
             fail=self._fail,
             describe=lambda _: ("", b""),
         )
+
+    @property
+    def invariance(self) -> str:
+        """The setting, and what it has done to this process."""
+        from runners.text.gpu.invariance import installed
+
+        setting = str(getattr(self._config, "batch_invariant", None)).lower()
+        owner = "Triptych" if installed(self._device.target.type) else "torch"
+        return f"batch_invariant {setting}, operators of {owner}"
 
     def generate(
         self, prompts: Prompts, count: int, *, logprobs: int | None = None

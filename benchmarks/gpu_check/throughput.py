@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.models import large_model
 from benchmarks.gpu_check.part import Context
+from benchmarks.gpu_check.peers import in_new_process
 from benchmarks.gpu_check.rates import Cost, Limits, Round, summary
 from benchmarks.gpu_check.session import Prompts, Session
 from tests.support.models import VOCAB, write_tokenizer
@@ -27,18 +28,32 @@ COMPARED = (1, 8, 64)
 BANDWIDTH_BAR = 0.80
 PROMPT, OUTPUT, LONG_PROMPT = 128, 128, 4096
 ROUNDS = 3
+MARGIN = 1.5
+"""Time for a measurement that has to be left in a part, relative to one that took place."""
 Generate = Callable[[Prompts, int], Round]
 
 
 def run(check: Context) -> None:
-    """Limits, then Triptych, then transformers."""
+    """Limits, then Triptych, then transformers, then Triptych with torch's operators."""
     device = check.device
     limits = Limits(device.copy_bandwidth(), device.matmul_rate())
+    device.release()
     check.record.figure("copy_gb_per_second", limits.bytes_per_second / 1e9)
     check.record.figure("matmul_tflops", limits.operations_per_second / 1e12)
-    speeds = _triptych(check, limits)
-    device.release()
-    peer = _transformers(check)
+    folder = check.folder / "large-in-memory"  # has the tokenizer only
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder)
+    counts = device.pick(COUNTS, (1, 2))
+    start = time.monotonic()
+    speeds = dict(_record(check, "triptych", _triptych(device, folder, limits, counts)))
+    spent_s = time.monotonic() - start
+    figures = check.record.result["figures"]
+    share = figures["triptych 1"]["bandwidth_share"]
+    check.record.bar("1 sequence, share of the bandwidth", share, minimum=BANDWIDTH_BAR)
+    rates = ", ".join(f"{speed:.0f} with {count}" for count, speed in speeds.items())
+    setting = figures["triptych setting"]
+    check.record.headline(f"tokens per second: {rates} sequences; {setting}")
+    peer = _transformers(check, counts)
     for count, speed in speeds.items():
         name = f"{count} sequences, times transformers' continuous batching"
         ratio = speed / peer.get(count, float("nan"))
@@ -46,8 +61,43 @@ def run(check: Context) -> None:
             check.record.bar(name, ratio, minimum=1.0)
         else:
             check.record.figure(name, ratio)
-    rates = ", ".join(f"{speed:.0f} with {count}" for count, speed in speeds.items())
-    check.record.headline(f"tokens per second: {rates} sequences")
+    _cost_of_invariance(check, folder, limits, speeds, spent_s)
+
+
+def _record(
+    check: Context, side: str, figures: Iterator[tuple[int | str, Any]]
+) -> Iterator[tuple[int, float]]:
+    """Record figures as they come. Yields numbers of sequences and their tokens per second."""
+    for key, value in figures:
+        check.record.figure(f"{side} {key}", value)
+        if isinstance(key, int):
+            yield key, value["tokens_per_second"]
+
+
+def _cost_of_invariance(
+    check: Context, folder: Path, limits: Limits, speeds: dict[int, float], spent_s: float
+) -> None:
+    """Measure Triptych with torch's operators, where a row's bits depend on the batch.
+
+    `speeds` are those with Triptych's, and took `spent_s` to measure.
+    """
+    name = "triptych, batch_invariant false"
+    left_s = check.ends - time.monotonic()
+    if left_s < MARGIN * spent_s:
+        check.record.skip(name, f"{left_s:.0f} s are left of this part")
+        return
+    counts = check.device.pick(COMPARED, (1, 2))
+    figures = _triptych(check.device, folder, limits, counts, batch_invariant=False)
+    try:
+        others = dict(_record(check, name, figures))
+    except Exception as error:  # what was measured before is complete
+        traceback.print_exc()
+        check.record.check(name, False, f"{type(error).__name__}: {error}"[:300])
+        return
+    ratios = {count: speeds[count] / other for count, other in others.items()}
+    check.record.figure("batch_invariant true, times false", ratios)
+    text = ", ".join(f"{ratio:.2f} with {count}" for count, ratio in ratios.items())
+    check.record.headline(f"batch_invariant true, times false: {text} sequences")
 
 
 def prompts_of(count: int, length: int, seed: int) -> list[list[int]]:
@@ -56,17 +106,21 @@ def prompts_of(count: int, length: int, seed: int) -> list[list[int]]:
     return torch.randint(2, VOCAB, (count, length), generator=random).tolist()
 
 
-def _triptych(check: Context, limits: Limits) -> dict[int, float]:
-    """Measure Triptych. Returns tokens per second by number of sequences."""
-    device = check.device
+@in_new_process
+def _triptych(
+    device: Device,
+    folder: Path,
+    limits: Limits,
+    counts: Sequence[int],
+    *,
+    batch_invariant: bool = True,
+) -> Iterator[tuple[int | str, Any]]:
+    """Figures of Triptych: with each number of sequences, and others by name."""
     prompt, output = device.pick((PROMPT, OUTPUT), (16, 8))
     long = device.pick(LONG_PROMPT, 64)
     model = large_model(device)
     cost = Cost.of(model)
-    folder = check.folder / "large-in-memory"  # has the tokenizer only
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder)
-    largest = max(device.pick(COUNTS, (1, 2)))
+    largest = max(counts)
     start = time.perf_counter()
     session = Session(
         device,
@@ -75,8 +129,10 @@ def _triptych(check: Context, limits: Limits) -> dict[int, float]:
         max_batch_size=largest,
         max_step_tokens=device.pick(2048, 64),
         max_kv_tokens=largest * (prompt + output + 32) + long + 32,
+        batch_invariant=batch_invariant,
     )
-    check.record.figure("prepared_s", time.perf_counter() - start)
+    yield "prepared_s", time.perf_counter() - start
+    yield "setting", session.invariance
 
     def generate(prompts: Prompts, count: int) -> Round:
         start = time.perf_counter()
@@ -85,25 +141,16 @@ def _triptych(check: Context, limits: Limits) -> dict[int, float]:
             raise RuntimeError(errors[0])
         return Round(start, [o.times for o in outputs])
 
-    speeds = {}
-    for count in device.pick(COUNTS, (1, 2)):
+    for count in counts:
         entry = summary(_rounds(device, generate, count))
         rate = entry["decode_tokens_per_second"]
         context = prompt + output / 2
         entry["bandwidth_share"] = cost.bandwidth_share(rate, count, context, limits)
         entry["operations_share"] = cost.operations_share(rate, limits)
-        check.record.figure(f"triptych {count}", entry)
-        speeds[count] = entry["tokens_per_second"]
-        if count == 1:
-            check.record.bar(
-                "1 sequence, share of the bandwidth",
-                entry["bandwidth_share"],
-                minimum=BANDWIDTH_BAR,
-            )
+        yield count, entry
     rates = [long / generate(prompts_of(1, long, seed), 1).first_token for seed in (91, 92, 93)]
-    check.record.figure("prefill_tokens_per_second", rates[1:])
-    check.record.figure("prefill_operations_share", cost.operations_share(max(rates), limits))
-    return speeds
+    yield "prefill_tokens_per_second", rates[1:]
+    yield "prefill_operations_share", cost.operations_share(max(rates), limits)
 
 
 def _rounds(device: Device, generate: Generate, count: int) -> list[Round]:
@@ -116,34 +163,38 @@ def _rounds(device: Device, generate: Generate, count: int) -> list[Round]:
     return rounds[1:]
 
 
-def _transformers(check: Context) -> dict[int, float]:
-    """Measure transformers, in its fastest mode, or else in its default one."""
-    device = check.device
+def _transformers(check: Context, counts: Sequence[int]) -> dict[int, float]:
+    """Tokens per second of transformers, in its fastest mode, or where that fails in its default
+    one.
+
+    Raises: RuntimeError as `Device.require_stock`.
+    """
+    check.device.require_stock()
     fast = {"use_cuda_graph": True, "use_async_batching": True}
     small = {"num_blocks": 16, "max_batch_tokens": 64}
-    speeds = {}
-    for options in device.pick((fast, {}), (small,)):
+    speeds: dict[int, float] = {}
+    for options in check.device.pick((fast, {}), (small,)):
+        if not (left := [count for count in counts if count not in speeds]):
+            break
+        figures = _continuous_batching(check.device, options, left)
         try:
-            with _continuous_batching(check, options) as generate:
-                for count in device.pick(COUNTS, (1, 2)):
-                    entry = summary(_rounds(device, generate, count))
-                    check.record.figure(f"transformers {count}", entry)
-                    speeds[count] = entry["tokens_per_second"]
-            return speeds
+            for count, speed in _record(check, "transformers", figures):
+                speeds[count] = speed
         except Exception as error:
             traceback.print_exc()
             check.record.skip(f"transformers with {options}", f"{type(error).__name__}: {error}")
-            device.release()
+            check.device.release()
     return speeds
 
 
-@contextmanager
-def _continuous_batching(check: Context, options: dict[str, Any]) -> Iterator[Generate]:
-    """transformers' continuous batching with options of its config."""
+@in_new_process
+def _continuous_batching(
+    device: Device, options: dict[str, Any], counts: Sequence[int]
+) -> Iterator[tuple[int | str, Any]]:
+    """Figures of transformers' continuous batching with options of its config, as `_triptych`."""
     from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-    device = check.device
     model = large_model(device)
     output = device.pick(OUTPUT, 8)
     # No end token; -1 stands for that.
@@ -157,7 +208,6 @@ def _continuous_batching(check: Context, options: dict[str, Any]) -> Iterator[Ge
         chosen = {"attention": model.config._attn_implementation}
         for name in ("use_cuda_graph", "use_async_batching"):
             chosen[name] = str(getattr(used, name, None))
-        check.record.figure("transformers_options", chosen)
 
         def generate(prompts: Prompts, count: int) -> Round:
             start = time.perf_counter()
@@ -175,7 +225,8 @@ def _continuous_batching(check: Context, options: dict[str, Any]) -> Iterator[Ge
                 raise RuntimeError(f"transformers' continuous batching: {errors[0]}")
             return Round(start, [results[name].timestamps for name in names])
 
-        yield generate
+        for count in counts:
+            yield count, summary(_rounds(device, generate, count)) | chosen
 
 
 def _fields(cls: type, options: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ difference may be a near tie: two logits of the reference that are closer than i
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,21 +54,54 @@ MODES = {
 """Beside these, each prompt alone is the base that logprobs are compared with, bit by bit."""
 
 
+class Case(NamedTuple):
+    """A model, and what `generate` gives for its prompts."""
+
+    name: str
+    folder: Path
+    dtype: torch.dtype
+    references: list[Reference]
+
+
 def run(check: Context) -> None:
     """Every architecture in every type."""
     absent = sorted({k for m in MODES.values() for k in m.options} - supported_keys())
     if absent:
         check.record.skip("options", f"this version has no {', '.join(absent)}")
+    prompts = make_prompts(check.device)
+    # All of them, because the first session replaces operators of this process.
+    cases = list(_cases(check, prompts))
+    for case in cases:
+        with _others_go_on(check, case.name):
+            _check_model(check, case, prompts)
+        check.device.release()
+
+
+def _cases(check: Context, prompts: Prompts) -> Iterator[Case]:
+    """Every model that `generate` runs."""
     for kind in check.device.pick(list(SHAPES), ["gemma3"]):
         for dtype in check.device.pick((torch.float32, torch.bfloat16), (torch.float32,)):
             name = f"{kind} {dtype}".replace("torch.", "")
-            try:
-                _check_model(check, name, small_model(kind, dtype, check.folder), dtype)
-            except Exception as error:  # the other models go on
-                traceback.print_exc()
-                cause = f"{type(error).__name__}: {error}"
-                check.record.check(f"{name} runs", False, cause[:300])
-            check.device.release()
+            with _others_go_on(check, name):
+                folder = small_model(kind, dtype, check.folder)
+                references = generate(check.device, folder, prompts, _count(check.device))
+                yield Case(name, folder, dtype, references)
+
+
+@contextmanager
+def _others_go_on(check: Context, name: str) -> Iterator[None]:
+    """Record the failure of a model."""
+    try:
+        yield
+    except Exception as error:  # of any library
+        traceback.print_exc()
+        check.record.check(f"{name} runs", False, f"{type(error).__name__}: {error}"[:300])
+
+
+def _count(device: Device) -> int:
+    """Tokens that are generated."""
+    count: int = device.pick(32, 6)
+    return count
 
 
 def supported_keys() -> set[str]:
@@ -75,12 +109,13 @@ def supported_keys() -> set[str]:
     return set(supported(**{key: None for mode in MODES.values() for key in mode.options}))
 
 
-def _check_model(check: Context, name: str, folder: Path, dtype: torch.dtype) -> None:
-    prompts = make_prompts(check.device)
+def _check_model(check: Context, case: Case, prompts: Prompts) -> None:
+    name, folder, dtype, references = case
     growing = slice(-GROWING, None)
-    count = check.device.pick(32, 6)
-    references = generate(check.device, folder, prompts, count)
+    count = _count(check.device)
     session = Session(check.device, folder, max_batch_size=BATCH, max_kv_tokens=KV_TOKENS)
+    if session.invariance not in check.record.result["headlines"]:
+        check.record.headline(session.invariance)
     alone = [session.generate([p], count, logprobs=TOP)[0] for p in prompts]
     again = session.generate(prompts, count, logprobs=TOP)
     compare(check, f"{name} alone", alone, references, dtype)
@@ -111,7 +146,9 @@ def generate(device: Device, folder: Path, prompts: Prompts, count: int) -> list
     """`model.generate(do_sample=False)` of each prompt alone, on the device.
 
     On a CPU Triptych computes in float32, whatever the type of the weights.
+    Raises: RuntimeError as `Device.require_stock`.
     """
+    device.require_stock()
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")

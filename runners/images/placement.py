@@ -33,8 +33,10 @@ def prepare_for_gpu(pipeline: Any) -> None:
     for name in ("unet", "vae"):
         if (model := getattr(pipeline, name, None)) is not None:
             # cuDNN computes half precision in this format, and converts others in each convolution.
-            # This is not the model's own `to`, which complains where hooks have placed the model.
-            torch.nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            # A model's own `to` refuses the kernels of videos, which have a dimension more.
+            for module in model.modules():
+                if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def place(pipeline: Any, device: str, cpu_offload: str | None) -> None:

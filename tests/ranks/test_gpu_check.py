@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import warnings
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 from typing_extensions import override
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import report
+from benchmarks.gpu_check import peers, report
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.part import run_part
 from benchmarks.gpu_check.recorder import failures, passed
-from runners.text.gpu import kernels
+from runners.text.gpu import invariance, kernels
+from tests.support.gpu_parts import peer
 from tests.support.processes import alive, wait_until
 
 PART = gpu_check.Part("a part", "tests.support.gpu_parts")
@@ -47,6 +50,11 @@ def test_every_part_runs_on_a_cpu(
     figures = parts["c"]["figures"]
     assert "1 sequence, share of the bandwidth" in figures
     assert "1 sequences, times transformers' continuous batching" in figures
+    setting = "batch_invariant true, operators of torch"
+    assert setting in parts["b"]["headlines"]
+    assert parts["c"]["headlines"][0].endswith(setting)
+    assert figures["triptych, batch_invariant false setting"].startswith("batch_invariant false")
+    assert figures["batch_invariant true, times false"]["2"] > 0
     assert "ready from a warm page cache" in parts["g"]["figures"]
     assert report.RESULTS.read_text() == results
 
@@ -82,10 +90,31 @@ def test_a_part_that_is_killed_keeps_what_it_had_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPU_PART", "is killed")
-    result = gpu_check.run(PART, tmp_path, dry=False)
+    result = gpu_check.run(PART, tmp_path, dry=False, limit_s=LIMIT_S)
     assert result["state"] == "failed"
+    assert LIMIT_S - 60 < result["figures"]["left_s"] <= LIMIT_S
     assert f"status {-signal.SIGKILL}" in result["reason"]
     assert result["figures"]["measured"] == 1.0
+
+
+def test_a_peer_has_a_process_without_what_triptych_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(invariance._libraries, "cuda", object())
+    device = Device(dry=False)
+    with pytest.raises(RuntimeError, match="operators of torch for cuda"):
+        device.require_stock()
+    results = peer(device, "raises", repeat=2)
+    seen = [next(results), next(results)]
+    assert [replaced for _, replaced in seen] == [False, False]
+    assert seen[0][0] == seen[1][0] != os.getpid()
+    with pytest.raises(RuntimeError, match=r"^ValueError: a cause"):
+        next(results)
+    assert not psutil.pid_exists(seen[0][0])
+    monkeypatch.undo()
+    monkeypatch.setattr(peers, "get_context", lambda _: get_context("fork"))  # starts sooner
+    with pytest.raises(RuntimeError, match=f"of peer ended with status {-signal.SIGKILL}"):
+        list(peer(device, "is killed", repeat=0))
 
 
 def test_a_part_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import tomllib
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,24 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.models.llama import modeling_llama
+from typing_extensions import override
 
 from benchmarks import report as whole_report
 from benchmarks.cache import ROOT
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import gather_wheels, report
+from benchmarks.gpu_check import gather_wheels, kernel_speed, report, throughput, tokens
 from benchmarks.gpu_check.device import Device
 from benchmarks.gpu_check.kernels import CUTOFFS, kept
-from benchmarks.gpu_check.models import LARGE, SHAPES
+from benchmarks.gpu_check.models import LARGE, SHAPES, small_model
 from benchmarks.gpu_check.part import Context
 from benchmarks.gpu_check.rates import Cost, Limits, Round, summary
 from benchmarks.gpu_check.recorder import Recorder, Result, failures, passed
 from benchmarks.gpu_check.session import Output
-from benchmarks.gpu_check.tokens import Reference, compare, same_bits
+from benchmarks.gpu_check.tokens import Reference, compare, generate, same_bits
+from runners.text.gpu.fusing import FusedRotary
+from runners.text.gpu.invariance import install_invariant_operators, remove_invariant_operators
+from tests.support.gpu_parts import peer
 
 CARD = "NVIDIA H100 80GB HBM3"
 
@@ -238,6 +245,110 @@ def test_the_large_model_has_eight_billion_parameters() -> None:
 def test_the_small_models_have_heads_that_the_kernels_take(kind: str) -> None:
     config: Any = SHAPES[kind]()
     assert getattr(config, "head_dim", None) or config.hidden_size // config.n_head == 64
+
+
+# --- what Triptych is compared with
+
+
+@pytest.fixture
+def replaced_operators() -> Iterator[Callable[[], None]]:
+    """Replaces operators of torch on the CPU, as the first session on a GPU does there."""
+    yield lambda: install_invariant_operators("cpu")
+    remove_invariant_operators("cpu")
+
+
+def test_no_reference_is_computed_on_replaced_operators(
+    tmp_path: Path, replaced_operators: Callable[[], None]
+) -> None:
+    device = Device(dry=True)
+    folder = small_model("llama", torch.float32, tmp_path)
+    references: list[Callable[[], object]] = [
+        lambda: generate(device, folder, [[2, 3]], 1),
+        lambda: next(peer(device, "ends", repeat=1)),
+        lambda: device.matmul_rate(),
+        lambda: throughput._transformers(Context(Recorder(tmp_path / "r"), device, tmp_path), ()),
+    ]
+    for reference in references:
+        reference()
+    replaced_operators()
+    for reference in references:
+        with pytest.raises(RuntimeError, match="on Triptych's operators of torch for cpu"):
+            reference()
+    with pytest.raises(RuntimeError, match="on Triptych's operators of torch for cpu"):
+        kernel_speed._linear(Context(Recorder(tmp_path / "r"), device, tmp_path))
+    remove_invariant_operators("cpu")
+    references[0]()
+
+
+def test_no_reference_is_computed_on_replaced_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", FusedRotary(original))
+    with pytest.raises(RuntimeError, match=r"functions of transformers\.models\.llama\.modeling"):
+        Device(dry=True).require_stock()
+    monkeypatch.undo()
+    Device(dry=True).require_stock()
+
+
+class TwoModels(Device):
+    """A dry run of part b with two models."""
+
+    @override
+    def pick(self, real: Any, dry: Any) -> Any:
+        return ["llama", "qwen3"] if real == list(SHAPES) else dry
+
+
+def test_all_references_come_before_the_first_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced_operators: Callable[[], None]
+) -> None:
+    checked: list[str] = []
+
+    def check_model(check: Context, case: tokens.Case, prompts: object) -> None:
+        replaced_operators()
+        checked.append(case.name)
+
+    monkeypatch.setattr(tokens, "_check_model", check_model)
+    context = Context(Recorder(tmp_path / "result.json"), TwoModels(dry=True), tmp_path)
+    tokens.run(context)
+    assert context.record.result["checks"] == []
+    assert checked == ["llama float32", "qwen3 float32"]
+
+
+def test_transformers_default_mode_measures_only_what_its_fastest_could_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def batching(device: Device, options: object, counts: Sequence[int]) -> Iterator[Any]:
+        asked.append(list(counts))
+        for count in counts:
+            if options and count == 64:
+                raise RuntimeError("no memory")
+            yield count, {"tokens_per_second": 100.0 if options else 50.0}
+
+    monkeypatch.setattr(throughput, "_continuous_batching", batching)
+    context = check(tmp_path)
+    monkeypatch.setattr(Device, "release", lambda self: None)
+    assert throughput._transformers(context, (1, 8, 64)) == {1: 100.0, 8: 100.0, 64: 50.0}
+    assert asked == [[1, 8, 64], [64]]
+    assert "RuntimeError: no memory" in str(context.record.result["skipped"])
+
+
+def test_a_part_short_of_time_leaves_out_its_last_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: object, batch_invariant: bool) -> Iterator[Any]:
+        assert not batch_invariant
+        yield 8, {"tokens_per_second": 200.0}
+
+    monkeypatch.setattr(throughput, "_triptych", measure)
+    limits = Limits(bytes_per_second=1.0, operations_per_second=1.0)
+    for left_s, complete in ((100.0, False), (300.0, True)):
+        ends = time.monotonic() + left_s
+        context = Context(Recorder(tmp_path / "r"), Device(dry=False), tmp_path, ends)
+        throughput._cost_of_invariance(context, tmp_path, limits, {8: 150.0}, spent_s=120.0)
+        result = context.record.result
+        assert (result["figures"].get("batch_invariant true, times false") == {8: 0.75}) == complete
+        assert bool(result["skipped"]) != complete
 
 
 # --- tokens

@@ -8,6 +8,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 import torch.fx.experimental._config as fx_config
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKLQwenImage, UNet2DConditionModel
 from torch.overrides import TorchFunctionMode
 
 from runners.config.files import load_setup_config
@@ -184,6 +185,26 @@ def test_convolutions_of_a_gpu_are_channels_last(folder: Path, cudnn_flags: None
     requests = [image_request(prompt, seed=i) for i, prompt in enumerate(PROMPTS)]
     for each, image in zip(requests, program.generate(*requests), strict=True):
         assert difference(image, diffusers_image(folder, each)) <= 1
+
+
+def test_only_convolutions_of_images_are_channels_last(cudnn_flags: None) -> None:
+    """The VAE of a video model has both kinds, and norms of four dimensions."""
+    vae: Any = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False]
+    )
+    pictures = torch.randn(1, 3, 1, 16, 16)
+    with torch.no_grad():
+        expected = vae.encode(pictures).latent_dist.mean
+    before = {name: p.stride() for name, p in vae.named_parameters()}
+    prepare_for_gpu(SimpleNamespace(vae=vae))
+    modules = [m for m in vae.modules() if isinstance(m, torch.nn.Conv2d)]
+    changed = {id(m.weight) for m in modules}
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in modules)
+    others = {name: p for name, p in vae.named_parameters() if id(p) not in changed}
+    assert {p.ndim for p in others.values()} >= {1, 4, 5}
+    assert all(p.stride() == before[name] for name, p in others.items())
+    with torch.no_grad():
+        torch.testing.assert_close(vae.encode(pictures).latent_dist.mean, expected)
 
 
 def test_an_offloaded_model_makes_room_for_whichever_is_next(

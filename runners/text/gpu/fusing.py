@@ -146,6 +146,15 @@ def unfuse_rows(model: PreTrainedModel) -> None:
             vars(source)[ROTARY] = function.original
 
 
+def fused_functions() -> list[str]:
+    """The Python modules whose functions are replaced, for every model of this process."""
+    return sorted(
+        name
+        for name, source in list(sys.modules.items())
+        if isinstance(getattr(source, "__dict__", {}).get(ROTARY), FusedRotary)
+    )
+
+
 def _candidates(module: nn.Module) -> Iterator[tuple[str, FusedNorm | FusedMLP | FusedGate]]:
     """Possible replacements of methods of a module."""
     any_module: Any = module

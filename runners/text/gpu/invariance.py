@@ -57,6 +57,11 @@ def remove_invariant_operators(device_type: str) -> None:
         library._destroy()
 
 
+def installed(device_type: str) -> bool:
+    """Whether the operators for the tensors of a device type are replaced in this process."""
+    return device_type in _libraries
+
+
 def find_batch_dependence(
     run: Callable[[Sequence[Sequence[int]]], torch.Tensor], most: int, vocab_size: int
 ) -> str | None:
