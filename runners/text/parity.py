@@ -216,10 +216,10 @@ def choose_gpu_kernels(
     `parity` as in `check_and_pack`. Raises: ConfigError if no layout matches, or not with what the
     config asks for.
     """
+    parity = (parity or ParityCheck(model)).for_model(model, execution)
     has_kernels = compiled_for(input_device(model))
     if has_kernels and config.batch_invariant:
         install_invariant_operators("cuda")
-    parity = (parity or ParityCheck(model)).for_model(model, execution)
     if computes_in_float32(model):
         cast_to_float32(model)
     name, kernel = type(model).__name__, config.attention_kernel
