@@ -269,7 +269,8 @@ class Scheduler:
         """Admit in order of arrival: small requests must not starve a large one before them."""
         while self._waiting and len(self._running) < self.limits.max_batch_size:
             sequence = self._waiting[0]
-            needed = len(sequence.prompt_ids) + sequence.max_new_tokens
+            # The KV of the last token is never needed.
+            needed = len(sequence.prompt_ids) + sequence.max_new_tokens - 1
             if needed > self._engine.total_tokens:
                 total = self._engine.total_tokens
                 reason = f"the request may need {needed} tokens of KV; the cache has {total} left"

@@ -69,7 +69,7 @@ def test_nothing_is_taken_where_not_everything_fits() -> None:
     sequence = allocator.begin([0])
     assert not allocator.extend(sequence, 3 * BLOCK_SIZE)
     assert allocator.free == 2
-    assert sequence.blocks == []
+    assert list(sequence.blocks) == []
 
 
 def test_without_caching_nothing_is_remembered() -> None:

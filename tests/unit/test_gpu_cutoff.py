@@ -13,6 +13,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from benchmarks.gpu_check.kernels import CUTOFFS, kept
 from runners.text.gpu.kernels.cutoff import cutoff, cutoff_torch
 
 by_kernel = partial(cutoff, in_interpreter=True)
@@ -130,3 +131,16 @@ def test_no_rows() -> None:
     empty = torch.zeros(0, 9)
     for compute in (cutoff_torch, by_kernel):
         assert compute(empty, *(torch.zeros(0) for _ in range(3))).shape == (0,)
+
+
+def test_the_reference_of_cutoffs_keeps_what_transformers_keeps() -> None:
+    torch.manual_seed(0)
+    row = 3 * torch.randn(200)
+    ids: Any = torch.zeros(1, 1, dtype=torch.long)
+    warpers: list[Any] = [TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper]
+    for case in CUTOFFS:
+        scores: Any = row[None].clone()
+        for warper, value, neutral in zip(warpers, case, (0, 1.0, 0.0), strict=True):
+            if value != neutral:
+                scores = warper(value)(ids, scores)
+        assert torch.equal(kept(row, *case), scores[0] > float("-inf")), case
