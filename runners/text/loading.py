@@ -132,12 +132,11 @@ def prepare_model(
                 execution.limits,
                 lambda blocks: execution.runner(model, layout, blocks=blocks),
             )
+        release_cache()
     else:
         layout = check_and_pack(model, config.weight_quantization, parity)
     give_back_memory()
     log_dtypes(config.name, model)
-    if isinstance(execution, GPUExecution):
-        release_cache()
     tokens = kv_tokens(model, layout, config, max_context=max_context, execution=execution)
     if group is not None:
         tokens = group.all_reduce_min(tokens)

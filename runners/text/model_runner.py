@@ -17,7 +17,7 @@ from typing_extensions import override
 from runners.text.engine import ModelRunner
 from runners.text.padded import PaddedCache
 from runners.text.paging.batch import Batch, ForwardContext, forward_context
-from runners.text.paging.blocks import BLOCK_SIZE
+from runners.text.paging.blocks import BLOCK_SIZE, fewer
 from runners.text.paging.kv import KVPool
 
 Layout = Literal["packed", "padded"]
@@ -49,8 +49,7 @@ class HFModelRunner(ModelRunner):
 
     @override
     def shrink(self) -> int | None:
-        blocks = self._pool.blocks * 9 // 10
-        if blocks < 1:
+        if (blocks := fewer(self._pool.blocks)) is None:
             return None
         self._pool = KVPool(blocks)
         if self._device.type == "cuda":

@@ -57,6 +57,17 @@ def load(
     return prepare_model(model, config).create_engine()
 
 
+def pages(folder: Path, **options: Any) -> PagedEngine:
+    """As `load`, on the path of a GPU."""
+    return load(folder, attention_kernel="torch", **options)
+
+
+def gpu_runner(engine: PagedEngine) -> GPUModelRunner:
+    """What computes the steps of an engine on the path of a GPU."""
+    assert isinstance(engine.model, GPUModelRunner)
+    return engine.model
+
+
 def runner_of(engine: PagedEngine) -> HFModelRunner | GPUModelRunner:
     """What computes the engine's steps."""
     assert isinstance(engine.model, HFModelRunner | GPUModelRunner)

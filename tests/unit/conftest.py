@@ -26,6 +26,17 @@ def store(tmp_path: Path) -> Iterator[Path]:
         yield models
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small models run slower on more threads."""
+    import torch  # takes a second
+
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
+
+
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has Triton's interpreter round to bfloat16 as a GPU does; it truncates."""

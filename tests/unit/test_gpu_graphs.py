@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from runners.text.engine import PagedEngine
 from runners.text.gpu.graphs import (
     CaptureError,
     GraphCache,
@@ -17,21 +15,11 @@ from runners.text.gpu.graphs import (
     row_sizes,
     sequence_sizes,
 )
-from runners.text.gpu.model_runner import GPUModelRunner
 from tests.support.models import greedy
-from tests.support.scheduling import COUNT, Run, load, sequence
+from tests.support.scheduling import COUNT, Run, gpu_runner, pages, sequence
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
 BLOCK = 32
-
-
-def pages(folder: Path, **options: Any) -> PagedEngine:
-    return load(folder, attention_kernel="torch", **options)
-
-
-def gpu_runner(engine: PagedEngine) -> GPUModelRunner:
-    assert isinstance(engine.model, GPUModelRunner)
-    return engine.model
 
 
 def test_graphs_are_captured_when_needed_again_and_while_idle(llama: Path) -> None:

@@ -1,4 +1,4 @@
-"""The path of a GPU on a CPU: overlapping steps, graphs, memory that is not enough.
+"""The path of a GPU on a CPU: overlapping steps, memory that is not enough.
 
 That its tokens are those of `generate` is in test_engine and test_scheduler, which run on it too.
 """
@@ -18,21 +18,11 @@ from runners.contracts.errors import ConfigError, EngineFailure
 from runners.contracts.text import SamplingParams
 from runners.text.detokenizer import Detokenizer
 from runners.text.engine import PagedEngine, PendingStep, Row
-from runners.text.gpu.model_runner import GPUModelRunner
 from tests.support.models import greedy
-from tests.support.scheduling import COUNT, Run, load, sequence, tokenizer
+from tests.support.scheduling import COUNT, Run, gpu_runner, load, pages, sequence, tokenizer
 
 PROMPTS = [[5, 6, 7], [9] * 30, [11], list(range(20, 70))]
 BLOCK = 32
-
-
-def pages(folder: Path, **options: Any) -> PagedEngine:
-    return load(folder, attention_kernel="torch", **options)
-
-
-def gpu_runner(engine: PagedEngine) -> GPUModelRunner:
-    assert isinstance(engine.model, GPUModelRunner)
-    return engine.model
 
 
 class Order:

@@ -1,5 +1,4 @@
-"""Kernels on rows, what they replace in models, and operators that no batch changes, in Triton's
-interpreter."""
+"""The kernels on rows, and products of batches and groups, in Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -4,52 +4,23 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
-import torch._inductor.config
 
 from runners.images.memory import GpuMemory, pixels_at_once
 from tests.support.image_models import write_image_model
 from tests.support.image_program import LocalImageProgram
 from tests.support.images import difference, diffusers_image, image_request
 
-STEPS = 6
-NOISE = "torch_utils.py"
-"""Where diffusers draws noise on the CPU and moves it."""
-WAITS = {
-    "ddpm": NOISE,
-    "dpm2_ancestral": NOISE,
-    "euler_ancestral": NOISE,
-    "lcm": NOISE,
-    "unipc": "scheduling_unipc_multistep.py",
-}
-"""The files whose lines make a step wait, by scheduler."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small run slower on more threads."""
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(usual)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_image_model("stable-diffusion", tmp_path_factory.mktemp("images") / "tiny-sd")
-
-
-@pytest.fixture
-def cudnn_flags() -> Iterator[None]:
-    """Restores what a test changes."""
-    with torch.backends.cudnn.flags():
-        yield
 
 
 def memory(*, allocated: int, peak: int, free: int = 1000) -> GpuMemory:

@@ -104,7 +104,7 @@ class Backend(Protocol):
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """`decode_tile` and `prefill_tile` of the `StepPlan`."""
+        """Rows of a product for decoding rows, and for chunks: `prefill_tile` of the `StepPlan`."""
 
     @property
     def capturable(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from runners.text.gpu.attention import KVPages
-from runners.text.paging.blocks import BLOCK_SIZE
+from runners.text.paging.blocks import BLOCK_SIZE, fewer
 
 
 class PagePool:
@@ -34,9 +34,9 @@ class PagePool:
         return layer
 
     def smaller(self) -> PagePool | None:
-        """An empty pool with nine tenths of the blocks; None if that is none."""
-        blocks = self.blocks * 9 // 10
-        return PagePool(blocks, self._dtype) if blocks else None
+        """An empty pool with fewer blocks; None if that is none."""
+        blocks = fewer(self.blocks)
+        return None if blocks is None else PagePool(blocks, self._dtype)
 
     def bytes_per_block(self) -> dict[torch.device, int]:
         """Bytes of one block in all layers, per device."""

@@ -178,13 +178,11 @@ class StepPlan:
         group: int,
         record_size: int,
         capacity: int,
-        decode_tile: int = 64,
         prefill_tile: int = 64,
         programs: int = 1,
         split: int = SPLIT,
     ) -> None:
         self.device, self.split, self.programs = device, split, programs
-        self.decode_tile, self.prefill_tile = decode_tile, prefill_tile
         self.capacity = capacity
         self._tile_rows = rows_per_tile(prefill_tile, group)
         self.rows = self.sequences = 0

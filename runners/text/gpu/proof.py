@@ -221,7 +221,6 @@ class Case:
             group=self.shape.group,
             record_size=self.shape.heads * (self.shape.value_size + 2),
             capacity=capacity,
-            decode_tile=self.tiles[0],
             prefill_tile=self.tiles[1],
             programs=self.programs,
             split=self.split,

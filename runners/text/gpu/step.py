@@ -134,7 +134,7 @@ class StepContext:
         group, record_size = heads // kv_heads, heads * (value_size + 2)
         if (plan := self._plans.get((device, group, record_size))) is None:
             limits, pages = self._limits, self.pool.blocks
-            decode_tile, prefill_tile = self._backend.tiles
+            _, prefill_tile = self._backend.tiles
             plan = StepPlan(
                 device,
                 max_rows=limits.rows,
@@ -143,7 +143,6 @@ class StepContext:
                 group=group,
                 record_size=record_size,
                 capacity=partial_slots(pages, limits.sequences),
-                decode_tile=decode_tile,
                 prefill_tile=prefill_tile,
                 programs=default_programs(device, kv_heads),
             )

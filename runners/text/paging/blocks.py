@@ -39,6 +39,11 @@ class SequenceBlocks:
         return len(self.tokens)
 
 
+def fewer(blocks: int) -> int | None:
+    """How many of `blocks` a cache keeps that is made smaller; None if that is none."""
+    return blocks * 9 // 10 or None
+
+
 class BlockAllocator:
     """`total` blocks of `BLOCK_SIZE` tokens each."""
 
