@@ -6,6 +6,7 @@ import torch
 
 from runners.text.gpu.attention import KVPages
 from runners.text.paging.blocks import BLOCK_SIZE, fewer
+from runners.text.paging.kv import bytes_per_block
 
 
 class PagePool:
@@ -40,12 +41,7 @@ class PagePool:
 
     def bytes_per_block(self) -> dict[torch.device, int]:
         """Bytes of one block in all layers, per device."""
-        total: dict[torch.device, int] = {}
-        for pages in self._layers.values():
-            for tensor in (pages.keys, pages.values):
-                size = tensor[0].numel() * tensor.element_size()
-                total[tensor.device] = total.get(tensor.device, 0) + size
-        return total
+        return bytes_per_block(t for x in self._layers.values() for t in (x.keys, x.values))
 
     def _pages(self, like: torch.Tensor) -> torch.Tensor:
         shape = (self.blocks + 1, BLOCK_SIZE, like.shape[-3], like.shape[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,12 +56,16 @@ class KVPool:
 
     def bytes_per_block(self) -> dict[torch.device, int]:
         """Bytes of one block in all layers, per device."""
-        total: dict[torch.device, int] = {}
-        for layer in self._layers.values():
-            for tensor in (layer.keys, layer.values):
-                size = tensor[0].numel() * tensor.element_size()
-                total[tensor.device] = total.get(tensor.device, 0) + size
-        return total
+        return bytes_per_block(t for x in self._layers.values() for t in (x.keys, x.values))
+
+
+def bytes_per_block(tensors: Iterable[torch.Tensor]) -> dict[torch.device, int]:
+    """Bytes of one block in tensors `[blocks, ...]`, per device."""
+    total: dict[torch.device, int] = {}
+    for tensor in tensors:
+        size = tensor[0].numel() * tensor.element_size()
+        total[tensor.device] = total.get(tensor.device, 0) + size
+    return total
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:
